@@ -1,0 +1,126 @@
+"""Tiny random models in every supported family, and a machine without a network."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+# Before anything imports the hub client or MLX: tests are offline, and mx.compile
+# would call a C++ compiler for every fused kernel of a CPU build.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "ministral3")
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError("tests have no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def tiny_config(family: str, **changes) -> dict:
+    """Return the config.json of a 3-layer random model of ``family``."""
+    config = {
+        "model_type": family,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 259,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": family.startswith("gemma"),
+        "eos_token_id": 258,
+    }
+    if family in ("gemma2", "gemma3_text"):
+        config["query_pre_attn_scalar"] = 8
+    if family == "gemma2":
+        config |= {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    if family == "gemma3_text":
+        config |= {"sliding_window": 16, "sliding_window_pattern": 2}
+    if family == "ministral3":
+        config["rope_parameters"] = {
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 128,
+        }
+    return config | changes
+
+
+def tiny_model(family: str, seed: int = 0, **changes):
+    """Return a random fp32 model of ``family``: mlx-lm's own class, not a copy."""
+    from mlx_lm.utils import _get_classes
+
+    config = tiny_config(family, **changes)
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    rng = np.random.default_rng(seed)
+    weights = [
+        (name, mx.array(rng.normal(0, 0.3, value.shape).astype(np.float32)))
+        for name, value in tree_flatten(model.parameters())
+    ]
+    model.load_weights(weights)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Write a byte-level tokenizer: 256 bytes, then three special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_folder(folder: Path, family: str = "llama", seed: int = 0, **changes) -> Path:
+    """Write a tiny random model as an ordinary folder and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = tiny_model(family, seed, **changes)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), weights, metadata={"format": "mlx"}
+    )
+    config = tiny_config(family, **changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+    return folder
+
+
+def relative_error(found: mx.array, expected: mx.array) -> float:
+    """Return the largest difference as a share of the largest expected value."""
+    return float(mx.abs(found - expected).max() / mx.abs(expected).max())
+
+
+@pytest.fixture
+def tiny_folder(tmp_path):
+    return write_folder(tmp_path / "tiny")
