@@ -1,0 +1,345 @@
+"""Scores to a Selection: soft top-k, hard top-k, widths per layer, mask files."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from .atomic import new_file
+
+Allocation = Literal["uniform", "first-layer"]
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "first-layer")
+MASK_FORMAT = "ifp_mlx.mask.1"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which FFN channels are kept, layer by layer.
+
+    Attributes:
+        indices: ``L`` arrays, int32 ``[k_l]``, sorted ascending.
+        gates: ``L`` arrays, float32 ``[k_l]``, multiplied onto the kept channels,
+            or ``None`` when every kept channel has weight 1.
+        channels: ``F``, the width of the dense FFN.
+        info: how it was made (selector, allocation, instruction, ...), free text.
+        fingerprint: float16 ``[D]``, the final norm's weights of the model it was
+            made for, or ``None`` when unknown.
+    """
+
+    indices: tuple[mx.array, ...] = field(repr=False)
+    gates: tuple[mx.array, ...] | None = field(repr=False)
+    channels: int
+    info: dict[str, str] = field(default_factory=dict)
+    fingerprint: mx.array | None = field(default=None, repr=False)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Kept channels ``k_l`` of every layer."""
+        return [index.size for index in self.indices]
+
+    @property
+    def target_size(self) -> int | None:
+        """``k`` when it is the same in every layer, else ``None`` (ragged)."""
+        return self.sizes[0] if len(set(self.sizes)) == 1 else None
+
+    @cached_property
+    def mask_id(self) -> str:
+        """12 hex digits: a stable hash of indices and gates, equal across machines."""
+        digest = hashlib.sha256()
+        for layer, index in enumerate(self.indices):
+            digest.update(np.array([layer, index.size], dtype="<i4").tobytes())
+            digest.update(np.array(index).astype("<i4").tobytes())
+            if self.gates is not None:
+                digest.update(np.array(self.gates[layer]).astype("<f4").tobytes())
+        return digest.hexdigest()[:12]
+
+    def mask(self) -> mx.array:
+        """Return the selection as a dense mask, float32 ``[L, F]``."""
+        mask = np.zeros((len(self.indices), self.channels), dtype=np.float32)
+        for layer, index in enumerate(self.indices):
+            value = 1.0 if self.gates is None else np.array(self.gates[layer])
+            mask[layer, np.array(index)] = value
+        return mx.array(mask)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a mask file (safetensors); an existing file is replaced."""
+        from safetensors.numpy import save_file
+
+        arrays = {}
+        for layer, index in enumerate(self.indices):
+            arrays[f"layers.{layer}.indices"] = np.array(index)
+            if self.gates is not None:
+                arrays[f"layers.{layer}.gates"] = np.array(self.gates[layer])
+        if self.fingerprint is not None:
+            arrays["fingerprint"] = np.array(self.fingerprint)
+        about = {
+            "format": MASK_FORMAT,
+            "mask_id": self.mask_id,
+            "channels": str(self.channels),
+        }
+        with new_file(path) as scratch:
+            save_file(arrays, scratch, metadata=self.info | about)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Selection":
+        """Read a mask file written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a mask file, or is damaged.
+        """
+        return _read_mask_file(Path(path))
+
+    def check_fits(self, layers: int, channels: int, fingerprint: mx.array) -> None:
+        """Raise ``ValueError`` unless this selection was made for that model.
+
+        Two models of one shape are told apart by their final norm, which neither a
+        change of dtype nor quantisation touches by more than a rounding.
+
+        Args:
+            layers: ``L`` of the model.
+            channels: ``F`` of the model.
+            fingerprint: float16 ``[D]``, final norm's weights of the model.
+        """
+        made_for, here = (len(self.indices), self.channels), (layers, channels)
+        if made_for != here:
+            raise ValueError(
+                f"The mask {self.mask_id} is for a model with {made_for[0]} layers of "
+                f"{made_for[1]} channels, but this one has {here[0]} layers of "
+                f"{here[1]}; use a mask made with this model."
+            )
+        if self.fingerprint is None:
+            return
+        if self.fingerprint.shape != fingerprint.shape or not mx.allclose(
+            self.fingerprint.astype(mx.float32),
+            fingerprint.astype(mx.float32),
+            rtol=0.02,
+            atol=1e-3,
+        ):
+            raise ValueError(
+                f"The mask {self.mask_id} was made for another model of the same "
+                "shape (their final norms differ); use a mask made with this model."
+            )
+
+
+def select(
+    scores: mx.array,
+    sizes: Sequence[int],
+    *,
+    granularity: int = 1,
+    gates: Literal["binary", "soft"] = "binary",
+    temperature: float = 1.0,
+) -> Selection:
+    """Keep the highest-scored channels of every layer.
+
+    Equal scores are decided in favour of the lower index, so that the same scores
+    give the same selection everywhere.
+
+    Args:
+        scores: ``[L, F]``.
+        sizes: kept channels ``k_l`` per layer, multiples of ``granularity``.
+        granularity: channels per selectable block; a block's score is its mean.
+        gates: ``"soft"`` keeps λ of :func:`soft_top_k` on the kept channels.
+        temperature: of the soft top-k, in units of the scores.
+
+    Raises:
+        ValueError: if the scores are not finite.
+
+    Source: Hou et al. 2025 (arXiv:2501.02086) eq. 3, ``m = λ ⊙ Top(λ, k)``.
+    """
+    L, F = scores.shape
+    if not mx.all(mx.isfinite(scores)):
+        raise ValueError("The channel scores hold NaN or infinity; check the weights.")
+    blocks = scores.astype(mx.float32).reshape(L, F // granularity, granularity)
+    block_scores = np.array(blocks.mean(axis=-1))
+    indices, values = [], []
+    for layer, k in enumerate(sizes):
+        order = np.argsort(-block_scores[layer], kind="stable")
+        kept = np.sort(order[: k // granularity])
+        channels = (kept[:, None] * granularity + np.arange(granularity)).ravel()
+        indices.append(mx.array(channels.astype(np.int32)))
+        if gates == "soft":
+            soft = soft_top_k(
+                mx.array(block_scores[layer]), k // granularity, temperature
+            )
+            values.append(mx.repeat(soft[mx.array(kept)], granularity))
+    return Selection(tuple(indices), tuple(values) if gates == "soft" else None, F)
+
+
+def soft_top_k(scores: mx.array, k: int, temperature: float = 1.0) -> mx.array:
+    """Relax top-k to λ in [0, 1] with the sum over channels held at ``k``.
+
+    λ = min(1, exp((s − τ) / temperature)). With the scores sorted, τ has a closed
+    form for every possible number of saturated channels; the first that is
+    consistent is the solution. Gradients flow through τ and respect the budget.
+
+    Args:
+        scores: masking scores s, ``[..., F]``; computed in float32.
+        k: channels to keep, ``0 < k <= F``.
+        temperature: ε; smaller is closer to a hard top-k.
+
+    Returns:
+        λ, ``[..., F]`` float32.
+
+    Raises:
+        ValueError: if ``k`` is outside ``(0, F]``.
+
+    Source: the fixed point of the coordinate descent in Lei et al. 2023
+    (arXiv:2304.04947), which Hou et al. 2025 (arXiv:2501.02086) use in eq. 3.
+    """
+    F = scores.shape[-1]
+    if not 0 < k <= F:
+        raise ValueError(f"k={k} must be between 1 and the {F} channels.")
+    if k == F:
+        return mx.ones(scores.shape)
+    s = scores.astype(mx.float32) / temperature
+    fixed = mx.stop_gradient(s)
+    order = mx.argsort(-fixed, axis=-1)
+    descending = mx.take_along_axis(fixed, order, axis=-1)[..., :k]
+    tail = mx.logcumsumexp(
+        mx.take_along_axis(fixed, order, axis=-1), axis=-1, reverse=True
+    )
+    tau_if = tail[..., :k] - mx.log(k - mx.arange(k, dtype=mx.float32))
+    saturated = mx.argmax(descending <= tau_if, axis=-1, keepdims=True)
+    rank = mx.argsort(order, axis=-1)
+    free = rank >= saturated
+    tau = mx.logsumexp(mx.where(free, s, -mx.inf), axis=-1, keepdims=True)
+    tau = tau - mx.log((k - saturated).astype(mx.float32))
+    return mx.where(free, mx.exp(mx.where(free, s - tau, 0.0)), 1.0)
+
+
+def target_size(channels: int, keep: float, granularity: int = 1) -> int:
+    """Return ``k`` for a kept share of ``F``, rounded to the granularity.
+
+    Args:
+        channels: ``F``.
+        keep: kept share, ``0 < keep <= 1``.
+        granularity: channels per selectable block.
+
+    Raises:
+        ValueError: if ``keep`` is outside ``(0, 1]``.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(
+            f"keep={keep} is not a share of the channels; choose a number above 0 "
+            "and up to 1 (1 keeps them all)."
+        )
+    return max(1, round(keep * channels / granularity)) * granularity
+
+
+def layer_sizes(
+    k: int, layers: int, channels: int, allocation: Allocation, granularity: int = 1
+) -> list[int]:
+    """Return the kept channels of every layer; their total is at most ``L * k``.
+
+    Args:
+        k: kept channels per layer on average, a multiple of ``granularity``.
+        layers: ``L``.
+        channels: ``F``.
+        allocation: ``uniform`` (the paper's rule) or ``first-layer``: layer 0 is kept
+            whole and the others share what is left of the same total.
+        granularity: channels per selectable block.
+
+    Raises:
+        ValueError: if ``k`` does not fit the channels, the granularity or the
+            allocation.
+    """
+    check_multiple(k, granularity, channels)
+    if allocation not in ALLOCATIONS:
+        raise ValueError(
+            f"allocation={allocation!r} is unknown; choose {' or '.join(ALLOCATIONS)}."
+        )
+    if allocation == "uniform" or layers == 1:
+        return [k] * layers
+    rest = (layers * k - channels) // (layers - 1) // granularity * granularity
+    if rest < granularity:
+        raise ValueError(
+            f"{k} channels in each of {layers} layers do not pay for a whole first "
+            f"layer of {channels}; keep more, or use the allocation uniform."
+        )
+    return [channels] + [rest] * (layers - 1)
+
+
+def check_multiple(k: int, granularity: int, channels: int) -> None:
+    """Raise ``ValueError`` naming the nearest valid ``k`` unless ``k`` fits.
+
+    Args:
+        k: kept channels per layer.
+        granularity: channels per selectable block.
+        channels: ``F``.
+    """
+    if not 0 < k <= channels:
+        raise ValueError(
+            f"target_size={k} must be between 1 and the {channels} channels of a layer."
+        )
+    if k % granularity:
+        below = k // granularity * granularity
+        valid = [v for v in (below, below + granularity) if 0 < v <= channels]
+        raise ValueError(
+            f"target_size={k} is not a multiple of the group of {granularity} "
+            f"channels; use {' or '.join(map(str, valid))}."
+        )
+
+
+def _read_mask_file(path: Path) -> Selection:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no mask file {path}.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            info = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable mask file: {error}.") from error
+    if info.pop("format", None) != MASK_FORMAT:
+        raise ValueError(
+            f"{path} is not a mask file; one is written by Selection.save or --save-mask."
+        )
+    try:
+        selection = _assemble(arrays, int(info.pop("channels")), info)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error!r}; make the mask again."
+        ) from error
+    if selection.mask_id != info.pop("mask_id", None):
+        raise ValueError(
+            f"{path} is damaged: its content does not match its mask_id; make the "
+            "mask again."
+        )
+    return selection
+
+
+def _assemble(
+    arrays: dict[str, np.ndarray], channels: int, info: dict[str, str]
+) -> Selection:
+    layers = sum(name.endswith(".indices") for name in arrays)
+    has_gates = "layers.0.gates" in arrays
+    indices, gates = [], []
+    for layer in range(layers):
+        index = arrays[f"layers.{layer}.indices"]
+        increasing = index.size == 1 or bool((np.diff(index) > 0).all())
+        if not increasing or index[0] < 0 or index[-1] >= channels:
+            raise IndexError(f"layer {layer} has unsorted or impossible indices")
+        indices.append(mx.array(index.astype(np.int32)))
+        if has_gates:
+            gate = arrays[f"layers.{layer}.gates"]
+            if gate.shape != index.shape:
+                raise IndexError(
+                    f"layer {layer} has {gate.size} gates for {index.size}"
+                )
+            gates.append(mx.array(gate.astype(np.float32)))
+    fingerprint = arrays.get("fingerprint")
+    return Selection(
+        tuple(indices),
+        tuple(gates) if has_gates else None,
+        channels,
+        info,
+        None if fingerprint is None else mx.array(fingerprint),
+    )
