@@ -1,0 +1,289 @@
+"""Masking and slicing, side by side: the same channels, the same result."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .masks import Selection
+
+TESTED = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3_text")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class FFN(NamedTuple):
+    """Where a layer's gated FFN sits: ``getattr(block, name)`` is ``module``."""
+
+    block: nn.Module
+    name: str
+    module: nn.Module
+
+
+class TappedFFN(nn.Module):
+    """A stock gated FFN with a function applied to its channels before ``down_proj``.
+
+    The forward pass stays mlx-lm's own: its class is called with another
+    ``down_proj``, so no activation function is known or repeated here. Parameters
+    keep their stock names.
+
+    Args:
+        ffn: the stock module, which shares its weights with this one.
+        tap: maps the channels ``act(gate) * up``, ``[B, T, F]``, to their stand-in.
+    """
+
+    def __init__(self, ffn: nn.Module, tap: Callable[[mx.array], mx.array]) -> None:
+        super().__init__()
+        for name in PROJECTIONS:
+            self[name] = ffn[name]
+        self._forward = partial(stock_forward, ffn)
+        self._tap = tap
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return the FFN's output, ``[B, T, D]``, for ``x``, ``[B, T, D]``."""
+        return self._forward(
+            x,
+            gate_proj=self.gate_proj,
+            up_proj=self.up_proj,
+            down_proj=lambda h: self.down_proj(self._tap(h)),
+        )
+
+
+class MaskedFFN(TappedFFN):
+    """The FFN as training sees it: every channel computed, then masked.
+
+    Equal to the sliced FFN for the same selection, by test. It starts with a mask
+    of ones.
+
+    Source: Hou et al. 2025 (arXiv:2501.02086) sec. 2, ``F(X, m)``.
+    """
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__(ffn, self._masked)
+        self._mask = mx.array(1.0)  # the underscore keeps it out of the parameters
+
+    def set_mask(self, mask: mx.array) -> None:
+        """Use ``mask``, ``[F]``, ``[B, 1, F]`` or ``[B, T, F]``, from now on."""
+        self._mask = mask
+
+    def _masked(self, h: mx.array) -> mx.array:
+        return h * self._mask.astype(h.dtype)
+
+
+def stock_forward(
+    ffn: nn.Module, x: mx.array, **projections: Callable[[mx.array], mx.array]
+) -> mx.array:
+    """Run the forward pass of an FFN's own class with other projections put in.
+
+    Args:
+        ffn: the stock module; it is not changed.
+        x: ``[B, T, D]``.
+        projections: what stands in for ``gate_proj``, ``up_proj``, ``down_proj``.
+    """
+    stand_in = copy.copy(ffn)
+    for name, projection in projections.items():
+        setattr(stand_in, name, projection)
+    return type(ffn).__call__(stand_in, x)
+
+
+def ffn_layers(model: nn.Module) -> list[FFN]:
+    """Return the gated FFN of every layer of a stock mlx-lm model.
+
+    Found by structure (``gate_proj``, ``up_proj`` and ``down_proj``), then tried: a
+    class is taken only if each channel's value depends on that channel alone, since
+    anything else could not be sliced exactly.
+
+    Raises:
+        ValueError: if a layer has no such FFN, naming the classes found and the
+            model types that are tested.
+    """
+    found = []
+    for number, block in enumerate(getattr(model, "layers", ())):
+        ffn = next(_gated_children(block), None)
+        if ffn is None:
+            kinds = {type(child).__name__ for child in block.children().values()}
+            raise _unsupported(model, f"layer {number} has only {sorted(kinds)}")
+        found.append(ffn)
+    if not found:
+        raise _unsupported(model, "it has no layers")
+    for stock, module in {type(ffn.module): ffn.module for ffn in found}.items():
+        if not _channels_are_independent(module):
+            raise _unsupported(model, f"{stock.__name__} mixes its channels")
+    return found
+
+
+def dense_shape(model: nn.Module) -> tuple[int, int]:
+    """Return ``(L, F)`` of a dense model.
+
+    Raises:
+        ValueError: if the layers are not equally wide.
+    """
+    widths = [ffn.module.gate_proj.weight.shape[0] for ffn in ffn_layers(model)]
+    if len(set(widths)) > 1:
+        raise _unsupported(model, f"its layers have the widths {sorted(set(widths))}")
+    return len(widths), widths[0]
+
+
+def mask_model(model: nn.Module) -> list[MaskedFFN]:
+    """Put a :class:`MaskedFFN` in place of every FFN of ``model``; return them."""
+    masked = []
+    for block, name, module in ffn_layers(model):
+        masked.append(MaskedFFN(module))
+        setattr(block, name, masked[-1])
+    return masked
+
+
+def set_masks(masked: list[MaskedFFN], masks: mx.array) -> None:
+    """Give every layer its mask.
+
+    Args:
+        masked: ``L`` modules, from :func:`mask_model`.
+        masks: ``[L, F]`` for all rows of a batch alike, or ``[L, B, 1 or T, F]``.
+    """
+    for module, mask in zip(masked, masks, strict=True):
+        module.set_mask(mask)
+
+
+def slice_model(
+    model: nn.Module,
+    selection: Selection,
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Cut ``model`` down to the selected channels, in place, gates folded in.
+
+    Weights that are still lazy are read one layer at a time, so about one dense
+    layer is in memory above the compact model.
+
+    Args:
+        model: a stock mlx-lm model; stays one.
+        selection: made for this model.
+        progress: wraps the iteration over layers, for a progress bar.
+
+    Raises:
+        ValueError: if a quantised ``down_proj`` would be cut inside a group.
+    """
+    layers = ffn_layers(model)
+    gates = selection.gates or (None,) * len(layers)
+    parts = list(zip(layers, selection.indices, gates, strict=True))
+    for ffn, index, gate in progress(parts):
+        slice_ffn(ffn.module, index, gate)
+        mx.eval(ffn.module.parameters())
+    if selection.target_size is not None and hasattr(model, "args"):
+        model.args.intermediate_size = selection.target_size
+
+
+def slice_ffn(ffn: nn.Module, index: mx.array, gate: mx.array | None) -> None:
+    """Keep the channels ``index`` of one FFN, in place.
+
+    Args:
+        ffn: has ``gate_proj`` and ``up_proj`` ``[F, D]`` and ``down_proj`` ``[D, F]``.
+        index: int32 ``[k]``, sorted.
+        gate: float32 ``[k]`` folded into the rows of ``up_proj``, or ``None``.
+    """
+    if index.size < ffn.gate_proj.weight.shape[0]:
+        _keep_rows(ffn.gate_proj, index)
+        _keep_rows(ffn.up_proj, index)
+        _keep_columns(ffn.down_proj, index)
+    if gate is not None:
+        _scale_rows(ffn.up_proj, gate)
+
+
+def group_size(model: nn.Module) -> int:
+    """Return how many channels must be selected together: the quantisation group
+    along ``F`` of ``down_proj``, or 1 when it is not quantised.
+    """
+    sizes = {
+        getattr(ffn.module.down_proj, "group_size", 1) for ffn in ffn_layers(model)
+    }
+    return max(sizes)
+
+
+def _keep_rows(linear: nn.Module, index: mx.array) -> None:
+    # Every row carries its own scales, so quantised rows move as they are.
+    for name in ("weight", "scales", "biases", "bias"):
+        if name in linear:
+            linear[name] = linear[name][index]
+
+
+def _keep_columns(linear: nn.Module, index: mx.array) -> None:
+    if not isinstance(linear, nn.QuantizedLinear):
+        linear.weight = linear.weight[:, index]
+        return
+    group = linear.group_size
+    if not _is_whole_blocks(index, group):
+        raise ValueError(
+            f"down_proj is quantised in groups of {group} channels, which the "
+            f"selection cuts; select with granularity {group}."
+        )
+    blocks = index[::group] // group
+    rows, groups = linear.scales.shape
+    for name in ("weight", "scales", "biases"):
+        if name in linear:
+            grouped = linear[name].reshape(rows, groups, -1)
+            linear[name] = grouped[:, blocks].reshape(rows, -1)
+
+
+def _is_whole_blocks(index: mx.array, group: int) -> bool:
+    if index.size % group:
+        return False
+    starts = index[::group] // group * group
+    blocks = starts[:, None] + mx.arange(group)
+    return bool(mx.array_equal(index.reshape(-1, group), blocks))
+
+
+def _scale_rows(linear: nn.Module, gate: mx.array) -> None:
+    # A row's scale multiplies its quantisation scales and biases, which is exact
+    # for the affine mode; the other modes store scales as powers of two.
+    names: tuple[str, ...] = ("weight", "bias")
+    if isinstance(linear, nn.QuantizedLinear):
+        if linear.mode != "affine":
+            raise ValueError(
+                f"Soft gates cannot be folded into {linear.mode} weights; use binary "
+                "gates or affine quantisation."
+            )
+        names = ("scales", "biases", "bias")
+    for name in names:
+        if name in linear:
+            array = linear[name]
+            scale = gate.reshape(-1, *[1] * (array.ndim - 1))
+            linear[name] = (array.astype(mx.float32) * scale).astype(array.dtype)
+
+
+def _gated_children(block: nn.Module) -> Iterator[FFN]:
+    for name, child in block.children().items():
+        if isinstance(child, nn.Module) and all(
+            isinstance(child.get(p), nn.Linear | nn.QuantizedLinear)
+            for p in PROJECTIONS
+        ):
+            yield FFN(block, name, child)
+
+
+def _channels_are_independent(ffn: nn.Module) -> bool:
+    """Try the forward pass on made-up channels; no weight is read."""
+    if isinstance(ffn, TappedFFN):
+        return True
+    gate, up = mx.linspace(-3, 3, 8)[None], mx.linspace(2, -1, 8)[None]
+
+    def channels(kept: mx.array) -> mx.array:
+        return stock_forward(
+            ffn,
+            mx.zeros((1, 1)),
+            gate_proj=lambda x: gate[:, kept],
+            up_proj=lambda x: up[:, kept],
+            down_proj=lambda h: h,
+        )
+
+    some = mx.array([0, 3, 4, 7])
+    whole, part = channels(mx.arange(8)), channels(some)
+    return part.shape == (1, 4) and bool(mx.allclose(whole[:, some], part, atol=1e-6))
+
+
+def _unsupported(model: nn.Module, why: str) -> ValueError:
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    return ValueError(
+        f"{kind} has no plain gated FFN in every layer: {why}; tested model types are "
+        f"{', '.join(TESTED)}."
+    )
