@@ -1,0 +1,358 @@
+"""A checkpoint folder as an object: select channels, make the compact model."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import masks, selectors, store
+from .atomic import new_file
+from .data import Message, Prompt, as_messages, instruction_of, is_tokens, tokenize
+from .masks import Allocation, Selection
+from .predictor import SparsityPredictor
+from .pruning import dense_shape, group_size, slice_model
+
+CONFIG_FILE, PRIOR_FILE, PREDICTOR_FOLDER = (
+    "ifp_config.json",
+    "prior.safetensors",
+    "predictor",
+)
+DEFAULT_KEEP = 0.5
+
+Progress = Callable[[Iterable], Iterable]
+
+
+@dataclass(frozen=True)
+class IFPConfig:
+    """What a trained checkpoint says about its selections; a stock folder has none.
+
+    Attributes:
+        version: of this file's format.
+        target_size: ``k`` the checkpoint was trained for, or ``None``.
+        gates: whether kept channels are weighted by λ, in training and inference.
+        temperature: ε of the soft top-k, in units of the scores.
+        granularity: channels per selectable block; 1 is the paper.
+    """
+
+    version: int = 1
+    target_size: int | None = None
+    gates: Literal["binary", "soft"] = "binary"
+    temperature: float = 1.0
+    granularity: int = 1
+
+    @staticmethod
+    def load(folder: Path) -> "IFPConfig":
+        """Read ``ifp_config.json``, or the defaults where there is none.
+
+        Raises:
+            ValueError: if the file is not what this version writes.
+        """
+        path = folder / CONFIG_FILE
+        if not path.exists():
+            return IFPConfig()
+        try:
+            config = IFPConfig(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is not a valid ifp_mlx config: {error}."
+            ) from error
+        if config.version != 1 or config.gates not in ("binary", "soft"):
+            raise ValueError(
+                f"{path} has version {config.version} and gates {config.gates!r}; this "
+                "ifp_mlx reads version 1 with gates binary or soft: update ifp_mlx."
+            )
+        return config
+
+    def save(self, folder: Path) -> None:
+        """Write ``ifp_config.json`` into ``folder``."""
+        with new_file(folder / CONFIG_FILE) as scratch:
+            scratch.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+class IFPModel:
+    """A large model on disk, from which an instruction's channels can be loaded.
+
+    No weight stays in memory: :meth:`select` and :meth:`compact` read what they
+    need and let it go. Make one with :func:`load`.
+
+    Attributes:
+        path: the checkpoint folder.
+        name: the hub id it was opened by, else the folder's name.
+        config: its config.json.
+        ifp: its ifp_config.json, or the defaults.
+        tokenizer: mlx-lm's ``TokenizerWrapper``.
+        layers: ``L``.
+        channels: ``F``, the width of the dense FFN.
+        granularity: channels that are selected together, at least the quantisation
+            group along ``F``.
+    """
+
+    def __init__(
+        self, path: Path, name: str, config: dict[str, Any], tokenizer: Any
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.config = config
+        self.tokenizer = tokenizer
+        self.ifp = IFPConfig.load(path)
+        dense = self.dense()
+        self.layers, self.channels = dense_shape(dense)
+        self.granularity = math.lcm(self.ifp.granularity, group_size(dense))
+        if self.channels % self.granularity:
+            raise ValueError(
+                f"{path / CONFIG_FILE} has granularity {self.ifp.granularity}, which "
+                f"does not divide the {self.channels} channels; correct it."
+            )
+        self.fingerprint = _fingerprint(dense)
+
+    def dense(self) -> nn.Module:
+        """Return the whole stock mlx-lm model; each weight is read when first used."""
+        return store.dense_model(self.path)
+
+    @cached_property
+    def predictor(self) -> SparsityPredictor | None:
+        """The checkpoint's trained predictor, or ``None``."""
+        folder = self.path / PREDICTOR_FOLDER
+        if not folder.exists():
+            return None
+        predictor = SparsityPredictor.load(folder)
+        made_for = (predictor.layers, predictor.channels)
+        here = (self.layers, self.channels)
+        if made_for != here:
+            raise ValueError(
+                f"The predictor in {folder} scores {made_for[0]} layers of "
+                f"{made_for[1]} channels, but the model has {here[0]} of {here[1]}; "
+                "put the predictor that was trained with this model there."
+            )
+        return predictor
+
+    @cached_property
+    def prior(self) -> mx.array | None:
+        """The prior kept with the checkpoint, float32 ``[L, F]``, or ``None``."""
+        path = self.path / PRIOR_FILE
+        if not path.exists():
+            return None
+        try:
+            scores = cast(dict[str, mx.array], mx.load(str(path))).get("scores")
+        except RuntimeError:  # not safetensors at all
+            scores = None
+        if scores is None or scores.shape != (self.layers, self.channels):
+            raise ValueError(
+                f"{path} does not hold scores for {self.layers} layers of "
+                f"{self.channels} channels; delete it, and it is computed again."
+            )
+        return scores
+
+    def select(
+        self,
+        instruction: Prompt,
+        *,
+        keep: float | None = None,
+        target_size: int | None = None,
+        selector: str = "auto",
+        allocation: Allocation | None = None,
+        seed: int = 0,
+        progress: Progress = iter,
+    ) -> Selection:
+        """Choose the channels that an instruction needs.
+
+        Args:
+            instruction: a text, which goes through the chat template as in
+                :func:`ifp_mlx.generate`; messages, of which those up to the first
+                user message count; or token ids, taken as they are.
+            keep: kept share of ``F``, rounded to the granularity. Default: the
+                checkpoint's own target size, else 0.5.
+            target_size: ``k`` itself, instead of ``keep``.
+            selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``,
+                or ``auto``: the first of predictor, blend (if a prior is kept with
+                the checkpoint) and activation that is there. ``prior`` and
+                ``blend`` compute the prior once if it is missing.
+            allocation: ``uniform`` or ``first-layer``. Default: uniform for a
+                trained predictor, else first-layer where the budget pays for it.
+            seed: of the selector ``random``.
+            progress: wraps the iteration over calibration texts.
+
+        Returns:
+            A selection with its making in ``info``.
+
+        Raises:
+            ValueError: on a keep, selector or allocation that cannot be had.
+        """
+        k = self._target_size(keep, target_size)
+        selector = self._resolve(selector)
+        sizes, allocation = self._sizes(k, selector, allocation)
+        tokens = self.instruction_tokens(instruction)
+        if k == self.channels:  # nothing to choose
+            selector, scores = "all", mx.zeros((self.layers, self.channels))
+        else:
+            scores = self._scores(selector, tokens, seed, progress)
+        selection = masks.select(
+            scores,
+            sizes,
+            granularity=self.granularity,
+            gates=self.ifp.gates if selector == "predictor" else "binary",
+            temperature=self.ifp.temperature,
+        )
+        share = f"{k / self.channels:.4g}"
+        info = {"selector": selector, "allocation": allocation, "keep": share}
+        if isinstance(instruction, str):
+            info["instruction"] = instruction
+        return replace(selection, info=info, fingerprint=self.fingerprint)
+
+    def compact(self, selection: Selection, *, progress: Progress = iter) -> nn.Module:
+        """Load the selected channels as an ordinary mlx-lm model.
+
+        Args:
+            selection: made with this model.
+            progress: wraps the iteration over layers.
+
+        Returns:
+            An instance of mlx-lm's own class, its weights in memory. ``selection``
+            is folded in: gates are part of the weights.
+
+        Raises:
+            ValueError: if the selection is of another model.
+        """
+        selection.check_fits(self.layers, self.channels, self.fingerprint)
+        model = self.dense()
+        slice_model(model, selection, progress=progress)
+        mx.eval(model.parameters())
+        return model
+
+    def instruction_tokens(self, instruction: Prompt) -> list[int]:
+        """Return the token ids that select, for anything :meth:`select` takes."""
+        if is_tokens(instruction):
+            return list(instruction)
+        return tokenize(self.tokenizer, instruction_of(as_messages(instruction)))
+
+    def compute_prior(self, *, progress: Progress = iter) -> mx.array:
+        """Compute the prior over the package's calibration text and keep it with the
+        checkpoint (in memory alone where the folder cannot be written).
+
+        Returns:
+            float32 ``[L, F]``.
+        """
+        texts = [self._calibration_tokens(c) for c in selectors.calibration_chats()]
+        scores = selectors.prior_scores(self.dense(), texts, progress=progress)
+        try:
+            with new_file(self.path / PRIOR_FILE) as scratch:
+                mx.save_safetensors(str(scratch), {"scores": scores})
+        except OSError:
+            pass
+        self.__dict__["prior"] = scores
+        return scores
+
+    def _calibration_tokens(self, chat: list[Message]) -> list[int]:
+        try:
+            return tokenize(self.tokenizer, chat)
+        except ValueError:  # some chat templates know no system message
+            return tokenize(self.tokenizer, [m for m in chat if m["role"] != "system"])
+
+    def _target_size(self, keep: float | None, k: int | None) -> int:
+        if keep is not None and k is not None:
+            raise ValueError(
+                f"keep={keep} and target_size={k} say the same thing; give one of them."
+            )
+        if k is None and keep is None:
+            k = self.ifp.target_size
+        if k is None:
+            share = DEFAULT_KEEP if keep is None else keep
+            return masks.target_size(self.channels, share, self.granularity)
+        masks.check_multiple(k, self.granularity, self.channels)
+        return k
+
+    def _resolve(self, selector: str) -> str:
+        if selector not in selectors.SELECTORS:
+            raise ValueError(
+                f"selector={selector!r} is unknown; choose one of {', '.join(selectors.SELECTORS)}."
+            )
+        if selector == "predictor" and self.predictor is None:
+            raise ValueError(
+                f"{self.path} carries no trained predictor; use the selector auto."
+            )
+        if selector != "auto":
+            return selector
+        if self.predictor is not None:
+            return "predictor"
+        return "activation" if self.prior is None else "blend"
+
+    def _sizes(
+        self, k: int, selector: str, allocation: Allocation | None
+    ) -> tuple[list[int], Allocation]:
+        shape = (k, self.layers, self.channels)
+        if allocation is None and selector != "predictor" and k < self.channels:
+            try:
+                sizes = masks.layer_sizes(*shape, "first-layer", self.granularity)
+                return sizes, "first-layer"
+            except ValueError:  # too small a budget for a whole first layer
+                pass
+        allocation = allocation or "uniform"
+        return masks.layer_sizes(*shape, allocation, self.granularity), allocation
+
+    def _scores(
+        self, selector: str, tokens: list[int], seed: int, progress: Progress
+    ) -> mx.array:
+        if selector == "predictor":
+            return self._predict(tokens)
+        if selector == "random":
+            return selectors.random_scores(self.layers, self.channels, seed)
+        if selector == "activation":
+            return selectors.activation_scores(self.dense(), tokens)
+        prior = self.prior
+        if prior is None:
+            prior = self.compute_prior(progress=progress)
+        if selector == "prior":
+            return prior
+        local = selectors.activation_scores(self.dense(), tokens)
+        return selectors.blend_scores(local, prior)
+
+    def _predict(self, tokens: list[int]) -> mx.array:
+        assert self.predictor is not None
+        own = self.predictor.tokenizer
+        if own is not None:  # the predictor's language model has other tokens
+            text = self.tokenizer.decode(tokens)
+            tokens = own.encode(text, add_special_tokens=False)
+        return self.predictor(mx.array(tokens)[None])[0]
+
+
+def load(model: str | os.PathLike[str]) -> tuple[IFPModel, Any]:
+    """Open a checkpoint: an IFP checkpoint, or any stock folder of a supported type.
+
+    Only headers are read; weights stay on disk until a selection needs them.
+
+    Args:
+        model: a local folder or a Hugging Face Hub id.
+
+    Returns:
+        The model and mlx-lm's tokenizer.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or hub id.
+        ValueError: if its content is damaged or of an unsupported type.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    path = store.resolve(model)
+    config = store.check_folder(path)
+    tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    name = path.resolve().name if Path(model).exists() else str(model)
+    return IFPModel(path, name, config, tokenizer), tokenizer
+
+
+def _fingerprint(model: nn.Module) -> mx.array:
+    """Return the final norm's weights, float16 ``[D]``."""
+    for name, weight in tree_flatten(model.parameters()):
+        if re.search(r"(^|\.)norm\.weight$", name) and "layers." not in name:
+            fingerprint = weight.astype(mx.float16)
+            mx.eval(fingerprint)  # or it would be read from the file much later
+            return fingerprint
+    raise ValueError(f"{type(model).__module__} has no final norm to know it by.")

@@ -1,0 +1,242 @@
+"""Where full weights live: find a model folder, check it, open it without reading."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+# What a model needs, and what says how it may be used. Never code.
+NEEDED = ["*.json", "model*.safetensors", "predictor/*.safetensors", "*.jinja"]
+NEEDED += ["tokenizer.model", "*.tiktoken", "*.txt"]
+DOCUMENTS = ["LICENSE*", "README.md"]
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """Return the folder of ``model``, fetching it from the hub if need be.
+
+    Args:
+        model: an existing folder, or a Hugging Face id such as ``org/name``.
+
+    Raises:
+        FileNotFoundError: if it is neither, or if the hub does not give it.
+        NotADirectoryError: if it is a file.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(
+                f"{path} has no config.json, so it is not a model folder; "
+                "give a folder with config.json, model*.safetensors and a tokenizer."
+            )
+        return path
+    if path.exists():
+        raise NotADirectoryError(
+            f"{path} is a file, not a model folder; give its folder, or convert it "
+            "with convert/from_pytorch.py if it is a GGUF file or a state dict."
+        )
+    if isinstance(model, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        return _fetch(model)
+    raise FileNotFoundError(
+        f"{model} is neither an existing folder nor a hub id such as org/name; "
+        "check the spelling."
+    )
+
+
+def _fetch(repo: str) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    reasons = {
+        errors.GatedRepoError: "it is gated; accept its terms on huggingface.co, "
+        "then run `hf auth login`",
+        errors.RepositoryNotFoundError: "it is not there, or private; check the id, "
+        "or run `hf auth login`",
+        errors.LocalEntryNotFoundError: "it is not in the cache and the hub cannot be "
+        "reached; connect to the network with HF_HUB_OFFLINE unset, or give a folder",
+    }
+    try:
+        try:
+            return Path(snapshot_download(repo, allow_patterns=NEEDED + DOCUMENTS))
+        except errors.IncompleteSnapshotError:
+            # Offline, with a copy fetched by mlx-lm, which leaves documents out.
+            return Path(
+                snapshot_download(repo, allow_patterns=NEEDED, local_files_only=True)
+            )
+    except Exception as error:  # the client lets those of its HTTP library through
+        kinds = (why for kind, why in reasons.items() if isinstance(error, kind))
+        why = next(kinds, f"{type(error).__name__}: {error}; try again")
+        raise FileNotFoundError(
+            f"{repo} is no folder, and does not come from the Hugging Face Hub: {why}."
+        ) from error
+
+
+def dense_model(path: Path) -> "nn.Module":
+    """Return the stock mlx-lm model of a folder; its weights stay on disk till used.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`check_folder`.
+    """
+    from mlx_lm.utils import load_model
+
+    check_folder(path)
+    return load_model(path, lazy=True)[0]
+
+
+def check_folder(path: Path) -> dict[str, Any]:
+    """Check a model folder before any weight is read; return its configuration.
+
+    Config, index, safetensors headers, and the name and shape of every tensor are
+    held against each other and against what mlx-lm's class for this config expects.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the files contradict themselves or each other.
+    """
+    from mlx_lm.utils import _get_classes, load_model
+
+    config = _read_config(path / "config.json")
+    if (index := path / "model.safetensors.index.json").exists():
+        index_files(index)
+    files = _check_headers(path)
+    try:
+        model_class, args_class = _get_classes(config)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"model_type={config['model_type']!r} in {path / 'config.json'} is not "
+            "supported by mlx-lm; use a model that mlx-lm can load."
+        ) from error
+    problems: list[str | None] = []
+
+    class Checked(model_class):  # type: ignore[misc, valid-type]
+        """Compares where others load: by then names and shapes are final."""
+
+        def load_weights(self, weights: list, strict: bool = True) -> None:
+            problems.append(_mismatch(self, dict(weights), files, path))
+
+    try:
+        _, config = load_model(
+            path, lazy=True, get_model_classes=lambda config: (Checked, args_class)
+        )
+    except Exception as error:  # whatever mlx-lm's model code trips over
+        raise ValueError(
+            f"mlx-lm cannot build a {config['model_type']} model from {path} "
+            f"({type(error).__name__}: {error}); fetch or convert it again."
+        ) from error
+    if problems[0]:
+        raise ValueError(
+            f"{problems[0]}; config.json and the weights do not belong together: "
+            "fetch or convert both again."
+        )
+    return config
+
+
+def _mismatch(
+    model: "nn.Module", found: dict[str, Any], files: dict[str, Path], path: Path
+) -> str | None:
+    """Say how the tensors found first differ from those that ``model`` expects."""
+    from mlx.utils import tree_flatten
+
+    expected = tree_flatten(model.parameters(), destination={})
+    for name, tensor in expected.items():
+        if name not in found:
+            return f"{path} lacks the tensor {name} {tensor.shape}"
+        if found[name].shape != tensor.shape:
+            return (
+                f"{name} in {files.get(name, path)} has shape {found[name].shape}, "
+                f"but config.json asks for {tensor.shape}"
+            )
+    for name in sorted(found.keys() - expected.keys()):
+        return (
+            f"{files.get(name, path)} holds {name}, which config.json has no place for"
+        )
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; give a complete model folder.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        error = ValueError(f"a JSON {type(content).__name__}")
+    except ValueError as syntax:
+        error = syntax
+    raise ValueError(
+        f"{path} is not a JSON object ({error}); fetch or convert the model again."
+    ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
+        raise ValueError(
+            f"model_type={model_type!r} in {path} names no model; "
+            "it should be a name such as 'llama'."
+        )
+    for key in ("model_file", "trust_remote_code"):
+        if config.get(key):
+            raise ValueError(
+                f"{key}={config[key]!r} in {path} asks to run code from the model "
+                "folder, which is never done; use a model that mlx-lm has built in."
+            )
+    return config
+
+
+def index_files(index: Path) -> list[Path]:
+    """Return the files that a ``*.index.json`` names, all of them in its folder."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map; delete it or fetch it again.")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(
+                f"{index} names {name!r}, which is no file of its own folder; "
+                "fetch the model again."
+            )
+        if not index.with_name(name).exists():
+            raise FileNotFoundError(
+                f"{index} names {name}, which is missing; fetch it."
+            )
+    return [index.with_name(name) for name in names]
+
+
+def _check_headers(path: Path) -> dict[str, Path]:
+    """Return the file that holds each tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = path.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":  # the hub's cache links to its blobs
+        homes.append(folder.parent.parent / "blobs")
+    files: dict[str, Path] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        if file.resolve().parent not in homes:
+            raise ValueError(
+                f"{file} is a link to {file.resolve()}, outside its model folder; "
+                "copy the file into the folder."
+            )
+        try:
+            with safe_open(file, framework="numpy") as header:
+                names = header.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}); fetch or convert the model again."
+            ) from error
+        if twice := files.keys() & set(names):
+            raise ValueError(
+                f"{min(twice)} is in both {files[min(twice)]} and {file}; "
+                "delete the file that does not belong to this model."
+            )
+        files |= dict.fromkeys(names, file)
+    if not files:
+        raise FileNotFoundError(
+            f"{path} has no model*.safetensors; "
+            "convert its weights with convert/from_pytorch.py first."
+        )
+    return files

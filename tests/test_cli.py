@@ -1,0 +1,55 @@
+import subprocess
+import sys
+
+import pytest
+
+from ifp_mlx import cli
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, ImportError])
+def test_a_users_mistake_is_one_line_and_exit_status_2(kind, capsys):
+    def command():
+        raise kind("width=3 is odd;\n use 2 or 4.")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command, "verb")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "verb: error: width=3 is odd; use 2 or 4.\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0, "verb")
+
+
+def test_an_interrupt_is_not_an_error_of_ours():
+    def command():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command, "verb")
+    assert stop.value.code == 130
+
+
+def test_a_terminated_run_cleans_up(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from ifp_mlx import atomic, cli\n"
+        "def command():\n"
+        "    with atomic.new_folder(sys.argv[1]) as scratch:\n"
+        "        (scratch / 'half').write_text('written')\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "cli.run(command, 'verb')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "out"])
+    assert run.returncode == 143 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["generate", "compact"])
+def test_every_command_explains_itself(verb):
+    run = subprocess.run(
+        [sys.executable, "-m", f"ifp_mlx.{verb}", "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "--mask-file" in run.stdout and run.stderr == ""

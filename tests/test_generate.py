@@ -1,0 +1,200 @@
+import io
+import json
+
+import mlx.core as mx
+import pytest
+from conftest import write_folder
+
+from ifp_mlx import Selection, generate, load, stream_generate
+from ifp_mlx.generate import main
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    return load(write_folder(tmp_path_factory.mktemp("generate") / "tiny"))
+
+
+def run(capsys, *arguments):
+    """Run the command; return its exit status, stdout and stderr."""
+    try:
+        main([str(a) for a in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_keeping_everything_gives_mlx_lms_own_text(opened):
+    import mlx_lm
+
+    model, tokenizer = opened
+    chat = [{"role": "user", "content": "Hello"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=False
+    )
+    stock = mlx_lm.generate(model.dense(), tokenizer, prompt, max_tokens=12)
+    assert generate(model, tokenizer, "Hello", keep=1.0, max_tokens=12) == stock
+
+
+def test_each_step_carries_the_selection_and_the_times(opened):
+    model, tokenizer = opened
+    steps = list(stream_generate(model, tokenizer, "Hello", keep=0.5, max_tokens=5))
+    last = steps[-1]
+    assert last.generation_tokens == 5 and last.finish_reason == "length"
+    assert last.selection.mask_id == model.select("Hello", keep=0.5).mask_id
+    seconds = last.seconds
+    assert min(seconds.select, seconds.load, seconds.prefill, seconds.decode) > 0
+    assert seconds.ttft == pytest.approx(
+        seconds.select + seconds.load + seconds.prefill
+    )
+    assert last.prompt_tokens == len(model.instruction_tokens("Hello"))
+
+
+def test_the_instruction_selects_and_the_prompt_does_not(opened):
+    model, tokenizer = opened
+    options = {"keep": 0.5, "max_tokens": 1}
+    steps = stream_generate(model, tokenizer, "Hello", instruction="French.", **options)
+    assert next(steps).selection.mask_id == model.select("French.").mask_id
+    with_system = stream_generate(
+        model, tokenizer, "Hello", system_prompt="Hm", **options
+    )
+    chat = [{"role": "system", "content": "Hm"}, {"role": "user", "content": "Hello"}]
+    assert next(with_system).selection.mask_id == model.select(chat).mask_id
+
+
+def test_the_first_human_message_selects_for_a_whole_conversation(opened):
+    model, tokenizer = opened
+    chat = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "What is a fjord?"},
+    ]
+    step = next(stream_generate(model, tokenizer, chat, max_tokens=1))
+    assert step.selection.mask_id == model.select("Hello").mask_id
+    assert step.prompt_tokens > len(model.instruction_tokens("Hello"))
+
+
+def test_token_ids_are_taken_as_they_are(opened):
+    model, tokenizer = opened
+    step = next(stream_generate(model, tokenizer, [5, 9, 7], max_tokens=1))
+    assert step.prompt_tokens == 3
+    assert step.selection.mask_id == model.select([5, 9, 7]).mask_id
+
+
+def test_a_given_selection_is_used(opened):
+    model, tokenizer = opened
+    mine = model.select("Something else.", keep=0.75)
+    step = next(
+        stream_generate(model, tokenizer, "Hello", selection=mine, max_tokens=1)
+    )
+    assert step.selection is mine
+
+
+def test_the_package_exports_the_function_even_after_its_module_is_imported():
+    import ifp_mlx.generate
+
+    assert callable(ifp_mlx.generate) and ifp_mlx.generate is generate
+
+
+def test_the_command_ends_with_one_line_of_json(opened, capsys, tmp_path):
+    mask = tmp_path / "mask.safetensors"
+    arguments = ["--model", opened[0].path, "--prompt", "Hello", "--keep", "0.5"]
+    arguments += ["--max-tokens", "4", "--json"]
+    status, out, err = run(capsys, *arguments, "--save-mask", mask)
+    assert status == 0
+    text, _, line = out.rstrip("\n").rpartition("\n")
+    report = json.loads(line)
+    assert report["text"] == text
+    assert report["generation_tokens"] == 4 and report["prompt_tokens"] > 4
+    selection = report["selection"]
+    assert selection["kept_channels"] == 96 and selection["total_channels"] == 192
+    assert selection["layers"] == [64, 16, 16]
+    assert (selection["selector"], selection["allocation"]) == (
+        "activation",
+        "first-layer",
+    )
+    assert set(report["seconds"]) == {"select", "load", "prefill", "decode", "ttft"}
+    assert report["peak_memory_bytes"] > 0 and report["generation_tps"] > 0
+    assert (
+        f"96 of 192 channels, chosen by activation (first-layer), mask {selection['mask_id']}"
+        in err
+    )
+
+    assert Selection.load(mask).mask_id == selection["mask_id"]
+    arguments = ["--model", opened[0].path, "--prompt", "Hello", "--max-tokens", "4"]
+    status, again, _ = run(capsys, *arguments, "--mask-file", mask, "--json")
+    assert json.loads(again.splitlines()[-1])["selection"] == selection
+    assert json.loads(again.splitlines()[-1])["text"] == report["text"]
+
+
+def test_sampling_follows_the_seed(opened, capsys):
+    arguments = ["--model", opened[0].path, "-p", "Hello", "--temp", "1.5", "-m", "8"]
+    texts = [run(capsys, *arguments, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_prompt_can_come_from_standard_input(opened, capsys, monkeypatch):
+    arguments = ["--model", opened[0].path, "-m", "4", "--keep", "0.5"]
+    _, expected, _ = run(capsys, *arguments, "-p", "Hello")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
+    assert run(capsys, *arguments, "-p", "-")[1] == expected
+
+
+MISTAKES = {
+    "a missing folder": (["--model", "gone"], "gone is neither an existing folder nor"),
+    "a hub id without network": (["--model", "org/name"], "org/name did not come from"),
+    "keep 0": (["--keep", "0"], "keep=0.0 is not a share of the channels"),
+    "keep 1.5": (["--keep", "1.5"], "keep=1.5 is not a share of the channels"),
+    "two budgets": (["--keep", "1", "--target-size", "8"], "not allowed with argument"),
+    "an unknown selector": (["--selector", "best"], "selector='best' is unknown"),
+    "an unknown allocation": (["--allocation", "x"], "allocation='x' is unknown"),
+    "an empty prompt": (["--prompt", " "], "The prompt ' ' is empty; give some text."),
+    "an empty instruction": (["--instruction", ""], "The prompt '' is empty"),
+    "no mask file": (["--mask-file", "gone"], "There is no mask file gone."),
+    "no tokens wanted": (["-m", "0"], "--max-tokens 0 must be at least 1."),
+    "not a number": (["--keep", "half"], "invalid float value: 'half'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_status_2(mistake, opened, capsys):
+    arguments, sentence = MISTAKES[mistake]
+    given = ["--model", opened[0].path, "--prompt", "Hello", *arguments]
+    status, out, err = run(capsys, *given)
+    assert status == 2 and out == ""
+    assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_mask_file_of_another_model_is_a_mistake(opened, capsys, tmp_path):
+    other, _ = load(write_folder(tmp_path / "other", intermediate_size=32))
+    other.select("Hi").save(tmp_path / "mask")
+    given = ["--model", opened[0].path, "-p", "Hello", "--mask-file", tmp_path / "mask"]
+    status, _, err = run(capsys, *given)
+    assert status == 2 and "is for a model with 3 layers of 32 channels" in err
+    status, _, err = run(capsys, *given, "--keep", "0.5")
+    assert status == 2 and "leave out --keep" in err
+
+
+def test_a_config_without_a_gated_ffn_is_a_mistake(capsys, tmp_path):
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import gpt2
+
+    config = {
+        "model_type": "gpt2",
+        "n_ctx": 8,
+        "n_embd": 8,
+        "n_head": 2,
+        "n_layer": 2,
+        "n_positions": 8,
+        "layer_norm_epsilon": 1e-5,
+        "vocab_size": 259,
+    }
+    folder = write_folder(tmp_path / "gpt2")
+    model = gpt2.Model(gpt2.ModelArgs(**config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    status, _, err = run(capsys, "--model", folder, "-p", "Hello")
+    assert status == 2 and "gpt2.Model has no plain gated FFN" in err
+    assert "llama, mistral, ministral3, qwen2, qwen3, gemma2, gemma3_text" in err
