@@ -194,7 +194,7 @@ def index_files(index: Path) -> list[Path]:
         raise ValueError(f"{index} has no weight_map; delete it or fetch it again.")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name:
+        if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(
                 f"{index} names {name!r}, which is no file of its own folder; "
                 "fetch the model again."

@@ -1,0 +1,1 @@
+"""Converters into and out of MLX model folders: scripts, and importable."""
