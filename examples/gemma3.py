@@ -1,0 +1,18 @@
+"""Gemma-3-270m (base): fetched, converted, and continued with part of its channels.
+
+A base model continues a text instead of answering, and this one has no chat template.
+"""
+
+from fetch import fetch
+
+from ifp_mlx import load, stream_generate
+
+TEXTS = ("The capital of France is", "Water boils at")
+
+model, tokenizer = load(fetch("gemma3"))
+for text in TEXTS:
+    for keep in (1.0, 0.75):
+        print(f"\n[{keep:.0%} of the FFN channels] {text}", end="")
+        for r in stream_generate(model, tokenizer, text, keep=keep, max_tokens=24):
+            print(r.text, end="", flush=True)
+        print(f"\n(mask {r.selection.mask_id}, {r.generation_tps:.1f} tokens/s)")

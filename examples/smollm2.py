@@ -1,0 +1,15 @@
+"""SmolLM2-135M-Instruct: fetched, converted, and asked with part of its channels."""
+
+from fetch import fetch
+
+from ifp_mlx import load, stream_generate
+
+QUESTIONS = ("What is the capital of France?", "Name three primary colors.")
+
+model, tokenizer = load(fetch("smollm2"))
+for question in QUESTIONS:
+    for keep in (1.0, 0.75):
+        print(f"\n[{keep:.0%} of the FFN channels] {question}")
+        for r in stream_generate(model, tokenizer, question, keep=keep, max_tokens=60):
+            print(r.text, end="", flush=True)
+        print(f"\n(mask {r.selection.mask_id}, {r.generation_tps:.1f} tokens/s)")
