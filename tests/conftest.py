@@ -116,6 +116,17 @@ def write_folder(folder: Path, family: str = "llama", seed: int = 0, **changes) 
     return folder
 
 
+def run_command(main, capsys, *arguments) -> tuple[int, str, str]:
+    """Run a command's ``main``; return its exit status, stdout and stderr."""
+    try:
+        main([str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
 def relative_error(found: mx.array, expected: mx.array) -> float:
     """Return the largest difference as a share of the largest expected value."""
     return float(mx.abs(found - expected).max() / mx.abs(expected).max())

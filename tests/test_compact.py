@@ -2,7 +2,7 @@ import json
 
 import mlx.core as mx
 import pytest
-from conftest import FAMILIES, relative_error, write_folder
+from conftest import FAMILIES, relative_error, run_command, write_folder
 
 import ifp_mlx.compact
 from ifp_mlx import Selection, load
@@ -10,17 +10,6 @@ from ifp_mlx.compact import Quantisation, main, write_compact
 from ifp_mlx.pruning import ffn_layers
 
 TOKENS = mx.array([[5, 9, 77, 200, 13]])
-
-
-def run(capsys, *arguments):
-    """Run the command; return its exit status, stdout and stderr."""
-    try:
-        main([str(a) for a in arguments])
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,12 +70,14 @@ def test_unequal_widths_elsewhere_become_uniform_and_the_command_says_so(
         tmp_path / "out",
         "--json",
     ]
-    status, out, err = run(capsys, *arguments)
+    status, out, err = run_command(main, capsys, *arguments)
     assert status == 0 and json.loads(out)["layers"] == [32, 32, 32]
     assert "No stock architecture for qwen3" in err and "1.60 against 1.30" in err
     load(folder)[0].select("Hi").save(tmp_path / "ragged")
     arguments = ["--model", folder, "--mask-file", tmp_path / "ragged"]
-    status, _, err = run(capsys, *arguments, "--mlx-path", tmp_path / "out2")
+    status, _, err = run_command(
+        main, capsys, *arguments, "--mlx-path", tmp_path / "out2"
+    )
     assert status == 2 and "no stock architecture for qwen3 can say" in err
 
 
@@ -168,7 +159,7 @@ def test_mistakes_are_one_line_and_exit_status_2(tmp_path, capsys):
     }  # fmt: skip
     del mistakes["out is said"]
     for sentence, arguments in mistakes.items():
-        status, out, err = run(capsys, *arguments)
+        status, out, err = run_command(main, capsys, *arguments)
         assert status == 2 and out == "" and sentence in err and err.count("\n") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "there"]
 

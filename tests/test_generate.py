@@ -3,7 +3,7 @@ import json
 
 import mlx.core as mx
 import pytest
-from conftest import write_folder
+from conftest import run_command, write_folder
 
 from ifp_mlx import Selection, generate, load, stream_generate
 from ifp_mlx.generate import main
@@ -12,17 +12,6 @@ from ifp_mlx.generate import main
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     return load(write_folder(tmp_path_factory.mktemp("generate") / "tiny"))
-
-
-def run(capsys, *arguments):
-    """Run the command; return its exit status, stdout and stderr."""
-    try:
-        main([str(a) for a in arguments])
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_keeping_everything_gives_mlx_lms_own_text(opened):
@@ -101,7 +90,7 @@ def test_the_command_ends_with_one_line_of_json(opened, capsys, tmp_path):
     mask = tmp_path / "mask.safetensors"
     arguments = ["--model", opened[0].path, "--prompt", "Hello", "--keep", "0.5"]
     arguments += ["--max-tokens", "4", "--json"]
-    status, out, err = run(capsys, *arguments, "--save-mask", mask)
+    status, out, err = run_command(main, capsys, *arguments, "--save-mask", mask)
     assert status == 0
     text, _, line = out.rstrip("\n").rpartition("\n")
     report = json.loads(line)
@@ -123,27 +112,34 @@ def test_the_command_ends_with_one_line_of_json(opened, capsys, tmp_path):
 
     assert Selection.load(mask).mask_id == selection["mask_id"]
     arguments = ["--model", opened[0].path, "--prompt", "Hello", "--max-tokens", "4"]
-    status, again, _ = run(capsys, *arguments, "--mask-file", mask, "--json")
+    status, again, _ = run_command(
+        main, capsys, *arguments, "--mask-file", mask, "--json"
+    )
     assert json.loads(again.splitlines()[-1])["selection"] == selection
     assert json.loads(again.splitlines()[-1])["text"] == report["text"]
 
 
 def test_sampling_follows_the_seed(opened, capsys):
     arguments = ["--model", opened[0].path, "-p", "Hello", "--temp", "1.5", "-m", "8"]
-    texts = [run(capsys, *arguments, "--seed", seed)[1] for seed in (1, 1, 2)]
+    texts = [
+        run_command(main, capsys, *arguments, "--seed", seed)[1] for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_prompt_can_come_from_standard_input(opened, capsys, monkeypatch):
     arguments = ["--model", opened[0].path, "-m", "4", "--keep", "0.5"]
-    _, expected, _ = run(capsys, *arguments, "-p", "Hello")
+    _, expected, _ = run_command(main, capsys, *arguments, "-p", "Hello")
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
-    assert run(capsys, *arguments, "-p", "-")[1] == expected
+    assert run_command(main, capsys, *arguments, "-p", "-")[1] == expected
 
 
 MISTAKES = {
     "a missing folder": (["--model", "gone"], "gone is neither an existing folder nor"),
-    "a hub id without network": (["--model", "org/name"], "org/name did not come from"),
+    "a hub id without network": (
+        ["--model", "org/name"],
+        "org/name is no folder, and does not come",
+    ),
     "keep 0": (["--keep", "0"], "keep=0.0 is not a share of the channels"),
     "keep 1.5": (["--keep", "1.5"], "keep=1.5 is not a share of the channels"),
     "two budgets": (["--keep", "1", "--target-size", "8"], "not allowed with argument"),
@@ -161,7 +157,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_exit_status_2(mistake, opened, capsys):
     arguments, sentence = MISTAKES[mistake]
     given = ["--model", opened[0].path, "--prompt", "Hello", *arguments]
-    status, out, err = run(capsys, *given)
+    status, out, err = run_command(main, capsys, *given)
     assert status == 2 and out == ""
     assert sentence in err and err.count("\n") == 1 and "Traceback" not in err
 
@@ -170,9 +166,9 @@ def test_a_mask_file_of_another_model_is_a_mistake(opened, capsys, tmp_path):
     other, _ = load(write_folder(tmp_path / "other", intermediate_size=32))
     other.select("Hi").save(tmp_path / "mask")
     given = ["--model", opened[0].path, "-p", "Hello", "--mask-file", tmp_path / "mask"]
-    status, _, err = run(capsys, *given)
+    status, _, err = run_command(main, capsys, *given)
     assert status == 2 and "is for a model with 3 layers of 32 channels" in err
-    status, _, err = run(capsys, *given, "--keep", "0.5")
+    status, _, err = run_command(main, capsys, *given, "--keep", "0.5")
     assert status == 2 and "leave out --keep" in err
 
 
@@ -195,6 +191,6 @@ def test_a_config_without_a_gated_ffn_is_a_mistake(capsys, tmp_path):
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "config.json").write_text(json.dumps(config))
-    status, _, err = run(capsys, "--model", folder, "-p", "Hello")
+    status, _, err = run_command(main, capsys, "--model", folder, "-p", "Hello")
     assert status == 2 and "gpt2.Model has no plain gated FFN" in err
     assert "llama, mistral, ministral3, qwen2, qwen3, gemma2, gemma3_text" in err

@@ -1,0 +1,57 @@
+# For people and CI alike. `make demo` shows the thing; `make test check` before a commit.
+# PYTHON makes the virtual environment (3.11 or newer), VENV is where it goes.
+
+PYTHON ?= python3
+VENV ?= .venv
+SOURCES = $(wildcard ifp_mlx/*.py convert/*.py examples/*.py)
+TESTS = $(wildcard tests/*.py)
+
+ifeq ($(shell uname),Linux)
+  # MLX's wheel for Linux brings a reference BLAS, 20 to 50 times slower than OpenBLAS.
+  BLAS := $(shell PATH="$$PATH:/sbin" ldconfig -p | awk '/libopenblas\.so\.0/ {print $$NF; exit}')
+  ifeq ($(BLAS),)
+    HINT = @echo "apt-get install libopenblas0-pthread makes MLX on this CPU much faster."
+  else
+    RUN = LD_PRELOAD=$(BLAS) OPENBLAS_NUM_THREADS=$(shell nproc)
+  endif
+  # On a CPU mx.compile calls g++ for every fused kernel: minutes of a cold test run.
+  TEST_RUN = MLX_DISABLE_COMPILE=1 $(RUN)
+endif
+
+.PHONY: setup demo test quick check fix sizes
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -e '.[test,gguf]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.setup
+	$(VENV)/bin/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(HINT)
+	$(RUN) $(VENV)/bin/python examples/smollm2.py
+
+test: setup
+	$(HINT)
+	$(TEST_RUN) $(VENV)/bin/python -m pytest
+
+quick: setup
+	$(HINT)
+	$(TEST_RUN) $(VENV)/bin/python -m pytest -m 'not real'
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy $(SOURCES)
+	$(VENV)/bin/codespell $(SOURCES) $(TESTS) $(wildcard *.md) Makefile .ci/run
+
+fix: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+sizes:
+	@wc -l $(SOURCES) $(TESTS)

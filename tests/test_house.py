@@ -1,0 +1,113 @@
+"""The shape of the house: which way imports go, how large rooms are, what is in them."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ifp_mlx"
+MODULES = sorted(
+    path
+    for room in ("ifp_mlx", "convert", "examples")
+    for path in ROOT.glob(f"{room}/*.py")
+)
+IDS = [str(path.relative_to(ROOT)) for path in MODULES]
+
+# Arrows point one way: what each module may import of ours, beside atomic. Who is not
+# listed (train, evaluate, server, ...) is a verb on top, and may import any of these.
+NOTHING: set[str] = set()
+MAY_IMPORT = {
+    "atomic": NOTHING,
+    "masks": NOTHING,
+    "predictor": NOTHING,
+    "data": NOTHING,
+    "pruning": {"masks"},
+    "selectors": {"masks", "pruning"},
+    "store": {"masks", "pruning"},
+    "model": {"masks", "predictor", "data", "pruning", "selectors", "store"},
+    "cli": {"masks", "selectors"},
+    "generate": {"masks", "data", "selectors", "model", "cli"},
+    "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"},
+    "__init__": {"masks", "model", "generate"},
+}
+LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """Return the dotted names of all imports; ours start with ``ifp_mlx``."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            home = ["ifp_mlx"] if node.level else []
+            home += [node.module] if node.module else []
+            names |= {".".join([*home, alias.name]) for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_one_way(path):
+    names = imports_of(ast.parse(path.read_text()))
+    roots = {name.split(".")[0] for name in names}
+    assert not roots & {"convert", "examples", "tests"}
+    used = {name.split(".")[1] for name in names if name.startswith("ifp_mlx.")}
+    if path.stem in MAY_IMPORT:
+        assert used <= MAY_IMPORT[path.stem] | {"atomic"}
+
+
+def test_the_import_checker_sees_every_spelling():
+    code = "import ifp_mlx.a\nfrom ifp_mlx import b\nfrom . import c\nfrom .d import e"
+    names = imports_of(
+        ast.parse(f"def f():\n    {code.replace(chr(10), chr(10) + '    ')}")
+    )
+    assert names == {"ifp_mlx.a", "ifp_mlx.b", "ifp_mlx.c", "ifp_mlx.d.e"}
+
+
+def test_importing_the_package_is_quick_and_silent():
+    code = (
+        "import os, sys\n"
+        "before = dict(os.environ)\n"
+        "import ifp_mlx\n"
+        "for name in getattr(ifp_mlx, '__all__', []): getattr(ifp_mlx, name)\n"
+        "assert dict(os.environ) == before\n"
+        f"assert not {LATE} & set(sys.modules), {LATE} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=IDS)
+def test_modules_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = {
+        node.name: length
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, functions)
+        and (length := node.end_lineno - node.lineno + 1) > 70
+    }
+    assert not long
+
+
+def test_calibration_text_is_well_formed_chats():
+    lines = (PACKAGE / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    chats = [json.loads(line)["messages"] for line in lines]
+    for chat in chats:
+        assert all(set(m) == {"role", "content"} and m["content"].strip() for m in chat)
+        roles = [message["role"] for message in chat]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2) != []
+    words = sum(len(m["content"].split()) for chat in chats for m in chat)
+    assert len({str(chat) for chat in chats}) == len(chats) > 30
+    assert 4500 <= words <= 5500
