@@ -17,6 +17,7 @@ QUESTIONS = (
     "Tell me a short story about a dog and the sea.",
 )
 KEEPS = (1.0, 0.75, 0.5)
+OPTIONS = {"selector": "activation", "max_tokens": 80}
 HEAD = """# What SmolLM2-135M-Instruct answers with part of its channels
 
 Written by `python examples/answers.py`: greedy decoding, 80 tokens at most, default
@@ -33,7 +34,7 @@ def main() -> None:
     for question in QUESTIONS:
         parts.append(f"## {question}\n")
         for keep in KEEPS:
-            text = generate(model, tokenizer, question, keep=keep, max_tokens=80)
+            text = generate(model, tokenizer, question, keep=keep, **OPTIONS)
             quoted = "\n".join(
                 f"> {line}".rstrip() for line in text.strip().split("\n")
             )

@@ -43,8 +43,9 @@ def install(requirements: list[str], target: Path) -> None:
     """Unpack packages into a folder of their own, without what they depend on."""
     scratch = target.with_suffix(".partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", scratch]
-    subprocess.run([*pip, *requirements], check=True, stdout=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps"]
+    command = [*pip, "--target", str(scratch), *requirements]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     scratch.rename(target)
 
 

@@ -27,7 +27,10 @@ PAPER, INK = np.array([238, 240, 242]), "#6b7785"
 def main() -> None:
     model, _ = load(fetch("smollm2"))
     masks = np.stack(
-        [np.array(model.select(text, keep=KEEP).mask()) for text in INSTRUCTIONS]
+        [
+            np.array(model.select(text, keep=KEEP, selector="activation").mask())
+            for text in INSTRUCTIONS
+        ]
     )
     kept_by = masks.sum(axis=0)  # [L, F], how many instructions keep a channel
     order = np.argsort(-kept_by, axis=1, kind="stable")

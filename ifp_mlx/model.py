@@ -161,6 +161,7 @@ class IFPModel:
         selector: str = "auto",
         allocation: Allocation | None = None,
         seed: int = 0,
+        scores: mx.array | None = None,
         progress: Progress = iter,
     ) -> Selection:
         """Choose the channels that an instruction needs.
@@ -179,6 +180,7 @@ class IFPModel:
             allocation: ``uniform`` or ``first-layer``. Default: uniform for a
                 trained predictor, else first-layer where the budget pays for it.
             seed: of the selector ``random``.
+            scores: ``[L, F]``, the selector's own if they are known already.
             progress: wraps the iteration over calibration texts.
 
         Returns:
@@ -193,8 +195,8 @@ class IFPModel:
         tokens = self.instruction_tokens(instruction)
         if k == self.channels:  # nothing to choose
             selector, scores = "all", mx.zeros((self.layers, self.channels))
-        else:
-            scores = self._scores(selector, tokens, seed, progress)
+        elif scores is None:
+            scores = self.scores(tokens, selector, seed=seed, progress=progress)
         selection = masks.select(
             scores,
             sizes,
@@ -233,6 +235,38 @@ class IFPModel:
         if is_tokens(instruction):
             return list(instruction)
         return tokenize(self.tokenizer, instruction_of(as_messages(instruction)))
+
+    def scores(
+        self,
+        tokens: list[int],
+        selector: str,
+        *,
+        seed: int = 0,
+        dense: nn.Module | None = None,
+        progress: Progress = iter,
+    ) -> mx.array:
+        """Return the channel scores of one selector, float32 ``[L, F]``.
+
+        Args:
+            tokens: of the instruction.
+            selector: any but ``auto``.
+            seed: of the selector ``random``.
+            dense: a dense model already in memory; else one is opened if needed.
+            progress: wraps the iteration over calibration texts.
+        """
+        if selector == "predictor":
+            return self._predict(tokens)
+        if selector == "random":
+            return selectors.random_scores(self.layers, self.channels, seed)
+        if selector == "activation":
+            return selectors.activation_scores(dense or self.dense(), tokens)
+        prior = self.prior
+        if prior is None:
+            prior = self.compute_prior(progress=progress)
+        if selector == "prior":
+            return prior
+        local = selectors.activation_scores(dense or self.dense(), tokens)
+        return selectors.blend_scores(local, prior)
 
     def compute_prior(self, *, progress: Progress = iter) -> mx.array:
         """Compute the prior over the package's calibration text and keep it with the
@@ -297,23 +331,6 @@ class IFPModel:
                 pass
         allocation = allocation or "uniform"
         return masks.layer_sizes(*shape, allocation, self.granularity), allocation
-
-    def _scores(
-        self, selector: str, tokens: list[int], seed: int, progress: Progress
-    ) -> mx.array:
-        if selector == "predictor":
-            return self._predict(tokens)
-        if selector == "random":
-            return selectors.random_scores(self.layers, self.channels, seed)
-        if selector == "activation":
-            return selectors.activation_scores(self.dense(), tokens)
-        prior = self.prior
-        if prior is None:
-            prior = self.compute_prior(progress=progress)
-        if selector == "prior":
-            return prior
-        local = selectors.activation_scores(self.dense(), tokens)
-        return selectors.blend_scores(local, prior)
 
     def _predict(self, tokens: list[int]) -> mx.array:
         assert self.predictor is not None

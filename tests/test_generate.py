@@ -4,6 +4,7 @@ import json
 import mlx.core as mx
 import pytest
 from conftest import run_command, write_folder
+from test_store import change_weights, overlapping, truncated, write_index
 
 from ifp_mlx import Selection, generate, load, stream_generate
 from ifp_mlx.generate import main
@@ -170,6 +171,42 @@ def test_a_mask_file_of_another_model_is_a_mistake(opened, capsys, tmp_path):
     assert status == 2 and "is for a model with 3 layers of 32 channels" in err
     status, _, err = run_command(main, capsys, *given, "--keep", "0.5")
     assert status == 2 and "leave out --keep" in err
+
+
+def write_wrong_shape(folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights | {name: weights[name][:60]})
+
+
+DAMAGES = {
+    "truncated": (
+        lambda folder: damage_weights(folder, truncated),
+        "model.safetensors is damaged",
+    ),
+    "overlapping": (
+        lambda folder: damage_weights(folder, overlapping),
+        "model.safetensors is damaged",
+    ),
+    "of another shape": (write_wrong_shape, "has shape (60, 32)"),
+    "outside the folder": (
+        lambda folder: write_index(folder, "../model.safetensors"),
+        "names '../model.safetensors', which is no file of its own folder",
+    ),
+}
+
+
+def damage_weights(folder, damage):
+    file = folder / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_a_mistake(damage, tiny_folder, capsys):
+    act, sentence = DAMAGES[damage]
+    act(tiny_folder)
+    status, out, err = run_command(main, capsys, "--model", tiny_folder, "-p", "Hello")
+    assert (status, out) == (2, "")
+    assert sentence in err and err.count("\n") == 1
 
 
 def test_a_config_without_a_gated_ffn_is_a_mistake(capsys, tmp_path):

@@ -129,7 +129,7 @@ def test_keeping_everything_needs_no_scores_and_changes_nothing(
     tiny_folder, monkeypatch
 ):
     model, _ = load(tiny_folder)
-    monkeypatch.setattr(model, "_scores", None)
+    monkeypatch.setattr(model, "scores", None)
     selection = model.select("Hello", keep=1.0)
     assert selection.sizes == [64] * 3 and selection.gates is None
     assert selection.info["selector"] == "all"
