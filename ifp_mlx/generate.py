@@ -276,14 +276,15 @@ def _read_prompt(
     *,
     system_prompt: str | None,
     chat_template: bool,
-) -> tuple[list[int], list[int]]:
-    """Return the prompt's tokens and those of its default instruction."""
+) -> tuple[list[int], Prompt]:
+    """Return the prompt's tokens and its default instruction."""
     if is_tokens(prompt):
         return list(prompt), list(prompt)
     messages = as_messages(prompt, system_prompt)
     tokens = tokenize(tokenizer, messages, chat_template=chat_template)
-    first = instruction_of(messages)
-    return tokens, tokenize(tokenizer, first, chat_template=chat_template)
+    if chat_template:
+        return tokens, messages
+    return tokens, tokenize(tokenizer, instruction_of(messages), chat_template=False)
 
 
 if __name__ == "__main__":

@@ -206,8 +206,9 @@ class IFPModel:
         )
         share = f"{k / self.channels:.4g}"
         info = {"selector": selector, "allocation": allocation, "keep": share}
-        if isinstance(instruction, str):
-            info["instruction"] = instruction
+        if not is_tokens(instruction):
+            text = instruction_of(as_messages(instruction))[-1]["content"]
+            info["instruction"] = text
         return replace(selection, info=info, fingerprint=self.fingerprint)
 
     def compact(self, selection: Selection, *, progress: Progress = iter) -> nn.Module:

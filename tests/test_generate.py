@@ -111,7 +111,9 @@ def test_the_command_ends_with_one_line_of_json(opened, capsys, tmp_path):
         in err
     )
 
-    assert Selection.load(mask).mask_id == selection["mask_id"]
+    saved = Selection.load(mask)
+    assert saved.mask_id == selection["mask_id"]
+    assert saved.info["instruction"] == "Hello"
     arguments = ["--model", opened[0].path, "--prompt", "Hello", "--max-tokens", "4"]
     status, again, _ = run_command(
         main, capsys, *arguments, "--mask-file", mask, "--json"
