@@ -1,5 +1,6 @@
 """Write a compact model as a plain folder that any mlx-lm program loads."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -163,7 +164,8 @@ def _quantise(
 ) -> tuple[nn.Module, dict[str, Any]]:
     from mlx_lm.utils import quantize_model
 
-    return quantize_model(compact, config, how.group_size, how.bits, how.mode)
+    with contextlib.redirect_stdout(sys.stderr):  # it prints
+        return quantize_model(compact, config, how.group_size, how.bits, how.mode)
 
 
 def _widths_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,14 @@ def test_a_quantised_compact_folder_loads_and_is_close(tmp_path):
     assert config["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}
 
 
+def test_the_command_prints_the_folder_and_nothing_else(tmp_path, capsys):
+    shape = {"intermediate_size": 128, "hidden_size": 64, "head_dim": 16}
+    folder = write_folder(tmp_path / "dense", **shape)
+    given = ["--model", folder, "--instruction", "Hi", "--mlx-path", tmp_path / "out"]
+    status, out, _ = run_command(main, capsys, *given, "-q")
+    assert (status, out) == (0, f"{tmp_path / 'out'}\n")
+
+
 def test_a_quantised_source_stays_quantised(tmp_path):
     import mlx_lm
 
