@@ -14,7 +14,14 @@ from convert.shards import write_shards
 from convert.vocabulary import unpack_sentencepiece
 from ifp_mlx.atomic import new_folder, refuse_existing
 from ifp_mlx.cli import Parser, run
-from ifp_mlx.store import check_folder, dense_model, index_files, resolve
+from ifp_mlx.store import (
+    LICENCES,
+    check_folder,
+    copy_companions,
+    dense_model,
+    index_files,
+    resolve,
+)
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -23,15 +30,6 @@ if TYPE_CHECKING:
 DTYPES = ("float16", "bfloat16", "float32")
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
-LICENCES = ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*"]
-
-# What belongs to a model besides its weights and config.json.
-COMPANIONS = [
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template*", "generation_config.json"),
-    "ifp_config.json",
-    *LICENCES,
-]
 HEAD = "head.safetensors"
 
 
@@ -109,9 +107,10 @@ def _convert_model(
     scratch = folder / "unpacked"
     scratch.mkdir()
     origin, companions = _unpack(source, scratch, dtype)
-    for pattern in COMPANIONS:
-        for file in companions.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    copy_companions(companions, folder)
+    for name in ("README.md", "ifp_config.json"):
+        if (companions / name).is_file():
+            shutil.copyfile(companions / name, folder / name)
     if need_tokenizer and not (folder / "tokenizer.json").exists():
         unpack_sentencepiece(companions, folder)
     config = check_folder(origin)
@@ -214,7 +213,7 @@ def _unpack(source: Path, scratch: Path, dtype: str | None) -> tuple[Path, Path]
     elif _starts_with(source, b"GGUF"):
         # Gemma overflows in float16, hence bfloat16.
         unpack_gguf(source, scratch, getattr(mx, dtype or "bfloat16"))
-        for pattern in LICENCES:
+        for pattern in LICENCES:  # which are not in the file
             for file in source.parent.glob(pattern):
                 shutil.copyfile(file, scratch / file.name)
         return scratch, scratch

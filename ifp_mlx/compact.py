@@ -3,14 +3,12 @@
 import contextlib
 import json
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
@@ -18,21 +16,12 @@ from . import cli
 from .atomic import new_folder, refuse_existing
 from .masks import Selection, check_multiple
 from .model import IFPModel, Progress, load
-from .pruning import ffn_layers
+from .pruning import ffn_layers, pad_ffn
+from .store import copy_companions, licence_of
 
 MASK_FILE = "mask.safetensors"
+UNKNOWN_LICENCE = "not stated in the source folder; see the base model"
 NAS_MULTIPLE = 256  # nemotron-nas rounds every FFN width up to this
-COPIED = (
-    "*token*",
-    "*.model",
-    "vocab.*",
-    "merges.txt",
-    "*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "*TERMS*",
-)
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def _as_nemotron_nas(compact: nn.Module, source: dict[str, Any]) -> dict[str, An
     blocks = []
     for _, _, ffn in ffn_layers(compact):
         width = -(-ffn.gate_proj.weight.shape[0] // NAS_MULTIPLE) * NAS_MULTIPLE
-        _pad(ffn, width)
+        pad_ffn(ffn, width)
         # The class computes int(2 * ffn_mult * hidden / 3), rounded up: aim at the
         # middle of the last 256 so that no rounding can reach the next multiple.
         multiplier = (width - NAS_MULTIPLE / 2) * 3 / (2 * hidden)
@@ -147,16 +136,6 @@ def _as_nemotron_nas(compact: nn.Module, source: dict[str, Any]) -> dict[str, An
         "architectures": ["DeciLMForCausalLM"],
         "block_configs": blocks,
     }
-
-
-def _pad(ffn: nn.Module, width: int) -> None:
-    # A channel of zeros adds act(0) * 0 = 0 to the output: exact.
-    extra = width - ffn.gate_proj.weight.shape[0]
-    for linear in (ffn.gate_proj, ffn.up_proj):
-        linear.weight = mx.pad(linear.weight, [(0, extra), (0, 0)])
-        if "bias" in linear:
-            linear.bias = mx.pad(linear.bias, (0, extra))
-    ffn.down_proj.weight = mx.pad(ffn.down_proj.weight, [(0, 0), (0, extra)])
 
 
 def _quantise(
@@ -179,10 +158,7 @@ def _write(
 
     save_model(folder, compact)
     save_config(config, folder / "config.json")
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copy(file, folder / file.name)
+    copy_companions(source, folder)
 
 
 def _card(
@@ -196,7 +172,7 @@ def _card(
 
     from huggingface_hub import ModelCardData
 
-    licence, licence_words = _base_licence(model.path)
+    licence = licence_of(model.path)
     data = ModelCardData(
         library_name="mlx",
         pipeline_tag="text-generation",
@@ -207,7 +183,7 @@ def _card(
     total = selection.channels * len(selection.sizes)
     rows = {
         "Base model": model.name,
-        "Licence of the base": licence_words,
+        "Licence of the base": licence or UNKNOWN_LICENCE,
         "Channels": f"{sum(selection.sizes)} of {total} FFN channels",
         "Per layer": str(selection.target_size or selection.sizes),
         "Mask": f"`{selection.mask_id}`, in {MASK_FILE}",
@@ -247,16 +223,6 @@ above is a trained predictor. The quality of this folder was not measured.
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _base_licence(source: Path) -> tuple[str | None, str]:
-    from huggingface_hub import ModelCard
-
-    readme = source / "README.md"
-    licence = ModelCard.load(readme).data.license if readme.is_file() else None
-    if licence is None:
-        return None, "not stated in the source folder; see the base model"
-    return licence, licence
 
 
 def main(argv: list[str] | None = None) -> None:

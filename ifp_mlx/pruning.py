@@ -191,6 +191,23 @@ def slice_ffn(ffn: nn.Module, index: mx.array, gate: mx.array | None) -> None:
         _scale_rows(ffn.up_proj, gate)
 
 
+def pad_ffn(ffn: nn.Module, width: int) -> None:
+    """Widen one FFN to ``width`` channels, in place, without changing what it computes.
+
+    A channel of zeros adds ``act(0) * 0 = 0`` to the output.
+
+    Args:
+        ffn: not quantised, at most ``width`` wide.
+        width: channels afterwards.
+    """
+    extra = width - ffn.gate_proj.weight.shape[0]
+    for linear in (ffn.gate_proj, ffn.up_proj):
+        linear.weight = mx.pad(linear.weight, [(0, extra), (0, 0)])
+        if "bias" in linear:
+            linear.bias = mx.pad(linear.bias, (0, extra))
+    ffn.down_proj.weight = mx.pad(ffn.down_proj.weight, [(0, 0), (0, extra)])
+
+
 def group_size(model: nn.Module) -> int:
     """Return how many channels must be selected together: the quantisation group
     along ``F`` of ``down_proj``, or 1 when it is not quantised.

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 NEEDED = ["*.json", "model*.safetensors", "predictor/*.safetensors", "*.jinja"]
 NEEDED += ["tokenizer.model", "*.tiktoken", "*.txt"]
 DOCUMENTS = ["LICENSE*", "README.md"]
+
+# What belongs to a model besides its weights and config.json.
+TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER += ["vocab.json", "merges.txt", "chat_template*", "generation_config.json"]
+LICENCES = ["LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*"]
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -83,6 +89,22 @@ def dense_model(path: Path) -> "nn.Module":
 
     check_folder(path)
     return load_model(path, lazy=True)[0]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy a model's tokenizer, chat template, generation settings and licence."""
+    for pattern in TOKENIZER + LICENCES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def licence_of(path: Path) -> str | None:
+    """Return the licence that the card of a model folder states, or ``None``."""
+    from huggingface_hub import ModelCard
+
+    readme = path / "README.md"
+    return ModelCard.load(readme).data.license if readme.is_file() else None
 
 
 def check_folder(path: Path) -> dict[str, Any]:
