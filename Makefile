@@ -41,7 +41,7 @@ test: setup
 
 quick: setup
 	$(HINT)
-	$(TEST_RUN) $(VENV)/bin/python -m pytest -m 'not real'
+	$(TEST_RUN) $(VENV)/bin/python -m pytest -m 'not real and not coreml'
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
