@@ -13,7 +13,12 @@ os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import settings
 from mlx.utils import tree_flatten
+
+# The same examples in every run: a failure is there for everyone, or for no one.
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "ministral3")
 
