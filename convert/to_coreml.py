@@ -355,6 +355,12 @@ def build_parser() -> cli.Parser:
         default="default",
         help="hf: the mask that swift-transformers sends; default: %(default)s",
     )
+    add(
+        "--format",
+        choices=("coreml", "coreai"),
+        default="coreml",
+        help="coreai: experimental, for iOS and macOS 27; default: %(default)s",
+    )
     add("--no-verify", action="store_true", help="do not compare the result with MLX")
     add("--json", action="store_true", help="print one line of JSON instead of a path")
     return parser
@@ -407,6 +413,10 @@ def _command(args: Any) -> None:
             "Give one of --instruction, --mask-file and --functions: it says what is "
             "kept."
         )
+    if args.format == "coreai":
+        from convert.to_coreai import command
+
+        return command(args)
     # Of importing it on Linux, where parts of it do not load.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     check_coremltools()
