@@ -439,9 +439,7 @@ def _command(args: Any) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``python convert/to_coreml.py``."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    cli.run(lambda: _command(args), parser.prog)
+    cli.main(build_parser(), _command, argv)
 
 
 if __name__ == "__main__":

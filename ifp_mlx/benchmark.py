@@ -164,9 +164,7 @@ def ratios(times: dict[str, Timings]) -> dict[str, list[float]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``python -m ifp_mlx.benchmark``."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    cli.run(lambda: _command(args), parser.prog)
+    cli.main(build_parser(), _command, argv)
 
 
 def build_parser() -> cli.Parser:

@@ -18,6 +18,16 @@ class Parser(argparse.ArgumentParser):
         fail(self.prog, message)
 
 
+def main(
+    parser: argparse.ArgumentParser,
+    command: Callable[[argparse.Namespace], None],
+    argv: list[str] | None = None,
+) -> None:
+    """Parse ``argv`` (default: the process's) and :func:`run` the command on it."""
+    args = parser.parse_args(argv)
+    run(lambda: command(args), parser.prog)
+
+
 def run(command: Callable[[], None], prog: str) -> None:
     """Run ``command`` so that a user's mistake is one line and exit status 2.
 

@@ -227,9 +227,7 @@ def _cell(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``python -m ifp_mlx.compact``."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    cli.run(lambda: _command(args), parser.prog)
+    cli.main(build_parser(), _command, argv)
 
 
 def build_parser() -> cli.Parser:

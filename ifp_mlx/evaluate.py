@@ -246,9 +246,7 @@ def table(results: Results) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``python -m ifp_mlx.evaluate``."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    cli.run(lambda: _command(args), parser.prog)
+    cli.main(build_parser(), _command, argv)
 
 
 def build_parser() -> cli.Parser:

@@ -166,9 +166,7 @@ def generate(
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``python -m ifp_mlx.generate``."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    cli.run(lambda: _command(args), parser.prog)
+    cli.main(build_parser(), _command, argv)
 
 
 def build_parser() -> cli.Parser:
