@@ -65,6 +65,25 @@ def describe(model: IFPModel, selections: dict[str, Selection]) -> dict[str, Any
     }
 
 
+def summary(report: dict[str, Any]) -> str:
+    """Return what the command says of a package: its size, and how it was verified."""
+    sizes = report["bytes"]
+    words = [f"{sizes['package'] / 1e6:.1f} MB"]
+    if len(report["functions"]) > 1:
+        words[0] += f" ({sizes['separate'] / 1e6:.1f} MB as separate packages)"
+    for name, about in report["functions"].items():
+        check = about.get("verification")
+        if check is None:
+            words.append(f"{name} was not verified")
+            continue
+        same = "the same" if check["tokens_equal"] else "other"
+        words.append(
+            f"{name}: logits within {check['max_logit_error']:.2%} of MLX's and {same} "
+            f"greedy tokens over {check['decode_steps']} decode steps"
+        )
+    return "; ".join(words)
+
+
 def _config(model: IFPModel, selections: dict[str, Selection]) -> dict[str, Any]:
     widths = {selection.target_size for selection in selections.values()}
     config = {k: v for k, v in model.config.items() if not k.startswith("quantization")}

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from convert.coreml_bundle import describe, write_companions
+from convert.coreml_bundle import describe, summary, write_companions
 from ifp_mlx import cli
 from ifp_mlx.atomic import new_folder, refuse_existing
 from ifp_mlx.compact import Quantisation
@@ -434,6 +434,7 @@ def _command(args: Any) -> None:
     )
     selections = _selections(args, files, model, select)
     report = export(model, selections, args.output, options, progress=progress)
+    print(summary(report), file=sys.stderr)
     print(json.dumps(report) if args.json else report["package"])
 
 

@@ -305,6 +305,8 @@ def test_the_command_prints_one_line(tmp_path):
     assert {"convert", "verify"} == report["seconds"].keys()
     assert report["peak_memory_bytes"] > 1e7
     assert "libcoremlpython" not in done.stderr
+    said = " MB; main: logits within 0."
+    assert said in done.stderr and "the same greedy tokens" in done.stderr
 
 
 @pytest.mark.parametrize(
