@@ -21,7 +21,7 @@ from tqdm import tqdm
 from convert.coreai_graph import FAMILIES, STATES, Decoder
 from ifp_mlx import cli
 from ifp_mlx.atomic import new_folder, refuse_existing
-from ifp_mlx.compact import Quantisation
+from ifp_mlx.compact import Quantisation, quantisation_of
 from ifp_mlx.masks import Selection, check_multiple
 from ifp_mlx.model import IFPModel, Progress, load
 from ifp_mlx.pruning import ffn_layers, pad_ffn
@@ -206,9 +206,7 @@ def command(args: Any) -> None:
         if args.mask_file
         else model.select(args.instruction, **select),
         args.output,
-        quantisation=Quantisation(args.q_bits, args.q_group_size)
-        if args.quantize
-        else None,
+        quantisation=quantisation_of(args),
         context_length=args.context_length,
         verify=not args.no_verify,
         progress=progress,

@@ -20,7 +20,11 @@ from tqdm import tqdm
 from convert.coreml_bundle import describe, summary, write_companions
 from ifp_mlx import cli
 from ifp_mlx.atomic import new_folder, refuse_existing
-from ifp_mlx.compact import Quantisation
+from ifp_mlx.compact import (
+    Quantisation,
+    add_quantisation_options,
+    quantisation_of,
+)
 from ifp_mlx.masks import Selection, check_multiple
 from ifp_mlx.model import IFPModel, Progress, load
 
@@ -344,9 +348,7 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument
     add("--functions", help="NAME=MASK_FILE,...: one function per mask, first default")
     add("--output", required=True, help="NAME.mlpackage, or a folder to make")
-    add("--quantize", "-q", action="store_true", help="quantise the weights")
-    add("--q-bits", type=int, default=4, help="4 or 8; default: %(default)s")
-    add("--q-group-size", type=int, default=64, help="default: %(default)s")
+    add_quantisation_options(parser)
     add("--lut", action="store_true", help="lookup tables: exact, 1.8 times larger")
     add("--context-length", type=int, help="positions; default: 2048 at most")
     add(
@@ -426,7 +428,7 @@ def _command(args: Any) -> None:
     select = cli.selection_options(args) | {"progress": progress}
     model, _ = load(args.model)
     options = Options(
-        Quantisation(args.q_bits, args.q_group_size) if args.quantize else None,
+        quantisation_of(args),
         args.lut,
         args.context_length,
         args.consumer,

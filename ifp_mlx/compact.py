@@ -240,13 +240,24 @@ def build_parser() -> cli.Parser:
     cli.add_selection_options(parser)
     add = parser.add_argument
     add("--mlx-path", required=True, help="the folder to make")
-    add("--quantize", "-q", action="store_true", help="quantise the result")
-    add("--q-bits", type=int, default=4, help="default: %(default)s")
-    add("--q-group-size", type=int, default=64, help="default: %(default)s")
+    add_quantisation_options(parser)
     add(
         "--json", action="store_true", help="print one line of JSON instead of the path"
     )
     return parser
+
+
+def add_quantisation_options(parser: cli.Parser) -> None:
+    """Add the options that say how the result is quantised."""
+    add = parser.add_argument
+    add("--quantize", "-q", action="store_true", help="quantise the result")
+    add("--q-bits", type=int, default=4, help="default: %(default)s")
+    add("--q-group-size", type=int, default=64, help="default: %(default)s")
+
+
+def quantisation_of(args: Any) -> Quantisation | None:
+    """Return what those options ask for; ``None`` leaves the weights as they are."""
+    return Quantisation(args.q_bits, args.q_group_size) if args.quantize else None
 
 
 def _command(args: Any) -> None:
@@ -261,9 +272,7 @@ def _command(args: Any) -> None:
     else:
         options["allocation"] = _writable_allocation(model, args.allocation)
         selection = model.select(args.instruction, progress=progress, **options)
-    quantisation = (
-        Quantisation(args.q_bits, args.q_group_size) if args.quantize else None
-    )
+    quantisation = quantisation_of(args)
     out = write_compact(
         model, selection, args.mlx_path, quantisation=quantisation, progress=progress
     )

@@ -257,7 +257,7 @@ def tables(indices, lut):
     return build
 
 
-def run_rows(path, dense):
+def check_rows(path, dense):
     """Compare ``dense[i] @ dense.T`` with a package that computes it."""
     i = np.array([3, 0, 5], np.int32)
     found = Package(path).session().run({"i": i})["out"]
@@ -284,7 +284,7 @@ def test_blockwise_weights_are_scale_times_data_minus_offset(
     build = quantised(packed(data, bits, kind), scale, offset)
     path = save(tmp_path / "p.mlpackage", build, [("i", (3,), np.int32)], passes=False)
     shift = {"none": 0 * zero, "same": zero, "float": zero + 0.25}[offset_kind]
-    run_rows(path, np.repeat(scale, 16, 1) * (data - np.repeat(shift, 16, 1)))
+    check_rows(path, np.repeat(scale, 16, 1) * (data - np.repeat(shift, 16, 1)))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
@@ -296,7 +296,7 @@ def test_look_up_tables_hold_a_value_per_index_and_group(tmp_path, bits):
     dense = np.empty((8, 32), np.float16)
     for row, column in np.ndindex(8, 32):
         dense[row, column] = lut[row // 2, column // 16, indices[row, column], 0]
-    run_rows(path, dense)
+    check_rows(path, dense)
 
 
 def test_packed_rows_that_share_bytes_are_unpacked_too():
