@@ -19,7 +19,7 @@ from .atomic import new_file
 from .data import Message, Prompt, as_messages, instruction_of, is_tokens, tokenize
 from .masks import Allocation, Selection
 from .predictor import SparsityPredictor
-from .pruning import dense_shape, group_size, slice_model
+from .pruning import dense_shape, ffn_layers, fill_model, group_size
 
 CONFIG_FILE, PRIOR_FILE, PREDICTOR_FOLDER = (
     "ifp_config.json",
@@ -90,6 +90,7 @@ class IFPModel:
         config: its config.json.
         ifp: its ifp_config.json, or the defaults.
         tokenizer: mlx-lm's ``TokenizerWrapper``.
+        source: where the weights are read from.
         layers: ``L``.
         channels: ``F``, the width of the dense FFN.
         granularity: channels that are selected together, at least the quantisation
@@ -104,6 +105,7 @@ class IFPModel:
         self.config = config
         self.tokenizer = tokenizer
         self.ifp = IFPConfig.load(path)
+        self.source = store.Folder(path)
         dense = self.dense()
         self.layers, self.channels = dense_shape(dense)
         self.granularity = math.lcm(self.ifp.granularity, group_size(dense))
@@ -116,7 +118,10 @@ class IFPModel:
 
     def dense(self) -> nn.Module:
         """Return the whole stock mlx-lm model; each weight is read when first used."""
-        return store.dense_model(self.path)
+        model = self.source.open()
+        for layer, ffn in enumerate(ffn_layers(model)):
+            self.source.fill(ffn.module, layer)
+        return model
 
     @cached_property
     def predictor(self) -> SparsityPredictor | None:
@@ -226,8 +231,8 @@ class IFPModel:
             ValueError: if the selection is of another model.
         """
         selection.check_fits(self.layers, self.channels, self.fingerprint)
-        model = self.dense()
-        slice_model(model, selection, progress=progress)
+        model = self.source.open()
+        fill_model(model, self.source.fill, selection, progress=progress)
         mx.eval(model.parameters())
         return model
 

@@ -146,12 +146,7 @@ def set_masks(masked: list[MaskedFFN], masks: mx.array) -> None:
         module.set_mask(mask)
 
 
-def slice_model(
-    model: nn.Module,
-    selection: Selection,
-    *,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> None:
+def slice_model(model: nn.Module, selection: Selection) -> None:
     """Cut ``model`` down to the selected channels, in place, gates folded in.
 
     Weights that are still lazy are read one layer at a time, so about one dense
@@ -160,35 +155,61 @@ def slice_model(
     Args:
         model: a stock mlx-lm model; stays one.
         selection: made for this model.
-        progress: wraps the iteration over layers, for a progress bar.
 
     Raises:
         ValueError: if a quantised ``down_proj`` would be cut inside a group.
     """
+    fill_model(model, lambda ffn, _, index: slice_ffn(ffn, index), selection)
+
+
+def fill_model(
+    model: nn.Module,
+    fill: Callable[[nn.Module, int, mx.array], None],
+    selection: Selection,
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Give every layer of ``model`` its selected channels, in place, gates folded in.
+
+    Args:
+        model: a stock mlx-lm model, dense in shape; stays one.
+        fill: puts the channels ``[k]`` of a layer, by number, into its FFN.
+        selection: made for this model.
+        progress: wraps the iteration over layers, for a progress bar.
+    """
     layers = ffn_layers(model)
     gates = selection.gates or (None,) * len(layers)
     parts = list(zip(layers, selection.indices, gates, strict=True))
-    for ffn, index, gate in progress(parts):
-        slice_ffn(ffn.module, index, gate)
+    for number, (ffn, index, gate) in enumerate(progress(parts)):
+        fill(ffn.module, number, index)
+        if gate is not None:
+            scale_channels(ffn.module, gate)
         mx.eval(ffn.module.parameters())
     if selection.target_size is not None and hasattr(model, "args"):
         model.args.intermediate_size = selection.target_size
 
 
-def slice_ffn(ffn: nn.Module, index: mx.array, gate: mx.array | None) -> None:
+def slice_ffn(ffn: nn.Module, index: mx.array) -> None:
     """Keep the channels ``index`` of one FFN, in place.
 
     Args:
         ffn: has ``gate_proj`` and ``up_proj`` ``[F, D]`` and ``down_proj`` ``[D, F]``.
         index: int32 ``[k]``, sorted.
-        gate: float32 ``[k]`` folded into the rows of ``up_proj``, or ``None``.
     """
     if index.size < ffn.gate_proj.weight.shape[0]:
         _keep_rows(ffn.gate_proj, index)
         _keep_rows(ffn.up_proj, index)
         _keep_columns(ffn.down_proj, index)
-    if gate is not None:
-        _scale_rows(ffn.up_proj, gate)
+
+
+def scale_channels(ffn: nn.Module, gate: mx.array) -> None:
+    """Fold gates into the rows of ``up_proj``, in place.
+
+    Args:
+        ffn: sliced already.
+        gate: float32 ``[k]``, what each channel is multiplied with.
+    """
+    _scale_rows(ffn.up_proj, gate)
 
 
 def pad_ffn(ffn: nn.Module, width: int) -> None:

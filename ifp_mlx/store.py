@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .pruning import slice_ffn
+
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
 
 # What a model needs, and what says how it may be used. Never code.
@@ -77,6 +80,41 @@ def _fetch(repo: str) -> Path:
         raise FileNotFoundError(
             f"{repo} is no folder, and does not come from the Hugging Face Hub: {why}."
         ) from error
+
+
+class Folder:
+    """An ordinary model folder as the source of a model's weights.
+
+    Every source has these three: what it reads from, a stock model whose FFN weights
+    are not in memory yet, and a way to put channels into one layer of it.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self) -> "nn.Module":
+        """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
+        return dense_model(self.path)
+
+    def fill(
+        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+    ) -> None:
+        """Put a layer's channels into its FFN, in place.
+
+        Args:
+            ffn: the layer's FFN in a model from :meth:`open`.
+            layer: its number.
+            index: int32 ``[k]``, sorted; ``None`` is all channels, which here are
+                read when they are first used.
+
+        Raises:
+            ValueError: if a quantised ``down_proj`` would be cut inside a group.
+        """
+        if index is not None:
+            slice_ffn(ffn, index)
 
 
 def dense_model(path: Path) -> "nn.Module":

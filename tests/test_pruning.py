@@ -12,9 +12,11 @@ from ifp_mlx.pruning import (
     MaskedFFN,
     dense_shape,
     ffn_layers,
+    fill_model,
     group_size,
     mask_model,
     set_masks,
+    slice_ffn,
     slice_model,
 )
 
@@ -182,7 +184,11 @@ def test_progress_sees_every_layer():
             yield part
 
     selection = select(mx.zeros((3, 64)), layer_sizes(8, 3, 64, "uniform"))
-    slice_model(tiny_model("llama"), selection, progress=progress)
+
+    def fill(ffn, layer, index):
+        slice_ffn(ffn, index)
+
+    fill_model(tiny_model("llama"), fill, selection, progress=progress)
     assert len(seen) == 3
 
 
