@@ -55,14 +55,22 @@ class Setting:
     allocation: Allocation
 
 
-def read_rows(path: Path, tokenizer: Any, *, limit: int | None = None) -> list[Row]:
-    """Read a JSONL file of mlx-lm's chat format (``messages``, the last one the
-    answer) or its completions format (``prompt``, ``completion``).
+def read_rows(
+    path: Path,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    answer_tokens: int | None = None,
+) -> list[Row]:
+    """Read a JSONL file of mlx-lm's formats: chat (``messages``, the last one the
+    answer), completions (``prompt``, ``completion``) or plain ``text``, whose second
+    half is the answer to its first and which no chat template touches.
 
     Args:
         path: the file.
         tokenizer: mlx-lm's.
         limit: rows to take from the start; ``None`` takes all.
+        answer_tokens: compare this many tokens of an answer at most.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -74,15 +82,23 @@ def read_rows(path: Path, tokenizer: Any, *, limit: int | None = None) -> list[R
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines[:limit], start=1):
         try:
-            prompt, answer = _split(json.loads(line))
+            row = _read_row(json.loads(line), tokenizer)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"Line {number} of {path} is no example: give messages that end with "
-                "an assistant's, or prompt and completion."
+                "an assistant's, or prompt and completion, or text."
             ) from error
-        tokens = list(tokenizer.encode(answer, add_special_tokens=False))
-        rows.append(Row(tokenize(tokenizer, prompt), tokens))
-    return [row for row in rows if row.answer]
+        rows.append(Row(row.prompt, row.answer[:answer_tokens]))
+    return [row for row in rows if row.prompt and row.answer]
+
+
+def _read_row(example: dict[str, Any], tokenizer: Any) -> Row:
+    if "text" in example:
+        tokens = list(tokenizer.encode(example["text"]))
+        return Row(tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :])
+    prompt, answer = _split(example)
+    tokens = list(tokenizer.encode(answer, add_special_tokens=False))
+    return Row(tokenize(tokenizer, prompt), tokens)
 
 
 def _split(example: dict[str, Any]) -> tuple[list[Message], str]:
@@ -262,8 +278,9 @@ def build_parser() -> cli.Parser:
     add("--data", required=True, **many, help="JSONL files, one per family of tasks")
     add("--keep", type=float, default=[0.75, 0.5], **many, help="default: 0.75 0.5")
     add("--selector", default=["activation", "random"], **many)
-    add("--allocation", default=list(masks.ALLOCATIONS), **many)
+    add("--allocation", default=["uniform", "first-layer"], **many)
     add("--limit", type=int, help="rows per file; default: all")
+    add("--answer-tokens", type=int, help="compare so many of an answer at most")
     add(
         "--prefill",
         choices=("compact", "dense"),
@@ -278,7 +295,13 @@ def build_parser() -> cli.Parser:
 def _command(args: Any) -> None:
     model, tokenizer = load(args.model)
     paths = [Path(name) for name in args.data]
-    files = {path.stem: read_rows(path, tokenizer, limit=args.limit) for path in paths}
+    read = partial(
+        read_rows,
+        tokenizer=tokenizer,
+        limit=args.limit,
+        answer_tokens=args.answer_tokens,
+    )
+    files = {path.stem: read(path) for path in paths}
     if empty := [name for name, rows in files.items() if not rows]:
         raise ValueError(f"{', '.join(empty)} hold no example; give other files.")
     choices = itertools.product(args.selector, args.keep, args.allocation)

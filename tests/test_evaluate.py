@@ -99,6 +99,14 @@ def test_both_formats_are_read(opened, tmp_path):
     assert len(read_rows(file, tokenizer, limit=1)) == 1
 
 
+def test_plain_text_is_cut_in_the_middle_and_has_no_template(opened, tmp_path):
+    file = tmp_path / "prose.jsonl"
+    file.write_text(json.dumps({"text": "0123456789"}))
+    (row,) = read_rows(file, opened[1], answer_tokens=3)
+    assert opened[1].decode(row.prompt) == "01234"
+    assert opened[1].decode(row.answer) == "567"
+
+
 def test_the_command_compares_settings(opened, tmp_path, capsys):
     file = tmp_path / "greetings.jsonl"
     file.write_text('{"prompt": "Hi", "completion": "Hello"}\n' * 2)
