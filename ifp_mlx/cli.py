@@ -1,13 +1,19 @@
 """What the commands share: how they end, and the options that select."""
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from .masks import ALLOCATIONS
+from .masks import ALLOCATIONS, Selection, find_mask
 from .selectors import SELECTORS
+
+# How often SmolLM2-135M-Instruct, untrained, still chooses the dense model's next
+# token, by keep: the default selection in examples/quality.md.
+AGREEMENT = {0.75: 0.69, 0.5: 0.46}
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +31,7 @@ def main(
 ) -> None:
     """Parse ``argv`` (default: the process's) and :func:`run` the command on it."""
     args = parser.parse_args(argv)
-    run(lambda: command(args), parser.prog)
+    run(lambda: command(_with_task(args)), parser.prog)
 
 
 def run(command: Callable[[], None], prog: str) -> None:
@@ -67,6 +73,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--instruction", help="what selects; default: the first user message"
     )
     what.add_argument("--mask-file", help="use the selection in this mask file")
+    what.add_argument("--task", help="use this task of the library, see --tasks-folder")
+    add_tasks_folder_option(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--keep", type=float, help="kept share of the FFN channels, 0 to 1; default 0.5"
@@ -77,6 +85,60 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allocation", help=f"one of {', '.join(ALLOCATIONS)}")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--tasks-folder``, where task masks are."""
+    parser.add_argument(
+        "--tasks-folder",
+        type=Path,
+        help="the library of task masks; default: tasks in the model's folder, or here",
+    )
+
+
+def tasks_folders(args: argparse.Namespace) -> list[Path]:
+    """Return where task masks are looked for, first come first served."""
+    if args.tasks_folder is not None:
+        return [args.tasks_folder]
+    model = Path(args.model) / "tasks" if getattr(args, "model", None) else None
+    here = Path("tasks")
+    # A hub id is no folder of the user's.
+    return [model, here] if model and model.parent.is_dir() else [here]
+
+
+def warn_of_low_keep(selection: Selection) -> None:
+    """Say on stderr what to expect when fewer channels are kept than an untrained
+    model bears: as measured for this task mask, else for a small model.
+    """
+    share = sum(selection.sizes) / (selection.channels * len(selection.sizes))
+    if share >= max(AGREEMENT) - 0.005 or selection.info.get("selector") == "predictor":
+        return
+    if card := selection.info.get("evaluation"):
+        measured = json.loads(card)
+        expect = (
+            f"this task mask chose the dense model's next token "
+            f"{measured['agreement']:.0%} of the time on {measured['rows']} other "
+            "examples"
+        )
+    else:
+        keep = min(k for k in AGREEMENT if k >= share - 0.005)
+        at_most = "" if abs(keep - share) < 0.005 else f"with {keep:.0%} "
+        expect = (
+            f"SmolLM2-135M {at_most}chooses the dense model's next token "
+            f"{AGREEMENT[keep]:.0%} of the time, {AGREEMENT[max(AGREEMENT)]:.0%} at "
+            f"--keep {max(AGREEMENT):g}; larger models bear more"
+        )
+    print(
+        f"Note: {share:.0%} of the channels, without training for it: {expect}.",
+        file=sys.stderr,
+    )
+
+
+def _with_task(args: argparse.Namespace) -> argparse.Namespace:
+    """``--task NAME`` is ``--mask-file`` with the library's file of that name."""
+    if getattr(args, "task", None) is not None:
+        args.mask_file = str(find_mask(args.task, tasks_folders(args)))
+    return args
 
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +154,7 @@ def selection_options(args: argparse.Namespace) -> dict[str, Any]:
     given = [n for n in ("keep", "target_size", "allocation") if options[n] is not None]
     if args.mask_file and (given or options["selector"] != "auto"):
         raise ValueError(
-            f"--mask-file {args.mask_file} says which channels are kept; leave out "
+            f"The mask file {args.mask_file} says which channels are kept; leave out "
             "--keep, --target-size, --selector and --allocation."
         )
     return options

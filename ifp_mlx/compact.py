@@ -276,6 +276,7 @@ def _command(args: Any) -> None:
     out = write_compact(
         model, selection, args.mlx_path, quantisation=quantisation, progress=progress
     )
+    cli.warn_of_low_keep(selection)
     about = {"path": str(out), "mask_id": selection.mask_id, "layers": selection.sizes}
     print(json.dumps(about) if args.json else out)
 

@@ -218,6 +218,7 @@ def _command(args: Any) -> None:
     if args.save_mask:
         last.selection.save(args.save_mask)
     print(_summary(last), file=sys.stderr)
+    cli.warn_of_low_keep(last.selection)
     if args.json:
         print(json.dumps({"text": text} | report(last)))
 

@@ -13,9 +13,12 @@ import numpy as np
 
 from .atomic import new_file
 
-Allocation = Literal["uniform", "first-layer"]
-ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "first-layer")
+Allocation = Literal["uniform", "first-layer", "sensitivity"]
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "first-layer", "sensitivity")
 MASK_FORMAT = "ifp_mlx.mask.1"
+
+# The kept shares of F at which a layer's sensitivity is measured.
+MEASURED_SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +70,16 @@ class Selection:
             mask[layer, np.array(index)] = value
         return mx.array(mask)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a mask file (safetensors); an existing file is replaced."""
+    def save(
+        self, path: str | os.PathLike[str], *, scores: mx.array | None = None
+    ) -> None:
+        """Write a mask file (safetensors); an existing file is replaced.
+
+        Args:
+            path: the file.
+            scores: ``[L, F]`` that the selection was made from, to be kept with it
+                in float16; :meth:`load` leaves them where they are.
+        """
         from safetensors.numpy import save_file
 
         arrays = {}
@@ -78,6 +89,8 @@ class Selection:
                 arrays[f"layers.{layer}.gates"] = np.array(self.gates[layer])
         if self.fingerprint is not None:
             arrays["fingerprint"] = np.array(self.fingerprint)
+        if scores is not None:
+            arrays["scores"] = np.array(scores).astype(np.float16)
         about = {
             "format": MASK_FORMAT,
             "mask_id": self.mask_id,
@@ -234,7 +247,12 @@ def target_size(channels: int, keep: float, granularity: int = 1) -> int:
 
 
 def layer_sizes(
-    k: int, layers: int, channels: int, allocation: Allocation, granularity: int = 1
+    k: int,
+    layers: int,
+    channels: int,
+    allocation: Allocation,
+    granularity: int = 1,
+    costs: mx.array | None = None,
 ) -> list[int]:
     """Return the kept channels of every layer; their total is at most ``L * k``.
 
@@ -242,9 +260,12 @@ def layer_sizes(
         k: kept channels per layer on average, a multiple of ``granularity``.
         layers: ``L``.
         channels: ``F``.
-        allocation: ``uniform`` (the paper's rule) or ``first-layer``: layer 0 is kept
-            whole and the others share what is left of the same total.
+        allocation: ``uniform`` (the paper's rule); ``first-layer``: layer 0 is kept
+            whole and the others share what is left of the same total; or
+            ``sensitivity``: the total goes where it saves most of ``costs``.
         granularity: channels per selectable block.
+        costs: ``[L, 6]``, what it costs to prune a layer alone to each of
+            ``MEASURED_SHARES``, nats; needed by ``sensitivity``.
 
     Raises:
         ValueError: if ``k`` does not fit the channels, the granularity or the
@@ -257,6 +278,13 @@ def layer_sizes(
         )
     if allocation == "uniform" or layers == 1:
         return [k] * layers
+    if allocation == "sensitivity":
+        if costs is None:
+            raise ValueError(
+                "The allocation sensitivity needs a measurement of this model, minutes "
+                "once: run python -m ifp_mlx.sensitivity --model with its folder."
+            )
+        return _cheapest_sizes(k, channels, granularity, np.array(costs))
     rest = (layers * k - channels) // (layers - 1) // granularity * granularity
     if rest < granularity:
         raise ValueError(
@@ -264,6 +292,46 @@ def layer_sizes(
             f"layer of {channels}; keep more, or use the allocation uniform."
         )
     return [channels] + [rest] * (layers - 1)
+
+
+def _cheapest_sizes(
+    k: int, channels: int, granularity: int, costs: np.ndarray
+) -> list[int]:
+    """Spend ``L * k`` channels, a step at a time, where the step saves most.
+
+    On a layer's convex hull savings only shrink with width, so that taking all steps
+    in their order is the best there is, were the layers' costs to add up.
+    """
+    step = granularity * max(1, channels // (64 * granularity))
+    grid = np.array([*range(step, channels, step), channels])
+    measured = np.array(MEASURED_SHARES) * channels
+    hulls = [np.interp(grid, *_lower_hull(measured, cost)) for cost in costs]
+    steps = np.diff(grid)
+    savings = -np.diff(hulls, axis=1) / steps
+    order = np.argsort(-savings, axis=None, kind="stable")
+    spent = np.cumsum(np.broadcast_to(steps, savings.shape).ravel()[order])
+    taken = order[spent <= len(costs) * (k - step)]
+    sizes = np.full(len(costs), step)
+    np.add.at(sizes, taken // len(steps), steps[taken % len(steps)])
+    return [int(size) for size in sizes]
+
+
+def _lower_hull(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the corners of the convex function that lies closest below points."""
+    hull: list[tuple[float, float]] = []
+    for point in zip(x, y, strict=True):
+        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    corners = np.array(hull)
+    return corners[:, 0], corners[:, 1]
+
+
+def _turns_up(
+    a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]
+) -> bool:
+    """Whether ``b`` lies on or above the line from ``a`` to ``c``."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
 def check_multiple(k: int, granularity: int, channels: int) -> None:
@@ -285,6 +353,23 @@ def check_multiple(k: int, granularity: int, channels: int) -> None:
             f"target_size={k} is not a multiple of the group of {granularity} "
             f"channels; use {' or '.join(map(str, valid))}."
         )
+
+
+def find_mask(name: str, folders: Sequence[Path]) -> Path:
+    """Return the mask file of a task in the first of ``folders`` that has it.
+
+    Raises:
+        FileNotFoundError: if none has it, naming the tasks there are.
+    """
+    for folder in folders:
+        if (path := folder / f"{name}.safetensors").is_file():
+            return path
+    known = {file.stem for folder in folders for file in folder.glob("*.safetensors")}
+    where = " or ".join(map(str, folders))
+    raise FileNotFoundError(
+        f"There is no task {name!r} in {where}; the tasks there are "
+        f"{', '.join(sorted(known)) or 'none'}: make one with python -m ifp_mlx.tasks."
+    )
 
 
 def _read_mask_file(path: Path) -> Selection:

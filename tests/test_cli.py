@@ -1,9 +1,11 @@
 import subprocess
 import sys
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from ifp_mlx import cli
+from ifp_mlx import Selection, cli
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, ImportError])
@@ -53,3 +55,35 @@ def test_every_command_explains_itself(verb):
         text=True,
     )
     assert run.returncode == 0 and "--mask-file" in run.stdout and run.stderr == ""
+
+
+def kept(share, **info):
+    return Selection((mx.arange(int(64 * share)),) * 2, None, 64, info)
+
+
+def test_a_low_keep_is_said_with_what_was_measured(capsys):
+    cli.warn_of_low_keep(kept(0.5))
+    half = capsys.readouterr().err
+    assert "50% of the channels" in half and half.count("\n") == 1
+    assert "46% of the time, 69% at --keep 0.75" in half
+    cli.warn_of_low_keep(kept(0.25))
+    assert "SmolLM2-135M with 50% chooses" in capsys.readouterr().err
+    card = '{"agreement": 0.52, "kl": 1.0, "rows": 40}'
+    cli.warn_of_low_keep(kept(0.5, evaluation=card))
+    assert "this task mask chose" in (err := capsys.readouterr().err)
+    assert "52% of the time on 40 other examples" in err
+
+
+def test_a_keep_that_models_bear_and_a_trained_predictor_need_no_warning(capsys):
+    cli.warn_of_low_keep(kept(0.75))
+    cli.warn_of_low_keep(kept(0.25, selector="predictor"))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_measured_figures_are_those_of_the_published_table():
+    page = (Path(__file__).parent.parent / "examples/quality.md").read_text()
+    for keep, agreement in cli.AGREEMENT.items():
+        row = f"| activation | {keep} | first-layer |"
+        cells = next(line for line in page.splitlines() if line.startswith(row))
+        published = float(cells.split("|")[-2].strip(" %")) / 100
+        assert agreement == pytest.approx(published, abs=0.0051)

@@ -1,0 +1,379 @@
+"""Task masks: a few examples, or an instruction, once → a named mask to keep.
+
+A task mask is chosen by what prompt and answer use together, over all the examples,
+so it also knows the channels that only answers need, which no prompt can show. It is
+an ordinary mask file that says how it was made and what it cost when that was
+measured; a folder of them is a library (`--task NAME` in the other commands).
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from . import cli, selectors
+from .data import as_messages, tokenize
+from .evaluate import METRICS, Evaluator, Row, read_rows
+from .masks import Allocation, Selection, find_mask
+from .model import IFPModel, Progress, load
+
+EXAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named selection, and the scores it was made from.
+
+    Attributes:
+        selection: its ``info`` holds ``task`` (the name), ``made`` and, once measured,
+            ``evaluation``, both JSON.
+        scores: ``[L, F]``, so that tasks can be merged.
+    """
+
+    selection: Selection
+    scores: mx.array
+
+    @property
+    def name(self) -> str:
+        """What ``--task`` calls it."""
+        return self.selection.info["task"]
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """Its measured cost, from :func:`measure`, or ``None``."""
+        text = self.selection.info.get("evaluation")
+        return None if text is None else json.loads(text)
+
+    def save(self, folder: Path) -> Path:
+        """Write it into a library and return the file; one of its name is replaced."""
+        path = folder / f"{self.name}.safetensors"
+        self.selection.save(path, scores=self.scores)
+        return path
+
+    @staticmethod
+    def load(path: Path) -> "Task":
+        """Read a task mask.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no mask file, or a mask that is not of a task.
+        """
+        selection = Selection.load(path)
+        scores = cast(dict[str, mx.array], mx.load(str(path))).get("scores")
+        if scores is None or "task" not in selection.info:
+            raise ValueError(
+                f"{path} is a mask, but not of a task: it keeps no scores; make one "
+                "with python -m ifp_mlx.tasks make."
+            )
+        return Task(selection, scores.astype(mx.float32))
+
+
+def make(
+    model: IFPModel,
+    name: str,
+    texts: Sequence[Sequence[int]],
+    *,
+    keep: float | None = None,
+    target_size: int | None = None,
+    allocation: Allocation | None = None,
+    progress: Progress = iter,
+) -> Task:
+    """Make a task mask from the tokens of a task.
+
+    Args:
+        model: from :func:`ifp_mlx.load`.
+        name: what to call the task.
+        texts: token ids of each example, prompt and answer; of all examples, every
+            token counts the same.
+        keep, target_size, allocation: see :meth:`IFPModel.select`.
+        progress: wraps the iteration over examples.
+
+    Raises:
+        ValueError: if there are no examples, or the name cannot be a file's.
+    """
+    _check_name(name)
+    if not texts:
+        raise ValueError(f"The task {name} has no examples; give at least one.")
+    scores = selectors.prior_scores(model.dense(), texts, progress=progress)
+    about = {"examples": len(texts), "tokens": sum(len(text) for text in texts)}
+    size: dict[str, Any] = {"keep": keep, "target_size": target_size}
+    return _task(model, name, scores, about, allocation=allocation, **size)
+
+
+def merge(
+    model: IFPModel,
+    name: str,
+    tasks: Sequence[Task],
+    *,
+    keep: float | None = None,
+    target_size: int | None = None,
+    allocation: Allocation | None = None,
+) -> Task:
+    """Make one mask for several tasks, of the size of one.
+
+    In every layer each task has the same say: its scores count as shares of the
+    energy that its own texts have there.
+
+    Args:
+        model: that the tasks were made with.
+        name: what to call the merged task.
+        tasks: at least two.
+        keep, target_size, allocation: see :meth:`IFPModel.select`.
+
+    Raises:
+        ValueError: if there are fewer than two tasks, or one is of another model.
+    """
+    _check_name(name)
+    if len(tasks) < 2:
+        raise ValueError(f"{name} merges {len(tasks)} task(s); name two or more.")
+    energy = mx.zeros((model.layers, model.channels))
+    for task in tasks:
+        task.selection.check_fits(model.layers, model.channels, model.fingerprint)
+        square = mx.square(task.scores)
+        energy = energy + square / square.sum(axis=1, keepdims=True)
+    about = {"merged": [task.name for task in tasks]}
+    size: dict[str, Any] = {"keep": keep, "target_size": target_size}
+    return _task(model, name, mx.sqrt(energy), about, allocation=allocation, **size)
+
+
+def measure(
+    model: IFPModel, task: Task, rows: Sequence[Row], *, progress: Progress = iter
+) -> Task:
+    """Measure a task mask on examples; return it with its evaluation card.
+
+    Args:
+        model: that it was made with.
+        task: what to measure.
+        rows: examples that it was not made from.
+        progress: wraps the iteration over rows.
+    """
+    if not rows:
+        raise ValueError(
+            f"No example is left to measure the task {task.name} on; give others than "
+            "those it is made from."
+        )
+    evaluator, mask = Evaluator(model), task.selection.mask()
+    found = [
+        evaluator.measure(row, mask, evaluator.reference(row)) for row in progress(rows)
+    ]
+    card = {metric: float(np.mean([f[metric] for f in found])) for metric in METRICS}
+    info = task.selection.info | {"evaluation": json.dumps(card | {"rows": len(rows)})}
+    return replace(task, selection=replace(task.selection, info=info))
+
+
+def overlap(a: Selection, b: Selection) -> np.ndarray:
+    """Return how much two selections share, and what chance gives, ``[L, 2]``.
+
+    The overlap of a layer is the shared part of the smaller selection; two random
+    ones share k/F of it on average, the larger one's ``k``.
+    """
+    rows = []
+    for one, other in zip(a.indices, b.indices, strict=True):
+        small, large = sorted((one.size, other.size))
+        both = np.intersect1d(np.array(one), np.array(other)).size
+        rows.append((both / small, large / a.channels))
+    return np.array(rows)
+
+
+def find(name: str, folder: Path) -> Path:
+    """Return the mask file of a task in a library; see :func:`masks.find_mask`."""
+    return find_mask(name, [folder])
+
+
+def library(folder: Path) -> list[Task]:
+    """Return the tasks in a folder, by name; other masks in it are left out."""
+    tasks = []
+    for path in sorted(folder.glob("*.safetensors")):
+        if "task" in Selection.load(path).info:
+            tasks.append(Task.load(path))
+    if not tasks:
+        raise ValueError(
+            f"There is no task mask in {folder}; make one with python -m ifp_mlx.tasks "
+            "make, or give another --tasks-folder."
+        )
+    return tasks
+
+
+def _task(
+    model: IFPModel, name: str, scores: mx.array, about: dict[str, Any], **size: Any
+) -> Task:
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    # The tokens select nothing here: the scores are known. "activation" keeps the
+    # gates binary even if the checkpoint has a predictor.
+    selection = model.select([0], selector="activation", scores=scores, **size)
+    about["date"] = datetime.now(UTC).date().isoformat()
+    about["versions"] = {n: version(n) for n in ("ifp_mlx", "mlx", "mlx-lm")}
+    info = {"selector": "task", "task": name, "made": json.dumps(about)}
+    info["model"] = model.name
+    selection = replace(selection, info=selection.info | info)
+    return Task(selection, scores)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"name={name!r} cannot be a task's: use letters, digits, '-', '_' and '.'."
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``python -m ifp_mlx.tasks``."""
+    cli.main(build_parser(), lambda args: args.verb(args), argv)
+
+
+def build_parser() -> cli.Parser:
+    """Return the command's parser, with a parser for each verb."""
+    parser = cli.Parser(
+        prog="ifp_mlx.tasks",
+        description="Make, list, merge and compare masks for tasks.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="make|list|merge|overlap")
+    making = verbs.add_parser("make", help="make a mask from examples")
+    what = making.add_mutually_exclusive_group(required=True)
+    what.add_argument("--examples", type=Path, help="a JSONL file, as of evaluate")
+    what.add_argument("--instruction", help="a text, in place of examples")
+    what.add_argument("--instruction-file", type=Path, help="the same, in a file")
+    merging = verbs.add_parser("merge", help="make one mask for several tasks")
+    merging.add_argument("--tasks", nargs="+", required=True, help="their names")
+    for verb, command in ((making, _make), (merging, _merge)):
+        verb.set_defaults(verb=command)
+        cli.add_model_option(verb)
+        verb.add_argument("--name", required=True, help="of the task")
+        size = verb.add_mutually_exclusive_group()
+        size.add_argument("--keep", type=float, help="kept share; default 0.5")
+        size.add_argument("--target-size", type=int, help="kept channels per layer")
+        verb.add_argument("--allocation", help="see ifp_mlx.generate")
+        verb.add_argument("--held-out", type=Path, help="JSONL to measure it on")
+        help = "rows to make it from, and to measure it on; default: %(default)s"
+        verb.add_argument("--limit", type=int, default=EXAMPLES, help=help)
+    listing = verbs.add_parser("list", help="say what is in the library")
+    comparing = verbs.add_parser("overlap", help="how much tasks share, by depth")
+    for verb, command in ((listing, _list), (comparing, _overlap)):
+        verb.set_defaults(verb=command)
+        verb.add_argument("--model", help="whose library, if it is in its folder")
+    for verb in (making, merging, listing, comparing):
+        cli.add_tasks_folder_option(verb)
+        verb.add_argument("--json", action="store_true", help="one line of JSON")
+    return parser
+
+
+def _make(args: Any) -> None:
+    _check_name(args.name)
+    model, tokenizer = load(args.model)
+    examples = _examples(args, tokenizer)
+    task = make(
+        model,
+        args.name,
+        examples,
+        keep=args.keep,
+        target_size=args.target_size,
+        allocation=args.allocation,
+        progress=partial(tqdm, disable=None, leave=False),
+    )
+    _measure_and_save(args, model, tokenizer, task, examples)
+
+
+def _examples(args: Any, tokenizer: Any) -> list[list[int]]:
+    if args.examples is not None:
+        rows = read_rows(args.examples, tokenizer, limit=args.limit)
+        return [row.prompt + row.answer for row in rows]
+    text = args.instruction
+    if args.instruction_file is not None:
+        text = args.instruction_file.read_text(encoding="utf-8")
+    return [tokenize(tokenizer, as_messages(text))]
+
+
+def _merge(args: Any) -> None:
+    model, tokenizer = load(args.model)
+    folders = cli.tasks_folders(args)
+    task = merge(
+        model,
+        args.name,
+        [Task.load(find_mask(name, folders)) for name in args.tasks],
+        keep=args.keep,
+        target_size=args.target_size,
+        allocation=args.allocation,
+    )
+    _measure_and_save(args, model, tokenizer, task, [])
+
+
+def _measure_and_save(
+    args: Any, model: IFPModel, tokenizer: Any, task: Task, seen: list[list[int]]
+) -> None:
+    if args.held_out is not None:
+        rows = read_rows(args.held_out, tokenizer)
+        others = [row for row in rows if row.prompt + row.answer not in seen]
+        progress = partial(tqdm, disable=None, leave=False)
+        task = measure(model, task, others[: args.limit], progress=progress)
+    path = task.save(cli.tasks_folders(args)[0])
+    print(json.dumps(_about(task)) if args.json else path)
+
+
+def _about(task: Task) -> dict[str, Any]:
+    info = task.selection.info
+    return {
+        "name": task.name,
+        "model": info["model"],
+        "keep": float(info["keep"]),
+        "allocation": info["allocation"],
+        "mask_id": task.selection.mask_id,
+        "layers": task.selection.sizes,
+        "made": json.loads(info["made"]),
+        "evaluation": task.evaluation,
+    }
+
+
+def _list(args: Any) -> None:
+    tasks = [_about(task) for task in library(_library_folder(args))]
+    print("| task | keep | allocation | made from | KL to dense | agreement | mask |")
+    print("|---|---|---|---|---|---|---|")
+    for task in tasks:
+        made, card = task["made"], task["evaluation"]
+        source = f"{made.get('examples')} examples, {made.get('tokens')} tokens"
+        if "merged" in made:
+            source = " + ".join(made["merged"])
+        cost = f"{card['kl']:.3f} | {card['agreement']:.1%}" if card else "| "
+        print(
+            f"| {task['name']} | {task['keep']:g} | {task['allocation']} | {source} "
+            f"| {cost} | {task['mask_id']} |"
+        )
+    if args.json:
+        print(json.dumps(tasks))
+
+
+def _overlap(args: Any) -> None:
+    tasks = library(_library_folder(args))
+    pairs = []
+    print("What two tasks share of their channels, and what chance would give (k/F):\n")
+    print("| tasks | all layers | first third | middle third | last third |")
+    print("|---|---|---|---|---|")
+    for number, one in enumerate(tasks):
+        for other in tasks[number + 1 :]:
+            shares = overlap(one.selection, other.selection)
+            parts = [shares, *np.array_split(shares, 3)]
+            cells = [f"{s:.0%} (chance {c:.0%})" for s, c in (p.mean(0) for p in parts)]
+            print(f"| {one.name}, {other.name} | {' | '.join(cells)} |")
+            names = {"tasks": [one.name, other.name]}
+            pairs.append(
+                names | dict(zip(("overlap", "chance"), shares.T.tolist(), strict=True))
+            )
+    if args.json:
+        print(json.dumps(pairs))
+
+
+def _library_folder(args: Any) -> Path:
+    folders = cli.tasks_folders(args)
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+if __name__ == "__main__":
+    main()

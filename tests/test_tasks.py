@@ -1,0 +1,226 @@
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import run_command, write_folder
+
+from ifp_mlx import Selection, compact, load, tasks
+from ifp_mlx.evaluate import Evaluator, read_rows
+from ifp_mlx.generate import main as generate_main
+from ifp_mlx.selectors import activation_scores
+from ifp_mlx.tasks import Task, main
+
+ROWS = [
+    {"prompt": f"Say {word} in French.", "completion": f"It is {word}!"}
+    for word in ("water", "bread", "house", "street", "night", "bridge")
+]
+TEXTS = [[5, 9, 77, 200, 13], [3, 4], [250, 60, 61]]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    return load(write_folder(tmp_path_factory.mktemp("tasks") / "tiny"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "french.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def test_every_token_of_every_example_counts_the_same(opened):
+    model, _ = opened
+    task = tasks.make(model, "french", TEXTS, keep=0.5)
+    energies = [np.array(activation_scores(model.dense(), text)) ** 2 for text in TEXTS]
+    np.testing.assert_allclose(np.array(task.scores), np.sqrt(sum(energies)), rtol=1e-4)
+    best = np.argsort(-np.array(task.scores[1]), kind="stable")[:16]
+    assert task.selection.sizes == [64, 16, 16]
+    assert sorted(best) == task.selection.indices[1].tolist()
+
+
+def test_a_task_file_says_how_it_was_made_and_gives_the_task_back(opened, tmp_path):
+    model, _ = opened
+    made = tasks.make(model, "french", TEXTS, keep=0.25, allocation="uniform")
+    path = made.save(tmp_path)
+    again = Task.load(path)
+    assert path == tmp_path / "french.safetensors" and again.name == "french"
+    assert again.selection.mask_id == made.selection.mask_id
+    assert again.selection.info == made.selection.info
+    np.testing.assert_allclose(again.scores, made.scores, rtol=1e-3)
+    info = again.selection.info
+    assert info["selector"] == "task" and info["model"] == "tiny"
+    assert (info["keep"], info["allocation"]) == ("0.25", "uniform")
+    about = json.loads(info["made"])
+    assert about["examples"] == 3 and about["tokens"] == 10
+    assert set(about) == {"examples", "tokens", "date", "versions"}
+    assert mx.array_equal(again.selection.fingerprint, model.fingerprint)
+    assert again.evaluation is None
+
+
+def test_a_mask_without_scores_is_no_task(opened, tmp_path):
+    path = tmp_path / "mask.safetensors"
+    opened[0].select("Hello").save(path)
+    with pytest.raises(ValueError, match="mask.safetensors is a mask, but not of a"):
+        Task.load(path)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", ".hidden", "a b"])
+def test_a_name_that_is_no_file_name_is_refused(name, opened):
+    with pytest.raises(ValueError, match="cannot be a task's"):
+        tasks.make(opened[0], name, TEXTS)
+
+
+def test_examples_are_needed(opened):
+    with pytest.raises(ValueError, match="french has no examples"):
+        tasks.make(opened[0], "french", [])
+
+
+def test_a_merged_mask_has_the_asked_size_and_each_task_the_same_say(opened):
+    model, _ = opened
+    one, two = np.zeros((3, 64), np.float32), np.zeros((3, 64), np.float32)
+    one[:, :16], two[:, 48:] = 1.0, 1000.0  # the second saw many more tokens
+    one[:, 20:28] = 0.1
+    likes = [
+        Task(tasks.make(model, name, TEXTS).selection, mx.array(scores))
+        for name, scores in (("one", one), ("two", two))
+    ]
+    merged = tasks.merge(model, "both", likes, keep=0.5, allocation="uniform")
+    assert merged.selection.sizes == [32] * 3
+    expected = [*range(16), *range(48, 64)]
+    assert all(index.tolist() == expected for index in merged.selection.indices)
+    assert json.loads(merged.selection.info["made"])["merged"] == ["one", "two"]
+    with pytest.raises(ValueError, match=r"merges 1 task\(s\)"):
+        tasks.merge(model, "alone", likes[:1])
+
+
+def test_a_task_of_another_model_is_not_merged(opened, tmp_path):
+    model, _ = opened
+    other, _ = load(write_folder(tmp_path / "other", seed=7))
+    pair = [tasks.make(m, m.name, TEXTS) for m in (model, other)]
+    with pytest.raises(ValueError, match="was made for another model"):
+        tasks.merge(model, "both", pair)
+
+
+def test_overlap_stands_beside_chance():
+    half, other = mx.arange(32), mx.arange(16, 48)
+    a = Selection((half, half, mx.arange(64)), None, 64)
+    b = Selection((half, other, mx.arange(8)), None, 64)
+    expected = [[1.0, 0.5], [0.5, 0.5], [1.0, 1.0]]
+    np.testing.assert_allclose(tasks.overlap(a, b), expected)
+
+
+def test_random_selections_overlap_as_chance_says():
+    rng = np.random.default_rng(0)
+    a, b = (
+        Selection(
+            tuple(mx.array(np.sort(rng.permutation(512)[:200])) for _ in range(40)),
+            None,
+            512,
+        )
+        for _ in range(2)
+    )
+    found, chance = tasks.overlap(a, b).mean(axis=0)
+    assert found == pytest.approx(chance, abs=0.02) and chance == 200 / 512
+
+
+def test_measuring_gives_the_means_of_evaluate(opened, data):
+    model, tokenizer = opened
+    rows = read_rows(data, tokenizer)
+    task = tasks.make(model, "french", [rows[0].prompt + rows[0].answer])
+    measured = tasks.measure(model, task, rows[1:3])
+    evaluator, mask = Evaluator(model), task.selection.mask()
+    alone = [evaluator.measure(r, mask, evaluator.reference(r)) for r in rows[1:3]]
+    card = measured.evaluation
+    assert card["rows"] == 2
+    assert card["kl"] == pytest.approx(np.mean([a["kl"] for a in alone]))
+    assert measured.selection.mask_id == task.selection.mask_id
+    with pytest.raises(ValueError, match="No example is left to measure"):
+        tasks.measure(model, task, [])
+
+
+def run_json(capsys, *arguments):
+    status, out, err = run_command(main, capsys, *arguments, "--json")
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_the_command_makes_lists_merges_and_compares(opened, data, tmp_path, capsys):
+    model, tokenizer = opened
+    where = ["--model", model.path, "--tasks-folder", tmp_path / "library"]
+    made = run_json(
+        capsys,
+        *["make", *where, "--name", "french", "--examples", data, "--limit", "4"],
+        *["--keep", "0.5", "--held-out", data],
+    )
+    # What it was made from is not what it is measured on.
+    assert made["made"]["examples"] == 4 and made["evaluation"]["rows"] == 2
+    instruction = tmp_path / "sql.txt"
+    instruction.write_text("Write a SQL query.")
+    run_json(capsys, "make", *where, "--name", "sql", "--instruction-file", instruction)
+    both = run_json(
+        capsys, "merge", *where, "--name", "both", "--tasks", "sql", "french"
+    )
+    assert both["made"]["merged"] == ["sql", "french"]
+    listed = run_json(capsys, "list", *where[2:])
+    assert [task["name"] for task in listed] == ["both", "french", "sql"]
+    assert listed[1] == made
+    pairs = run_json(capsys, "overlap", *where)
+    assert [pair["tasks"] for pair in pairs] == [
+        ["both", "french"],
+        ["both", "sql"],
+        ["french", "sql"],
+    ]
+    assert all(len(pair["overlap"]) == len(pair["chance"]) == 3 for pair in pairs)
+    assert pairs[0]["chance"] == [1.0, 0.25, 0.25]
+
+    sql = Task.load(tmp_path / "library/sql.safetensors").selection
+    assert sql.mask_id == model.select("Write a SQL query.", keep=0.5).mask_id
+
+
+def test_other_commands_take_a_task_by_its_name(opened, tmp_path, capsys):
+    model, _ = opened
+    folder = tmp_path / "library"
+    task = tasks.make(model, "french", TEXTS, keep=0.75)
+    task.save(folder)
+    given = ["--model", model.path, "--task", "french", "--tasks-folder", folder]
+    status, out, _ = run_command(
+        generate_main, capsys, *given, "-p", "Hello", "-m", "2", "--json"
+    )
+    report = json.loads(out.splitlines()[-1])["selection"]
+    assert status == 0 and report["mask_id"] == task.selection.mask_id
+    assert report["selector"] == "task"
+    out_folder = tmp_path / "compact"
+    assert run_command(compact.main, capsys, *given, "--mlx-path", out_folder)[0] == 0
+    saved = Selection.load(out_folder / "mask.safetensors")
+    assert saved.mask_id == task.selection.mask_id
+    status, _, err = run_command(
+        generate_main, capsys, *given, "-p", "Hello", "--keep", "0.5"
+    )
+    assert status == 2 and "leave out --keep" in err
+
+
+def test_the_library_is_found_beside_the_model(opened, tmp_path, capsys, monkeypatch):
+    folder = write_folder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    tasks.make(load(folder)[0], "near", TEXTS).save(folder / "tasks")
+    tasks.make(load(folder)[0], "here", TEXTS).save(tmp_path / "tasks")
+    for name in ("near", "here"):
+        given = ["--model", folder, "--task", name, "-p", "Hello", "-m", "1"]
+        assert run_command(generate_main, capsys, *given)[0] == 0
+    given[3] = "gone"
+    status, _, err = run_command(generate_main, capsys, *given)
+    assert status == 2 and "no task 'gone' in" in err and "are here, near: make" in err
+
+
+def test_an_empty_library_is_a_mistake(tmp_path, capsys):
+    status, _, err = run_command(main, capsys, "list", "--tasks-folder", tmp_path)
+    assert status == 2 and "There is no task mask in" in err and err.count("\n") == 1
+
+
+def test_a_library_leaves_other_masks_out(opened, tmp_path):
+    opened[0].select("Hello").save(tmp_path / "plain.safetensors")
+    tasks.make(opened[0], "french", TEXTS).save(tmp_path)
+    assert [task.name for task in tasks.library(tmp_path)] == ["french"]
+    assert tasks.find("french", tmp_path) == tmp_path / "french.safetensors"
