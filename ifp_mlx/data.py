@@ -1,8 +1,9 @@
 """What text selects, and how text becomes tokens: one rule for every caller."""
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
+import mlx.core as mx
 from jinja2 import TemplateError
 
 Message = dict[str, str]
@@ -80,3 +81,29 @@ def tokenize(
         return list(tokenizer.encode(text, add_special_tokens=False))
     text = "\n\n".join(message["content"] for message in messages)
     return list(tokenizer.encode(text))
+
+
+class Batch(NamedTuple):
+    """Examples of one training step, padded on the right.
+
+    Attributes:
+        instruction: what selects, int32 ``[B, Ti]``.
+        lengths: real tokens of each instruction, int32 ``[B]``.
+        tokens: what the model reads, int32 ``[B, T]``.
+        loss_mask: 1 where a token is a target that counts, float32 ``[B, T]``. The
+            first token of a row has nothing before it and never counts.
+        tasks: the number of each row's task, int32 ``[B]``, or ``None``.
+    """
+
+    instruction: mx.array
+    lengths: mx.array
+    tokens: mx.array
+    loss_mask: mx.array
+    tasks: mx.array | None = None
+
+    def share(self, rank: int, size: int) -> "Batch":
+        """Return every ``size``-th row from ``rank`` on: one machine's part."""
+        if size == 1:
+            return self
+        rows: Any = (None if a is None else a[rank::size] for a in self)
+        return Batch(*rows)

@@ -64,6 +64,11 @@ class MaskedFFN(TappedFFN):
         super().__init__(ffn, self._masked)
         self._mask = mx.array(1.0)  # the underscore keeps it out of the parameters
 
+    @property
+    def mask(self) -> mx.array:
+        """The mask in use."""
+        return self._mask
+
     def set_mask(self, mask: mx.array) -> None:
         """Use ``mask``, ``[F]``, ``[B, 1, F]`` or ``[B, T, F]``, from now on."""
         self._mask = mask

@@ -1,0 +1,219 @@
+"""One training step: model and masker together, each with its own optimiser.
+
+Sums, not means, are accumulated, and divided by the number of targets once: so the
+same global batch gives the same step however it is split, over micro-batches or over
+machines.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_map
+
+from .data import Batch
+from .maskers import Budget, Form, Masker, masked_layers
+from .pruning import MaskedFFN, set_masks
+
+Parent = Callable[[Batch], mx.array]  # logits [B, T - 1, V] of the dense model
+PARTS = ("llm", "masker")
+
+
+class StepConfig(Protocol):
+    """What a step needs to know; :class:`ifp_mlx.train.TrainConfig` has it all."""
+
+    steps: int
+    lr: float
+    masker_lr: float | None
+    warmup: int
+    weight_decay: float
+    clip: float
+    ce_weight: float
+    kl_weight: float
+
+
+class Pair(nn.Module):
+    """The model and its masker as one module.
+
+    Args:
+        llm: a stock mlx-lm model; its FFNs are masked in place.
+        masker: where its masks come from.
+    """
+
+    def __init__(self, llm: nn.Module, masker: Masker) -> None:
+        super().__init__()
+        self.llm, self.masker = llm, masker
+
+    def masked(self) -> list[MaskedFFN]:
+        """Return the masked FFN of every layer."""
+        return masked_layers(self.llm)
+
+    def logits(self, batch: Batch, budget: Budget, form: Form | None) -> mx.array:
+        """Return the masked model's logits, float32 ``[B, T - 1, V]``."""
+        masks = self.masker(batch, budget, form)
+        layers = self.masked()
+        dense = mx.array(1.0)
+        set_masks(layers, mx.ones((len(layers), 1)) if masks is None else masks)
+        logits = self.llm(batch.tokens[:, :-1]).astype(mx.float32)
+        for layer in layers:  # a mask left behind would be state of the next step
+            layer.set_mask(dense)
+        return logits
+
+
+def target_losses(logits: mx.array, batch: Batch) -> mx.array:
+    """Return the cross-entropy of every target, 0 where it does not count.
+
+    Args:
+        logits: ``[B, T - 1, V]``.
+        batch: the examples.
+
+    Returns:
+        Nats, float32 ``[B, T - 1]``.
+    """
+    losses = nn.losses.cross_entropy(logits, batch.tokens[:, 1:])
+    return losses * batch.loss_mask[:, 1:]
+
+
+def divergence(logits: mx.array, parent: mx.array, batch: Batch) -> mx.array:
+    """Return KL(parent ‖ model) at every target, 0 where it does not count.
+
+    Args:
+        logits: ``[B, T - 1, V]``.
+        parent: the dense parent's logits, same shape; no gradient flows to it.
+        batch: the examples.
+
+    Returns:
+        Nats, float32 ``[B, T - 1]``.
+    """
+    parent = mx.stop_gradient(parent.astype(mx.float32))
+    truth = parent - mx.logsumexp(parent, axis=-1, keepdims=True)
+    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return (mx.exp(truth) * (truth - found)).sum(axis=-1) * batch.loss_mask[:, 1:]
+
+
+class Step:
+    """The state of training and its one move.
+
+    Args:
+        pair: what is trained: its trainable parameters.
+        config: learning rates, schedule, clipping, weights of the loss.
+        compiled: use mx.compile (``MLX_DISABLE_COMPILE`` overrules it).
+    """
+
+    def __init__(self, pair: Pair, config: StepConfig, *, compiled: bool = True):
+        self.pair, self.config = pair, config
+        masker_lr = 0.1 * config.lr if config.masker_lr is None else config.masker_lr
+        rates = dict(zip(PARTS, (config.lr, masker_lr), strict=True))
+        self.optimizers = {
+            part: optim.AdamW(
+                schedule(rate, config.warmup, config.steps),
+                weight_decay=config.weight_decay,
+                bias_correction=True,
+            )
+            for part, rate in rates.items()
+        }
+        for part, optimizer in self.optimizers.items():
+            optimizer.init(pair[part].trainable_parameters())
+        pair.masked()
+        compile = mx.compile if compiled else lambda function, **_: function
+        model_state = [pair.state, mx.random.state]
+        self._backward = compile(
+            self._gradient, inputs=model_state, outputs=model_state
+        )
+        state = [pair.state, [o.state for o in self.optimizers.values()]]
+        self._apply = compile(self._descend, inputs=state, outputs=state)
+
+    def __call__(
+        self,
+        batches: Iterable[Batch],
+        budget: Budget,
+        parent: Parent | None = None,
+    ) -> dict[str, mx.array]:
+        """Accumulate the gradient over micro-batches and descend once.
+
+        Args:
+            batches: micro-batches of this step; under mlx.launch, this machine's share.
+            budget: how scores become masks, now.
+            parent: the dense parent's logits, needed if the KL has a weight.
+
+        Returns:
+            Scalars not evaluated yet: ``loss`` and ``ce`` (nats per target), ``kl``
+            with a parent, ``targets``, and the gradients' norms before clipping.
+        """
+        self.pair.train()
+        sums, grads = None, None
+        for batch in batches:
+            logits = parent(batch) if parent is not None else None
+            found, grads = self._backward(
+                list(batch), logits, grads, budget.k, mx.array(budget.temperature),
+                budget.gates, budget.granularity,
+            )  # fmt: skip
+            sums = found if sums is None else sums + found
+            mx.eval(sums, grads)
+        assert sums is not None
+        totals, norms = self._apply(grads, sums)
+        mx.eval(self.pair.parameters(), [o.state for o in self.optimizers.values()])
+        targets = mx.maximum(totals[3], 1)
+        report = {"loss": totals[0] / targets, "ce": totals[1] / targets}
+        if parent is not None:
+            report["kl"] = totals[2] / targets
+        report |= {f"{p}_grad_norm": n for p, n in zip(PARTS, norms, strict=True)}
+        return report | {"targets": totals[3]}
+
+    def _gradient(
+        self, arrays: list, parent: Any, before: Any, k: int, temperature: mx.array,
+        gates: Any, granularity: int,
+    ) -> tuple[mx.array, Any]:  # fmt: skip
+        budget = Budget(k, temperature, gates, granularity)
+        batch = Batch(*arrays)
+
+        def loss() -> tuple[mx.array, mx.array]:
+            logits = self.pair.logits(batch, budget, budget.training_form)
+            ce = target_losses(logits, batch).sum()
+            kl = mx.array(0.0)
+            if parent is not None:
+                kl = divergence(logits, parent, batch).sum()
+            total = self.config.ce_weight * ce + self.config.kl_weight * kl
+            sums = [total, ce, kl, batch.loss_mask[:, 1:].sum()]
+            return total, mx.stop_gradient(mx.stack(sums))
+
+        (_, sums), grads = nn.value_and_grad(self.pair, loss)()
+        if before is not None:
+            grads = tree_map(mx.add, grads, before)
+        return sums, grads
+
+    def _descend(self, grads: Any, sums: mx.array) -> tuple[mx.array, list[mx.array]]:
+        world = mx.distributed.init()
+        if world.size() > 1:
+            grads = average_gradients(grads)
+            sums = mx.distributed.all_sum(sums, stream=mx.cpu)
+        # average_gradients has divided by the machines, which each saw some targets.
+        scale = world.size() / mx.maximum(sums[3], 1)
+        norms = []
+        for part, optimizer in self.optimizers.items():
+            own = tree_map(lambda g: g * scale.astype(g.dtype), grads.get(part, {}))
+            if not tree_flatten(own):
+                norms.append(mx.array(0.0))
+                continue
+            own, norm = optim.clip_grad_norm(own, self.config.clip)
+            norms.append(norm)
+            optimizer.update(self.pair[part], own)
+        return sums, norms
+
+
+def schedule(rate: float, warmup: int, steps: int) -> Callable[[Any], mx.array]:
+    """Return a learning rate that rises linearly, then falls to 0 along a cosine.
+
+    Args:
+        rate: the highest value.
+        warmup: steps of the rise.
+        steps: of the whole run.
+    """
+    fall = optim.cosine_decay(rate, max(1, steps - warmup))
+    if not warmup:
+        return fall
+    rise = optim.linear_schedule(rate / (warmup + 1), rate, warmup)
+    return optim.join_schedules([rise, fall], [warmup])

@@ -1,0 +1,81 @@
+"""Do the masks still depend on the instruction? Measured, and a loud stop if not."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .data import Batch
+from .maskers import Budget, Masker
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many of the kept channels two instructions share, mean over pairs and layers.
+
+    Attributes:
+        within: of different instructions of one task; ``None`` without such pairs.
+        between: of instructions of different tasks, or of any two where the tasks are
+            not known.
+        chance: what two random masks share, ``k / F``.
+    """
+
+    within: float | None
+    between: float
+    chance: float
+
+    @property
+    def dependence(self) -> float:
+        """0 when all instructions keep the same channels, 1 when they are as different
+        as random masks, more when they avoid each other.
+        """
+        return (1 - self.between) / max(1 - self.chance, 1e-9)
+
+
+def mask_overlap(
+    masker: Masker, batches: Iterable[Batch], budget: Budget
+) -> Overlap | None:
+    """Measure the overlap of hard masks between the rows of some batches.
+
+    Args:
+        masker: where the masks come from.
+        batches: together at least two different instructions.
+        budget: how scores become masks.
+
+    Returns:
+        The overlap, or ``None`` where all rows have one mask by construction, or there
+        are no two different instructions.
+
+    Source: Hou et al. 2025 (arXiv:2501.02086) fig. 3.
+    """
+    rows, tasks, texts = [], [], []
+    for batch in batches:
+        masks = masker(batch, budget, "binary")
+        if masks is None or masks.ndim == 2:
+            return None
+        kept = np.array(masks[:, :, 0].transpose(1, 0, 2), dtype=np.float32)
+        rows.append(kept.reshape(len(kept), -1))
+        lengths = np.array(batch.lengths)
+        alone = -np.ones(len(lengths), dtype=np.int32)
+        tasks.append(alone if batch.tasks is None else np.array(batch.tasks))
+        padded = np.array(batch.instruction)
+        texts += [row[:n].tobytes() for row, n in zip(padded, lengths, strict=True)]
+    return _overlap(np.concatenate(rows), np.concatenate(tasks), np.array(texts))
+
+
+def _overlap(masks: np.ndarray, task: np.ndarray, text: np.ndarray) -> Overlap | None:
+    """Compare every pair of rows of ``masks``, ``[N, L·F]``."""
+    kept = masks[0].sum()
+    shared = masks @ masks.T / kept
+    different = np.triu(text[:, None] != text, 1)
+    alike = (task[:, None] == task) & (task >= 0)
+    within, between = different & alike, different & ~alike
+    if not between.any():
+        between = within  # one task alone: any two instructions
+    if not between.any():
+        return None
+    return Overlap(
+        float(shared[within].mean()) if within.any() else None,
+        float(shared[between].mean()),
+        float(kept / masks.shape[1]),
+    )
