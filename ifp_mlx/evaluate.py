@@ -26,7 +26,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from . import cli, masks
+from . import cli
 from .data import Message, tokenize
 from .masks import Allocation
 from .model import IFPModel, load
