@@ -26,6 +26,7 @@ CONFIG_FILE, PRIOR_FILE, PREDICTOR_FOLDER = (
     "prior.safetensors",
     "predictor",
 )
+SENSITIVITY_FILE = "sensitivity.safetensors"
 DEFAULT_KEEP = 0.5
 
 Progress = Callable[[Iterable], Iterable]
@@ -143,19 +144,30 @@ class IFPModel:
     @cached_property
     def prior(self) -> mx.array | None:
         """The prior kept with the checkpoint, float32 ``[L, F]``, or ``None``."""
-        path = self.path / PRIOR_FILE
+        return self._stored(PRIOR_FILE, "scores", self.layers, self.channels)
+
+    @cached_property
+    def sensitivity(self) -> mx.array | None:
+        """What pruning each layer alone costs, nats, float32 ``[L, 6]`` for the shares
+        ``masks.MEASURED_SHARES``; ``None`` before ``ifp_mlx.sensitivity`` was run.
+        """
+        shares = len(masks.MEASURED_SHARES)
+        return self._stored(SENSITIVITY_FILE, "kl", self.layers, shares)
+
+    def _stored(self, file: str, name: str, *shape: int) -> mx.array | None:
+        path = self.path / file
         if not path.exists():
             return None
         try:
-            scores = cast(dict[str, mx.array], mx.load(str(path))).get("scores")
+            found = cast(dict[str, mx.array], mx.load(str(path))).get(name)
         except RuntimeError:  # not safetensors at all
-            scores = None
-        if scores is None or scores.shape != (self.layers, self.channels):
+            found = None
+        if found is None or found.shape != shape:
             raise ValueError(
-                f"{path} does not hold scores for {self.layers} layers of "
-                f"{self.channels} channels; delete it, and it is computed again."
+                f"{path} does not hold {name} for {shape[0]} layers of {shape[1]}; "
+                "delete it, and have it computed again."
             )
-        return scores
+        return found
 
     def select(
         self,
@@ -182,8 +194,9 @@ class IFPModel:
                 or ``auto``: the first of predictor, blend (if a prior is kept with
                 the checkpoint) and activation that is there. ``prior`` and
                 ``blend`` compute the prior once if it is missing.
-            allocation: ``uniform`` or ``first-layer``. Default: uniform for a
-                trained predictor, else first-layer where the budget pays for it.
+            allocation: ``uniform``, ``first-layer`` or, once measured,
+                ``sensitivity``. Default: uniform for a trained predictor, else
+                first-layer where the budget pays for it.
             seed: of the selector ``random``.
             scores: ``[L, F]``, the selector's own if they are known already.
             progress: wraps the iteration over calibration texts.
@@ -336,7 +349,9 @@ class IFPModel:
             except ValueError:  # too small a budget for a whole first layer
                 pass
         allocation = allocation or "uniform"
-        return masks.layer_sizes(*shape, allocation, self.granularity), allocation
+        costs = self.sensitivity if allocation == "sensitivity" else None
+        sizes = masks.layer_sizes(*shape, allocation, self.granularity, costs)
+        return sizes, allocation
 
     def _predict(self, tokens: list[int]) -> mx.array:
         assert self.predictor is not None

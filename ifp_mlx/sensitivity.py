@@ -1,0 +1,228 @@
+"""How much each layer minds being pruned: measured once, kept with the model.
+
+One layer at a time is cut to a few widths, all others left whole, and the KL from the
+dense model's next-token distribution is taken over some of the calibration text. The
+allocation `sensitivity` then spends a budget where the cut layers would suffer most.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from . import cli, masks, selectors
+from .atomic import new_file
+from .data import tokenize
+from .masks import MEASURED_SHARES
+from .model import SENSITIVITY_FILE, IFPModel, Progress, load
+from .pruning import MaskedFFN, mask_model, set_masks
+
+TEXTS, TOKENS = 6, 96
+PARTIAL_FILE = f"partial.{SENSITIVITY_FILE}"
+
+
+def measure_sensitivity(model: IFPModel, *, progress: Progress = iter) -> mx.array:
+    """Measure every layer and keep the result with the model.
+
+    A run that was stopped goes on after its last whole layer.
+
+    Args:
+        model: from :func:`ifp_mlx.load`; its dense weights are in memory meanwhile.
+        progress: wraps the iteration over layers.
+
+    Returns:
+        KL to the dense model when a layer alone keeps each of ``MEASURED_SHARES``,
+        nats per token, ``[L, 6]`` float32; the last column is 0.
+    """
+    partial_file = model.path / PARTIAL_FILE
+    done = _read_partial(partial_file)
+    probe = _Probe(model, calibration_texts(model))
+    for layer in progress(range(len(done), model.layers)):
+        done.append(probe.costs(layer))
+        _save(partial_file, done)
+    costs = mx.array(np.array(done, dtype=np.float32))
+    _save(model.path / SENSITIVITY_FILE, done)
+    partial_file.unlink()
+    model.__dict__["sensitivity"] = costs
+    return costs
+
+
+def calibration_texts(model: IFPModel) -> list[list[int]]:
+    """Return the token ids of a few calibration chats, cut to one length."""
+    chats = selectors.calibration_chats()
+    texts = []
+    for chat in chats[:: len(chats) // TEXTS][:TEXTS]:
+        # Some chat templates know no system message.
+        turns = [message for message in chat if message["role"] != "system"]
+        texts.append(tokenize(model.tokenizer, turns))
+    shortest = min(TOKENS, *map(len, texts))
+    return [text[:shortest] for text in texts]
+
+
+class _Probe:
+    """A dense model, what it says about some texts, and a way to prune one layer."""
+
+    def __init__(self, model: IFPModel, texts: list[list[int]]) -> None:
+        self.dense = model.dense()
+        self.masked: list[MaskedFFN] = mask_model(self.dense)
+        self.ones = mx.ones((model.layers, model.channels))
+        self.granularity = model.granularity
+        self.scores = selectors.prior_scores(self.dense, texts)
+        self.texts = texts
+        # What all texts begin with is the chat template's, and easy.
+        self.start = next(
+            (
+                n
+                for n, column in enumerate(zip(*texts, strict=True))
+                if len({*column}) > 1
+            ),
+            0,
+        )
+        runs = [_record(self.dense, text) for text in texts]
+        self.outputs = [outputs for outputs, _ in runs]
+        self.reference = [self._log_probabilities(logits) for _, logits in runs]
+
+    def costs(self, layer: int) -> list[float]:
+        """Return the KL for each of ``MEASURED_SHARES`` of one layer."""
+        return [self._cost(layer, share) for share in MEASURED_SHARES[:-1]] + [0.0]
+
+    def _cost(self, layer: int, share: float) -> float:
+        F = self.ones.shape[1]
+        mask = mx.zeros(F)
+        if k := round(share * F / self.granularity) * self.granularity:
+            row = self.scores[layer : layer + 1]
+            mask = masks.select(row, [k], granularity=self.granularity).mask()[0]
+        set_masks(self.masked, self.ones)
+        self.masked[layer].set_mask(mask)
+        found = []
+        for text, outputs, p in zip(
+            self.texts, self.outputs, self.reference, strict=True
+        ):
+            with _replayed(self.dense, layer - 1, outputs):
+                q = self._log_probabilities(self.dense(mx.array([text])))
+            found.append(float((mx.exp(p) * (p - q)).sum(axis=-1).mean()))
+        return float(np.mean(found))
+
+    def _log_probabilities(self, logits: mx.array) -> mx.array:
+        """Return ``[T, V]`` of the text after the template's part."""
+        found = nn.log_softmax(logits[0, self.start :].astype(mx.float32), axis=-1)
+        mx.eval(found)
+        return found
+
+
+class _StandIn:
+    """Stands in for a block of the model, and answers for it in all else."""
+
+    def __init__(self, block: nn.Module, call: Any) -> None:
+        self.block, self.call = block, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+def _record(model: nn.Module, text: Sequence[int]) -> tuple[list[Any], mx.array]:
+    """Return the output of every block, and the logits, ``[1, T, V]``."""
+    outputs: list[Any] = []
+
+    def record(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outputs.append(block(*args, **kwargs))
+        return outputs[-1]
+
+    blocks = {n: partial(record, block) for n, block in enumerate(model.layers)}
+    with _replaced(model, blocks):
+        logits = model(mx.array([text]))
+    mx.eval(outputs, logits)
+    return outputs, logits
+
+
+def _replayed(model: nn.Module, layer: int, outputs: list[Any]) -> Any:
+    """Let a block give an output it gave before: MLX is lazy, so that nothing up to
+    there is computed again.
+    """
+    if layer < 0:
+        return _replaced(model, {})
+    return _replaced(model, {layer: lambda *args, **kwargs: outputs[layer]})
+
+
+@contextmanager
+def _replaced(model: nn.Module, calls: dict[int, Any]) -> Iterator[None]:
+    # `model.layers` may be a copy of the list that the forward pass goes through.
+    layers = next(
+        value
+        for module in model.modules()
+        for value in module.values()
+        if isinstance(value, list) and value and value[0] is model.layers[0]
+    )
+    stock = list(layers)
+    try:
+        for number, call in calls.items():
+            layers[number] = _StandIn(stock[number], call)
+        yield
+    finally:
+        layers[:] = stock
+
+
+def _read_partial(path: Path) -> list[list[float]]:
+    if not path.exists():
+        return []
+    return np.array(cast(dict[str, mx.array], mx.load(str(path)))["kl"]).tolist()
+
+
+def _save(path: Path, rows: list[list[float]]) -> None:
+    with new_file(path) as scratch:
+        mx.save_safetensors(str(scratch), {"kl": mx.array(rows)})
+
+
+def table(costs: mx.array) -> str:
+    """Return the costs as a Markdown table."""
+    shares = MEASURED_SHARES[:-1]
+    rows = ["| layer | " + " | ".join(f"keep {share:g}" for share in shares) + " |"]
+    rows.append("|---" * (len(shares) + 1) + "|")
+    for layer, row in enumerate(np.array(costs).tolist()):
+        cells = " | ".join(f"{value:.4f}" for value in row[:-1])
+        rows.append(f"| {layer} | {cells} |")
+    return "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``python -m ifp_mlx.sensitivity``."""
+    cli.main(build_parser(), _command, argv)
+
+
+def build_parser() -> cli.Parser:
+    """Return the command's parser."""
+    parser = cli.Parser(
+        prog="ifp_mlx.sensitivity",
+        description="Measure once what pruning each layer costs, for --allocation "
+        f"sensitivity; kept as {SENSITIVITY_FILE} in the model's folder.",
+    )
+    cli.add_model_option(parser)
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    return parser
+
+
+def _command(args: Any) -> None:
+    model, _ = load(args.model)
+    costs = model.sensitivity
+    if costs is None:
+        costs = measure_sensitivity(
+            model, progress=partial(tqdm, disable=None, leave=False)
+        )
+    print("KL to the dense model, nats per token, with one layer pruned:\n")
+    print(table(costs))
+    if args.json:
+        print(json.dumps({"shares": MEASURED_SHARES, "kl": costs.tolist()}))
+
+
+if __name__ == "__main__":
+    main()
