@@ -1,0 +1,210 @@
+"""What an engine has prepared: selections by name, compact models within a budget."""
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .data import Prompt
+from .errors import Cancelled, OutOfMemory, UnknownTask
+from .events import CancelToken, Progress, Stage, Task
+from .lanes import mask_figures
+from .masks import Selection
+from .model import IFPModel
+from .pruning import ffn_layers
+from .requests import Choice
+
+Emit = Callable[[Progress], None]
+SELECTIONS_REMEMBERED = 1024  # of nameless instructions; each is a few kB
+
+
+class Shelf:
+    """Selections and compact models of one large model; lives on the worker.
+
+    Args:
+        model: the large model.
+        budget: bytes of compact models kept in memory.
+        limit: bytes that no request may exceed, or ``None``.
+    """
+
+    def __init__(self, model: IFPModel, budget: int, limit: int | None) -> None:
+        self.model, self._limit = model, limit
+        self.residents = Residents(model, budget)
+        self.named: dict[str, Selection] = {}
+        self._remembered: OrderedDict[Any, Selection] = OrderedDict()
+        self._core_bytes, self._channel_bytes = weights_of(model.dense())
+
+    def select(
+        self, choice: Choice, messages: Prompt, emit: Emit, stop: CancelToken
+    ) -> Selection:
+        """Return the selection of a choice, made once for each instruction."""
+        if choice.task is not None:
+            if choice.task not in self.named:
+                known = ", ".join(sorted(self.named)) or "none is prepared"
+                raise UnknownTask(f"There is no task {choice.task!r} ({known}).")
+            return self.named[choice.task]
+        if choice.mask_file is not None:
+            selection = Selection.load(choice.mask_file)
+            model = self.model
+            selection.check_fits(model.layers, model.channels, model.fingerprint)
+            return selection
+        instruction = messages if choice.instruction is None else choice.instruction
+        tokens = self.model.instruction_tokens(instruction)
+        key = (tuple(tokens), *choice.options.values())
+        if key not in self._remembered:
+            emit(Progress("select", 0, 1))
+            self._remembered[key] = self.model.select(
+                instruction, progress=reporting("select", emit, stop), **choice.options
+            )
+            emit(Progress("select", 1, 1))
+        self._remembered.move_to_end(key)
+        while len(self._remembered) > SELECTIONS_REMEMBERED:
+            self._remembered.popitem(last=False)
+        return self._remembered[key]
+
+    def load(self, selection: Selection, emit: Emit, stop: CancelToken) -> nn.Module:
+        """Return the compact model of a selection, reading it if it is not there."""
+        self.check_limit(selection)
+        return self.residents.get(selection, progress=reporting("channels", emit, stop))
+
+    def prepare(
+        self, name: str | None, choice: Choice, emit: Emit, stop: CancelToken
+    ) -> Task:
+        """Select and load under a name (default: the mask's id); see ``Engine``."""
+        start = time.perf_counter()
+        selection = self.select(choice, choice.instruction or "", emit, stop)
+        selected = time.perf_counter()
+        self.load(selection, emit, stop)
+        loaded = time.perf_counter()
+        name = name or selection.mask_id
+        self.named[name] = selection
+        return self.task(name, select=selected - start, load=loaded - selected)
+
+    def task(self, name: str, **seconds: float) -> Task:
+        """Describe a named task."""
+        if name not in self.named:
+            raise UnknownTask(f"There is no task {name!r}; prepare it first.")
+        selection = self.named[name]
+        return Task(
+            name=name,
+            channels=selection.channels,
+            widths=tuple(selection.sizes),
+            bytes=self.weigh(selection),
+            resident=selection.mask_id in self.residents,
+            info=dict(selection.info),
+            seconds=seconds,
+            **mask_figures(selection),
+        )
+
+    def tasks(self) -> list[Task]:
+        """Describe all named tasks."""
+        return [self.task(name) for name in sorted(self.named)]
+
+    def forget(self, name: str) -> None:
+        """Take a name away."""
+        self.task(name)
+        del self.named[name]
+
+    def save(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Write a task's mask file."""
+        self.task(name)
+        self.named[name].save(path)
+
+    def mask(self, name: str) -> np.ndarray:
+        """Return a task's mask, float32 ``[L, F]``."""
+        self.task(name)
+        return np.array(self.named[name].mask())
+
+    def weigh(self, selection: Selection) -> int:
+        """Return the bytes of a selection's compact model, without loading it."""
+        return self._core_bytes + round(self._channel_bytes * sum(selection.sizes))
+
+    def check_limit(self, selection: Selection, more: int = 0) -> None:
+        """Raise ``OutOfMemory`` if a model and ``more`` bytes exceed the limit."""
+        needed = self.weigh(selection) + more
+        if self._limit is not None and needed > self._limit:
+            raise OutOfMemory(
+                f"This needs {needed / 1e6:.0f} MB, more than the memory limit of "
+                f"{self._limit / 1e6:.0f} MB; keep fewer channels, shorten the "
+                "conversation, or raise the limit."
+            )
+
+    def unload(self) -> None:
+        """Let all weights go; the selections stay."""
+        self.residents.clear()
+        for name in ("predictor", "prior"):
+            self.model.__dict__.pop(name, None)
+
+
+class Residents:
+    """Compact models in memory, the least recently used let go first."""
+
+    def __init__(self, model: IFPModel, budget_bytes: int) -> None:
+        self._model, self._budget = model, budget_bytes
+        self._models: OrderedDict[str, nn.Module] = OrderedDict()
+
+    def __contains__(self, mask_id: str) -> bool:
+        return mask_id in self._models
+
+    def get(self, selection: Selection, *, progress: Any = iter) -> nn.Module:
+        """Return the selection's compact model."""
+        if selection.mask_id not in self._models:
+            self._models[selection.mask_id] = self._model.compact(
+                selection, progress=progress
+            )
+        self._models.move_to_end(selection.mask_id)
+        while len(self._models) > 1 and self.nbytes > self._budget:
+            self._models.popitem(last=False)
+        return self._models[selection.mask_id]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the models' weights."""
+        return sum(map(model_bytes, self._models.values()))
+
+    def clear(self) -> None:
+        """Let all of them go."""
+        self._models.clear()
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights, read or not."""
+    return sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+
+
+def weights_of(dense: nn.Module) -> tuple[int, float]:
+    """Return the bytes of all but the FFN channels, and of one channel of one layer."""
+    ffns = [model_bytes(ffn.module) for ffn in ffn_layers(dense)]
+    width = ffn_layers(dense)[0].module.gate_proj.weight.shape[0]
+    return model_bytes(dense) - sum(ffns), sum(ffns) / len(ffns) / width
+
+
+def reporting(
+    stage: Stage, emit: Emit, stop: CancelToken
+) -> Callable[[Iterable], Iterator]:
+    """Return a wrapper of iterations that reports each step and can be cancelled."""
+
+    def report(items: Iterable) -> Iterator:
+        steps = list(items)
+        for number, item in enumerate(steps):
+            if stop.cancelled:
+                raise Cancelled(f"Cancelled after {number} of {len(steps)}: {stage}.")
+            emit(Progress(stage, number, len(steps)))
+            yield item
+        emit(Progress(stage, len(steps), len(steps)))
+
+    return report
+
+
+def clear_memory() -> None:
+    """Give back what nothing refers to any more."""
+    import gc
+
+    gc.collect()
+    mx.clear_cache()
