@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +28,8 @@ class SparsityPredictor(nn.Module):
         config: the backbone's ``config.json``; only saving needs it.
         tokenizer: the backbone's own, as mlx-lm loads it; ``None`` if the predictor
             reads the LLM's token ids.
+        pooling: which hidden states the head reads: the ``last``, or the ``mean`` of
+            all, which tells tasks apart better while the backbone is untrained.
 
     Raises:
         ValueError: if a size is below 1, or the backbone hides its hidden states.
@@ -45,6 +47,7 @@ class SparsityPredictor(nn.Module):
         *,
         config: dict[str, Any] | None = None,
         tokenizer: Any = None,
+        pooling: Literal["last", "mean"] = "last",
     ):
         super().__init__()
         if min(layers, channels, rank) < 1:
@@ -53,6 +56,7 @@ class SparsityPredictor(nn.Module):
         self.reduce = nn.Linear(_width(backbone), rank)
         self.expand = nn.Linear(rank, layers * channels)
         self.layers, self.channels, self.tokenizer = layers, channels, tokenizer
+        self.pooling = pooling
         # As text: a dict would count as parameters of the module.
         self._config = None if config is None else json.dumps(config)
 
@@ -74,11 +78,21 @@ class SparsityPredictor(nn.Module):
         B = tokens.shape[0]
         if lengths is not None and lengths.shape != (B,):
             raise ValueError(f"lengths must have shape ({B},); got {lengths.shape}.")
-        # The backbone is causal: the last real token has not seen the padding.
-        ends = -1 if lengths is None else lengths - 1
-        last = self.backbone.model(tokens)[mx.arange(B), ends]
-        scores = self.expand(self.reduce(last.astype(mx.float32)))
+        scores = self.expand(self.reduce(self.features(tokens, lengths)))
         return scores.reshape(B, self.layers, self.channels)
+
+    def features(self, tokens: mx.array, lengths: mx.array | None = None) -> mx.array:
+        """Return what the head reads of each instruction, float32 ``[B, D]``."""
+        # The backbone is causal: no real token has seen the padding.
+        hidden = self.backbone.model(tokens)
+        if self.pooling == "last":
+            ends = -1 if lengths is None else lengths - 1
+            return hidden[mx.arange(len(hidden)), ends].astype(mx.float32)
+        if lengths is None:
+            return hidden.astype(mx.float32).mean(axis=1)
+        real = (mx.arange(tokens.shape[1]) < lengths[:, None]).astype(mx.float32)
+        weights = real / lengths[:, None]
+        return (hidden.astype(mx.float32) * weights[..., None]).sum(axis=1)
 
     @classmethod
     def load(cls, folder: str | Path) -> "SparsityPredictor":
@@ -91,10 +105,12 @@ class SparsityPredictor(nn.Module):
         from mlx_lm.utils import load_model, load_tokenizer
 
         folder = Path(folder)
-        head, layers, channels = _read_head(folder / HEAD)
+        head, layers, channels, pooling = _read_head(folder / HEAD)
         backbone, config = load_model(folder)
         rank = head["reduce.weight"].shape[0] if "reduce.weight" in head else 1
-        self = cls(backbone, layers, channels, rank, config=config)
+        self = cls(
+            backbone, layers, channels, rank, config=config, pooling=cast(Any, pooling)
+        )
         found = {name: weight.shape for name, weight in head.items()}
         needed = {name: weight.shape for name, weight in self._head_weights().items()}
         if found != needed:
@@ -128,8 +144,12 @@ class SparsityPredictor(nn.Module):
         save_config(json.loads(self._config), folder / "config.json")
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
-        size = {"layers": str(self.layers), "channels": str(self.channels)}
-        mx.save_safetensors(str(folder / HEAD), self._head_weights(), metadata=size)
+        about = {
+            "layers": str(self.layers),
+            "channels": str(self.channels),
+            "pooling": self.pooling,
+        }
+        mx.save_safetensors(str(folder / HEAD), self._head_weights(), metadata=about)
 
     def _head_weights(self) -> dict[str, mx.array]:
         weights = tree_flatten(self.parameters())
@@ -148,12 +168,15 @@ def _width(backbone: nn.Module) -> int:
     return hidden.shape[-1]
 
 
-def _read_head(path: Path) -> tuple[dict[str, mx.array], int, int]:
-    """Return the head's weights, L and F."""
+def _read_head(path: Path) -> tuple[dict[str, mx.array], int, int, str]:
+    """Return the head's weights, L, F and the pooling."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; a predictor needs its head.")
     try:
         head, metadata = cast(Any, mx.load(str(path), return_metadata=True))
-        return head, int(metadata["layers"]), int(metadata["channels"])
+        pooling = metadata.get("pooling", "last")
+        if pooling not in ("last", "mean"):
+            raise ValueError(f"pooling {pooling!r} is unknown")
+        return head, int(metadata["layers"]), int(metadata["channels"]), pooling
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} lacks a head or its sizes: {error!r}.") from None

@@ -6,13 +6,13 @@ machines.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from .data import Batch
 from .maskers import Budget, Form, Masker, masked_layers
@@ -115,16 +115,53 @@ class Step:
             )
             for part, rate in rates.items()
         }
+        pair.masked()  # before anything looks at the model's structure
         for part, optimizer in self.optimizers.items():
             optimizer.init(pair[part].trainable_parameters())
-        pair.masked()
-        compile = mx.compile if compiled else lambda function, **_: function
-        model_state = [pair.state, mx.random.state]
-        self._backward = compile(
-            self._gradient, inputs=model_state, outputs=model_state
-        )
-        state = [pair.state, [o.state for o in self.optimizers.values()]]
-        self._apply = compile(self._descend, inputs=state, outputs=state)
+        self._backward, self._apply = self._gradient, self._descend
+        if compiled:
+            self._backward = _compile(self._gradient, [pair.state, mx.random.state])
+            self._apply = _compile(self._descend, [pair.state, self.optimizer_state])
+
+    @property
+    def optimizer_state(self) -> dict[str, Any]:
+        """The state of both optimisers, by part; the dictionaries are theirs."""
+        return {part: o.state for part, o in self.optimizers.items()}
+
+    def tensors(self) -> dict[str, mx.array]:
+        """Return all that a later run needs to go on: what is trained, the state of
+        the optimisers, and the random state.
+        """
+        trees = {
+            "model": self.pair.trainable_parameters(),
+            "optimizer": self.optimizer_state,
+            "random": _random_state(),
+        }
+        return dict(tree_flatten(trees))
+
+    def restore(self, tensors: dict[str, mx.array]) -> None:
+        """Take over what :meth:`tensors` of another run gave.
+
+        Raises:
+            ValueError: if it is of another model, masker or optimiser.
+        """
+        here = {name: array.shape for name, array in self.tensors().items()}
+        there = {name: array.shape for name, array in tensors.items()}
+        if here != there:
+            odd = sorted(here.items() ^ there.items())[0][0]
+            raise ValueError(
+                f"The checkpoint does not fit this run ({odd} differs); use the same "
+                "model and settings, or another output folder."
+            )
+
+        def take(prefix: str, tree: Any) -> Any:
+            return tree_map_with_path(lambda p, _: tensors[f"{prefix}.{p}"], tree)
+
+        self.pair.update(take("model", self.pair.trainable_parameters()))
+        for part, optimizer in self.optimizers.items():
+            # In place: the compiled step holds on to these dictionaries.
+            optimizer.state.update(take(f"optimizer.{part}", optimizer.state))
+        _random_state()[0] = tensors["random.0"]
 
     def __call__(
         self,
@@ -138,6 +175,9 @@ class Step:
             batches: micro-batches of this step; under mlx.launch, this machine's share.
             budget: how scores become masks, now.
             parent: the dense parent's logits, needed if the KL has a weight.
+
+        Raises:
+            FloatingPointError: if the loss is NaN or infinite; nothing has changed.
 
         Returns:
             Scalars not evaluated yet: ``loss`` and ``ce`` (nats per target), ``kl``
@@ -153,9 +193,10 @@ class Step:
             )  # fmt: skip
             sums = found if sums is None else sums + found
             mx.eval(sums, grads)
-        assert sums is not None
+        if sums is None or not mx.isfinite(sums[0]):
+            raise FloatingPointError("The loss is not a finite number")
         totals, norms = self._apply(grads, sums)
-        mx.eval(self.pair.parameters(), [o.state for o in self.optimizers.values()])
+        mx.eval(self.pair.parameters(), self.optimizer_state)
         targets = mx.maximum(totals[3], 1)
         report = {"loss": totals[0] / targets, "ce": totals[1] / targets}
         if parent is not None:
@@ -202,6 +243,14 @@ class Step:
             norms.append(norm)
             optimizer.update(self.pair[part], own)
         return sums, norms
+
+
+def _compile(function: Callable, state: list) -> Callable:
+    return mx.compile(function, inputs=state, outputs=state)
+
+
+def _random_state() -> list[mx.array]:
+    return cast(Any, mx.random.state)
 
 
 def schedule(rate: float, warmup: int, steps: int) -> Callable[[Any], mx.array]:

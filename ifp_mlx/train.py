@@ -1,76 +1,24 @@
 """Train a model and its masker together: one loss, one loop, and the command."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
+from . import checkpoints
+from .atomic import new_file
 from .data import Batch
 from .maskers import Budget, Form, Masker, checkpoint_layers
-from .masks import check_multiple, target_size
+from .recipe import TrainConfig
 from .step import Pair, Parent, Step, target_losses
+from .watch import CollapsedError, Watcher, mask_overlap
 
 Batches = Callable[[int], Batch]  # the number of a micro-batch to its global batch
 Report = dict[str, float]
-
-
-@dataclass
-class TrainConfig:
-    """Every setting of a training run, and the only place where a default stands."""
-
-    keep: float = 0.5
-    target_size: int | None = None
-    granularity: int = 1
-    gates: Literal["soft", "binary"] = "soft"
-    temperature: float = 0.3
-    anneal_keep: int = 0
-    anneal_temperature: int = 0
-    start_temperature: float = 1.0
-
-    steps: int = 1000
-    accumulate: int = 1
-    lr: float = 1e-4
-    masker_lr: float | None = None
-    warmup: int = 0
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ce_weight: float = 1.0
-    kl_weight: float = 0.0
-    grad_checkpoint: bool = False
-    compile: bool = True
-    seed: int = 0
-
-    eval_every: int = 100
-    log_every: int = 10
-    save_every: int = 100
-
-    def budget(self, channels: int, step: int | None = None) -> Budget:
-        """Return how scores become masks at a step, or at the end.
-
-        Args:
-            channels: ``F``.
-            step: steps already made; ``None`` is the end of annealing.
-
-        Raises:
-            ValueError: if keep, target size and granularity do not fit.
-        """
-        k = self.target_size or target_size(channels, self.keep, self.granularity)
-        check_multiple(k, self.granularity, channels)
-        temperature = self.temperature
-        if step is not None and step < self.anneal_keep:
-            # In sixteenths: every k of its own is compiled once.
-            left = 1 - int(16 * step / self.anneal_keep) / 16
-            blocks = round((channels - k) * left) // self.granularity
-            k += blocks * self.granularity
-        if step is not None and step < self.anneal_temperature:
-            done = step / self.anneal_temperature
-            ratio = self.temperature / self.start_temperature
-            temperature = self.start_temperature * ratio**done
-        return Budget(k, temperature, self.gates, self.granularity)
+LOG = "log.jsonl"
 
 
 def train(
@@ -81,6 +29,7 @@ def train(
     *,
     parent: Parent | None = None,
     validate: Callable[[], Report] | None = None,
+    watcher: Watcher | None = None,
     log: Callable[[Report], None] | None = None,
     folder: Path | None = None,
 ) -> list[Report]:
@@ -95,14 +44,22 @@ def train(
             takes ``s·accumulate`` and those after it. Under mlx.launch every machine
             takes its share of the rows.
         config: see :class:`TrainConfig`.
-        parent: the dense parent's logits ``[B, T - 1, V]`` of a batch.
+        parent: the dense parent's logits ``[B, T - 1, V]`` of a batch, needed if the
+            KL has a weight.
         validate: called every ``eval_every`` steps, before the first and after the
-            last; what it returns goes into the log.
+            last; what it returns goes into the log. See :class:`Validation`.
+        watcher: looks at every validation, and stops a run whose masks collapse.
         log: called with every line of the log, besides the returned list.
-        folder: where checkpoints are kept.
+        folder: where the log and the checkpoints are kept. A run found there is
+            resumed, bit for bit, on one machine or on as many as before.
 
     Returns:
         The log: one dictionary for every ``log_every`` steps and every validation.
+
+    Raises:
+        CollapsedError: from the watcher; a checkpoint has been saved before.
+        ValueError: if the loss is no finite number, naming the step and where its
+            examples stand; a checkpoint of the step before has been saved.
     """
     mx.random.seed(config.seed)
     pair = Pair(model, masker)
@@ -111,30 +68,52 @@ def train(
         checkpoint_layers(model)
     step = Step(pair, config, compiled=config.compile)
     world = mx.distributed.init()
-    history: list[Report] = []
+    start = _resume(step, folder, world)
+    diary = _Diary(folder if world.rank() == 0 else None, start, log)
 
-    def note(number: int, report: Report) -> None:
-        history.append({"step": number, **report})
-        if log is not None:
-            log(history[-1])
+    def look(done: int) -> None:
+        if validate is None:
+            return
+        diary.note(done, report := validate())
+        try:
+            if watcher is not None:
+                watcher(report)
+        except CollapsedError:
+            keep(done)
+            raise
 
-    if validate is not None:
-        note(0, validate())
-    for number in tqdm(range(config.steps), disable=None, unit="step"):
+    def keep(done: int) -> None:
+        if folder is not None and world.rank() == 0:
+            checkpoints.save(folder / "checkpoints", done, step.tensors())
+
+    if start == 0:
+        look(0)
+    bar = tqdm(
+        range(start, config.steps),
+        initial=start,
+        total=config.steps,
+        unit="step",
+        disable=True if world.rank() else None,
+    )
+    for number in bar:
         first = number * config.accumulate
-        parts = (
-            batches(first + i).share(world.rank(), world.size())
-            for i in range(config.accumulate)
-        )
-        report = step(parts, config.budget(channels, number), parent)
+        numbers = range(first, first + config.accumulate)
+        parts = (batches(i).share(world.rank(), world.size()) for i in numbers)
+        try:
+            report = step(parts, config.budget(channels, number), parent)
+        except FloatingPointError as error:
+            keep(number)
+            raise _not_finite(error, number, batches, numbers) from None
         done = number + 1
-        if done % config.log_every == 0 or done == config.steps:
-            note(done, {name: float(value) for name, value in report.items()})
-        if validate is not None and (
-            done % config.eval_every == 0 or done == config.steps
-        ):
-            note(done, validate())
-    return history
+        last = done == config.steps
+        if done % config.log_every == 0 or last:
+            diary.note(done, {name: float(value) for name, value in report.items()})
+            bar.set_postfix(loss=f"{diary.lines[-1]['loss']:.3f}")
+        if done % config.eval_every == 0 or last:
+            look(done)
+        if done % config.save_every == 0 or last:
+            keep(done)
+    return diary.lines
 
 
 def evaluate_loss(
@@ -161,3 +140,99 @@ def evaluate_loss(
         total += float(losses.sum())
         targets += float(batch.loss_mask[:, 1:].sum())
     return total / max(targets, 1.0)
+
+
+class Validation:
+    """What is measured at every validation: the loss with the mask of inference, and
+    how much instructions share of their masks.
+
+    Args:
+        model: as in :func:`train`.
+        masker: where the masks come from.
+        batches: validation examples.
+        budget: how scores become masks, at the end of annealing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masker: Masker,
+        batches: Sequence[Batch],
+        budget: Budget,
+    ) -> None:
+        self.model, self.masker, self.batches = model, masker, batches
+        self.budget = budget
+
+    def __call__(self) -> Report:
+        """Return ``valid_loss`` in nats per token, and the overlaps where there are
+        several masks.
+        """
+        loss = evaluate_loss(self.model, self.masker, self.batches, self.budget)
+        report = {"valid_loss": loss}
+        overlap = mask_overlap(self.masker, self.batches, self.budget)
+        return report if overlap is None else report | overlap.report()
+
+
+class _Diary:
+    """The log of a run: in memory, in a file, and for whoever listens."""
+
+    def __init__(
+        self, folder: Path | None, start: int, listen: Callable[[Report], None] | None
+    ) -> None:
+        self.lines: list[Report] = []
+        self.path = None if folder is None else folder / LOG
+        self.listen = listen
+        if self.path is not None:
+            if self.path.exists() and start:
+                # A killed run may have logged steps that are now made again.
+                text = self.path.read_text(encoding="utf-8").splitlines()
+                lines = [json.loads(line) for line in text if line.endswith("}")]
+                self.lines = [line for line in lines if line["step"] <= start]
+            with new_file(self.path) as scratch:
+                text = [json.dumps(line) + "\n" for line in self.lines]
+                scratch.write_text("".join(text), encoding="utf-8")
+
+    def note(self, step: int, report: Report) -> None:
+        line = {"step": step, **report}
+        self.lines.append(line)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.listen is not None:
+            self.listen(line)
+
+
+def _resume(step: Step, folder: Path | None, world: mx.distributed.Group) -> int:
+    """Take over the newest checkpoint; return the steps made. The first machine's
+    state is everyone's: the others need no folder, and no equal start.
+    """
+    made = 0
+    if folder is not None and world.rank() == 0:
+        found = checkpoints.load(folder / "checkpoints")
+        if found is not None:
+            made, tensors = found
+            step.restore(tensors)
+    if world.size() == 1:
+        return made
+
+    def first(array: mx.array) -> mx.array:
+        own = array if world.rank() == 0 else mx.zeros_like(array)
+        return mx.distributed.all_sum(own, stream=mx.cpu)
+
+    step.restore({name: first(array) for name, array in step.tensors().items()})
+    return int(first(mx.array(made)))
+
+
+def _not_finite(
+    error: Exception, number: int, batches: Batches, numbers: Iterable[int]
+) -> ValueError:
+    places = getattr(batches, "places", None)
+    where = ""
+    if places is not None:
+        found = [place for i in numbers for place in places(i)]
+        where = " Its examples: " + ", ".join(found[:8])
+        where += f" and {len(found) - 8} more." if len(found) > 8 else "."
+    return ValueError(
+        f"{error} at step {number + 1}, which was not made.{where} Lower the learning "
+        "rate, or look at these examples."
+    )

@@ -1,7 +1,7 @@
 """Do the masks still depend on the instruction? Measured, and a loud stop if not."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +30,15 @@ class Overlap:
         as random masks, more when they avoid each other.
         """
         return (1 - self.between) / max(1 - self.chance, 1e-9)
+
+    def report(self) -> dict[str, float]:
+        """Return it as entries of a log."""
+        log = {
+            "overlap_between": self.between,
+            "overlap_chance": self.chance,
+            "dependence": self.dependence,
+        }
+        return log if self.within is None else {"overlap_within": self.within, **log}
 
 
 def mask_overlap(
@@ -60,7 +69,9 @@ def mask_overlap(
         tasks.append(alone if batch.tasks is None else np.array(batch.tasks))
         padded = np.array(batch.instruction)
         texts += [row[:n].tobytes() for row, n in zip(padded, lengths, strict=True)]
-    return _overlap(np.concatenate(rows), np.concatenate(tasks), np.array(texts))
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    text = np.array([numbers[text] for text in texts])
+    return _overlap(np.concatenate(rows), np.concatenate(tasks), text)
 
 
 def _overlap(masks: np.ndarray, task: np.ndarray, text: np.ndarray) -> Overlap | None:
@@ -79,3 +90,46 @@ def _overlap(masks: np.ndarray, task: np.ndarray, text: np.ndarray) -> Overlap |
         float(shared[between].mean()),
         float(kept / masks.shape[1]),
     )
+
+
+class CollapsedError(ValueError):
+    """The masks no longer depend on the instruction."""
+
+
+@dataclass
+class Watcher:
+    """Raises once the masks have been the same for all instructions for a while.
+
+    The loss does not show it: a run whose predictor has collapsed learns as smoothly
+    as a static mask does, and is one.
+
+    Attributes:
+        floor: the least :attr:`Overlap.dependence`.
+        patience: evaluations in a row below the floor that raise.
+    """
+
+    floor: float = 0.1
+    patience: int = 2
+    _below: int = field(default=0, repr=False)
+
+    def __call__(self, report: Mapping[str, float]) -> None:
+        """Look at one validation.
+
+        Args:
+            report: with the entries of :meth:`Overlap.report`; without them, or where
+                nearly all channels are kept, there is nothing to judge.
+
+        Raises:
+            CollapsedError: with what can be done.
+        """
+        if report.get("overlap_chance", 1.0) > 0.95:
+            return
+        self._below = self._below + 1 if report["dependence"] < self.floor else 0
+        if self._below >= self.patience:
+            raise CollapsedError(
+                "The masks no longer depend on the instruction: two different ones share "
+                f"{report['overlap_between']:.3f} of their channels, random masks "
+                f"{report['overlap_chance']:.3f}. Such a model is a statically pruned "
+                "one. Warm-start the predictor, give it a tenth of the model's learning "
+                "rate, or centre its scores; watch: off trains on."
+            )

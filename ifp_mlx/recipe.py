@@ -1,0 +1,243 @@
+"""Every setting of a training run: its meaning, its default, a file and flags of it."""
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .maskers import Budget
+from .masks import check_multiple, target_size
+from .records import Stage
+
+
+def key(default: Any, meaning: str) -> Any:
+    """Declare a setting: its default and what it means."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class TrainConfig:
+    """The settings of a run, and the only place where a default stands.
+
+    ``scores`` and ``decorrelate`` choose themselves by ``from_scratch``. A pretrained
+    model has channels that every task needs: its scores are a global prior plus what
+    the instruction adds, since centring would give those channels away. A model that
+    learns from scratch has none yet, and there centred and decorrelated scores keep
+    the masks of different tasks apart. Where tasks compete for capacity in a small
+    model of your own, ``scores: centred`` is worth a try after pretraining too.
+    """
+
+    # fmt: off
+    model: str = key("", "folder or hub id of the model")
+    data: str = key("", "folder with train.jsonl and valid.jsonl, or a hub data set's id")
+    output: str = key("", "folder of the run; one that is there is resumed")
+    stage: Stage = key("sft", "sft: the first user message selects, the answer is learned; pretrain: a chunk selects, the next is learned")
+    from_scratch: bool = key(False, "start from random weights of the model's shape")
+    dtype: Literal["float32", "bfloat16", "float16", "stored"] = key("float32", "type of the model's weights while training and in the result")
+
+    max_length: int = key(2048, "most tokens of an example")
+    chunk: int = key(512, "tokens of a chunk in pretrain")
+    skip_bad: bool = key(False, "leave bad rows out instead of refusing the file")
+
+    masker: Literal["predictor", "static", "dense"] = key("predictor", "where masks come from: a predictor, one learned mask, or none")
+    keep: float = key(0.5, "kept share of the FFN channels")
+    target_size: int | None = key(None, "kept channels per layer, instead of keep")
+    granularity: int = key(1, "channels per selectable block")
+    shared: int = key(0, "channels per layer that are always on, out of the kept ones")
+    gates: Literal["soft", "binary"] = key("soft", "whether kept channels are weighted by their soft mask, in training and inference")
+    temperature: float = key(0.3, "of the soft top-k, in units of the scores, whose spread is 1")
+    anneal_keep: int = key(0, "steps over which keep falls from 1 to its value")
+    anneal_temperature: int = key(0, "steps over which the temperature falls to its value")
+    start_temperature: float = key(1.0, "temperature at step 0, if annealed")
+
+    predictor: str = key("first-layers", "first-layers: a copy of the model's own; new: random; or the folder or hub id of a language model")
+    predictor_layers: int = key(2, "layers of a predictor that is first-layers or new")
+    predictor_width: int = key(64, "hidden size of a predictor that is new")
+    predictor_rank: int = key(128, "width between the two linear layers of its head")
+    pooling: Literal["mean", "last"] = key("mean", "which of its hidden states the head reads; the paper: last")
+    warm_start: int = key(512, "training examples from which the head is solved before step 0; 0: begin with a random head")
+    warm_start_ridge: float = key(1.0, "strength of that solution's ridge, as a share of the features' mean variance")
+    scores: Literal["auto", "prior", "centred", "layer", "none"] = key("auto", "what the head starts as: prior: a global prior plus the instruction's part; centred: that part alone; layer: scaled per layer; none: as it is")
+    decorrelate: bool | None = key(None, "make the instruction's part equally strong in all its directions; default: if centred")
+
+    train: Literal["full", "lora", "dora", "frozen"] = key("full", "what of the model is trained; frozen: the masker only")
+    lora_rank: int = key(8, "rank of LoRA or DoRA")
+    lora_scale: float = key(20.0, "scale of LoRA or DoRA")
+    lora_layers: int = key(-1, "last layers that get LoRA; -1: all")
+
+    steps: int = key(1000, "steps of the optimiser")
+    batch_size: int = key(8, "examples of a micro-batch, all machines together")
+    accumulate: int = key(1, "micro-batches per step")
+    lr: float = key(1e-4, "highest learning rate of the model")
+    masker_lr: float | None = key(None, "of the predictor; default: a tenth of lr, since masks that move faster than the model can follow collapse")
+    warmup: int = key(0, "steps over which learning rates rise")
+    weight_decay: float = key(0.01, "of AdamW")
+    clip: float = key(1.0, "largest norm of the gradient, of model and masker apart")
+    ce_weight: float = key(1.0, "weight of the cross-entropy")
+    kl_weight: float = key(0.0, "weight of the KL from the dense model as it was at the start")
+    grad_checkpoint: bool = key(False, "compute activations again instead of keeping them: less memory, more time")
+    compile: bool = key(True, "use mx.compile; MLX_DISABLE_COMPILE overrules it")
+    seed: int = key(0, "of everything random")
+
+    eval_every: int = key(100, "steps between validations")
+    eval_batches: int = key(16, "batches of the validation set to use; 0: all")
+    log_every: int = key(10, "steps between lines of the log")
+    save_every: int = key(100, "steps between checkpoints")
+    watch: Literal["stop", "off"] = key("stop", "stop when masks no longer depend on the instruction")
+    # fmt: on
+
+    def budget(self, channels: int, step: int | None = None) -> Budget:
+        """Return how scores become masks at a step, or at the end.
+
+        Args:
+            channels: ``F``.
+            step: steps already made; ``None`` is the end of annealing.
+
+        Raises:
+            ValueError: if keep, target size and granularity do not fit.
+        """
+        k = self.target_size or target_size(channels, self.keep, self.granularity)
+        check_multiple(k, self.granularity, channels)
+        temperature = self.temperature
+        if step is not None and step < self.anneal_keep:
+            # In sixteenths: every k of its own is compiled once.
+            left = 1 - int(16 * step / self.anneal_keep) / 16
+            blocks = round((channels - k) * left) // self.granularity
+            k += blocks * self.granularity
+        if step is not None and step < self.anneal_temperature:
+            done = step / self.anneal_temperature
+            ratio = self.temperature / self.start_temperature
+            temperature = self.start_temperature * ratio**done
+        return Budget(k, temperature, self.gates, self.granularity)
+
+    def score_kind(self) -> tuple[str, bool]:
+        """Return ``scores`` and ``decorrelate`` with their defaults resolved."""
+        scores = self.scores
+        if scores == "auto":
+            scores = "centred" if self.from_scratch else "prior"
+        if self.decorrelate is None:
+            return scores, scores == "centred"
+        return scores, self.decorrelate
+
+    def check(self) -> None:
+        """Raise ``ValueError`` naming the first setting that makes no sense."""
+        for name in ("model", "data", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name} or the key {name}.")
+        positive = ["steps", "batch_size", "accumulate", "lr", "temperature", "clip"]
+        positive += ["eval_every", "log_every", "save_every", "granularity"]
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.train == "frozen" and self.masker == "dense":
+            raise ValueError(
+                "train: frozen with masker: dense leaves nothing to train."
+            )
+        if self.ce_weight == self.kl_weight == 0:
+            raise ValueError("ce_weight and kl_weight are both 0: nothing to learn.")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` a flag for every key, and ``--config``."""
+    parser.add_argument("--config", help="YAML or JSON file with any of these keys")
+    hints = get_type_hints(TrainConfig)
+    for item in fields(TrainConfig):
+        kind, choices = _kind(hints[item.name])
+        default = "" if item.default in (None, "") else f" (default: {item.default})"
+        text = (item.metadata["help"] + default).replace("%", "%%")
+        flag = "--" + item.name.replace("_", "-")
+        if kind is bool:
+            action: Any = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, choices=choices, help=text)
+
+
+def from_options(args: argparse.Namespace) -> TrainConfig:
+    """Put defaults, the file and the flags together; the later ones win.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a key or value in it is unknown.
+    """
+    values = read_file(Path(args.config)) if args.config else {}
+    names = [item.name for item in fields(TrainConfig)]
+    given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+    config = TrainConfig(**(values | given))
+    config.check()
+    return config
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of settings, checked key by key."""
+    import yaml  # type: ignore[import-untyped]
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config file {path}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no keys; see python -m ifp_mlx.train --help.")
+    known = {item.name: item for item in fields(TrainConfig)}
+    return {
+        name: _checked(path, name, value, known)
+        for name, value in ((str(n).replace("-", "_"), v) for n, v in values.items())
+    }
+
+
+def _checked(path: Path, name: str, value: Any, known: dict[str, Field]) -> Any:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"{path} has the unknown key {name}{hint}")
+    if value is None:
+        return known[name].default
+    kind, choices = _kind(get_type_hints(TrainConfig)[name])
+    try:
+        if isinstance(value, bool) != (kind is bool):
+            raise ValueError
+        value = kind(value)  # YAML takes 1e-4 for a string
+        if choices and value not in choices:
+            raise ValueError
+    except (TypeError, ValueError):
+        needed = (
+            f"one of {', '.join(choices)}" if choices else f"of type {kind.__name__}"
+        )
+        raise ValueError(f"{path}: {name}={value!r} must be {needed}.") from None
+    return value
+
+
+def _kind(hint: Any) -> tuple[Any, Sequence[str] | None]:
+    """Return the type of a key and, where there are few values, the values."""
+    if get_origin(hint) is Literal:
+        return str, get_args(hint)
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    return (parts[0] if parts else hint), None
+
+
+def same_run(config: TrainConfig, path: Path) -> None:
+    """Keep the settings at ``path``, or hold them against those of the run there.
+
+    Raises:
+        ValueError: if a setting differs that a resumed run cannot change.
+    """
+    free = {"output", "watch", "eval_batches", "log_every", "eval_every", "save_every"}
+    free |= {"compile", "grad_checkpoint"}
+    here = asdict(config)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in here.items():
+        if name not in free and there.get(name, value) != value:
+            raise ValueError(
+                f"The run in {path.parent} has {name}={there[name]!r}, not {value!r}; "
+                "resume it with its own settings, or choose another output folder."
+            )

@@ -1,0 +1,279 @@
+"""Files of text and conversations, read as examples for the two stages of training."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jinja2 import TemplateError
+
+from .data import Message, Record, instruction_of, tokenize
+
+Stage = Literal["pretrain", "sft"]
+
+
+class Reader:
+    """Reads mlx-lm's data formats into records.
+
+    A row has ``text``, or ``messages``, or ``prompt`` and ``completion``; ``task`` may
+    name its task. In the stage ``pretrain`` every chunk of the text but the first is an
+    example of its own, whose instruction is the chunk before. In the stage ``sft`` the
+    conversation up to the first user message is the instruction, and the assistant's
+    answers after it are learned. No instruction holds a token that is learned with it.
+
+    Args:
+        tokenizer: mlx-lm's ``TokenizerWrapper`` of the model.
+        stage: ``pretrain`` or ``sft``.
+        max_length: most tokens of an example. In ``pretrain``, as much of the text
+            before the learned chunk is read as fits.
+        chunk: tokens of a chunk.
+        predictor_tokenizer: of the predictor's language model, if it has its own.
+        skip_bad: leave bad rows out instead of refusing the file.
+
+    Attributes:
+        tasks: the number of every task's name.
+        skipped: what was left out, and why.
+
+    Source: Hou et al. 2025 (arXiv:2501.02086) sec. 3.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stage: Stage,
+        *,
+        max_length: int = 2048,
+        chunk: int = 512,
+        predictor_tokenizer: Any = None,
+        skip_bad: bool = False,
+    ) -> None:
+        if stage == "pretrain" and not 0 < 2 * chunk <= max_length:
+            raise ValueError(
+                f"Two chunks of {chunk} tokens must fit into {max_length} tokens; choose "
+                f"a chunk of 1 to {max_length // 2}."
+            )
+        self.tokenizer, self.predictor_tokenizer = tokenizer, predictor_tokenizer
+        self.stage, self.max_length, self.chunk = stage, max_length, chunk
+        self.skip_bad = skip_bad
+        self.tasks: dict[str, int] = {}
+        self.skipped: list[str] = []
+
+    def read(self, data: str, split: str) -> list[Record]:
+        """Return the records of a split, ``[]`` if there is no such split.
+
+        Args:
+            data: a folder with ``train.jsonl`` and more, or a hub data set's id.
+            split: ``train``, ``valid`` or ``test``.
+
+        Raises:
+            FileNotFoundError: if ``data`` is neither.
+            ValueError: naming file and line, if rows are bad.
+        """
+        records, problems = [], []
+        for place, line in _rows(data, split):
+            try:
+                records += [
+                    replace(record, place=place)
+                    for record in self.records(_parse(line))
+                ]
+            except ValueError as error:
+                problems.append(f"{place} {error}")
+        if problems and not self.skip_bad:
+            rest = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise ValueError(
+                "; ".join(problems[:3]) + rest + ". Correct them, or leave bad rows "
+                "out with --skip-bad."
+            )
+        self.skipped += problems
+        if problems and not records:
+            raise ValueError(f"{data} has no good row in {split}: {problems[0]}.")
+        return records
+
+    def records(self, row: dict[str, Any]) -> list[Record]:
+        """Return the examples that one row holds.
+
+        Raises:
+            ValueError: saying what is wrong with it.
+        """
+        task = -1
+        if row.get("task") is not None:
+            task = self.tasks.setdefault(str(row["task"]), len(self.tasks))
+        if self.stage == "pretrain":
+            return list(self._chunks(row, task))
+        messages = _messages(row)
+        if messages is None:
+            raise ValueError(
+                "has only text: stage sft needs messages, or prompt and completion"
+            )
+        tokens, loss = _conversation(self.tokenizer, messages)
+        if len(tokens) > self.max_length:
+            raise ValueError(
+                f"has {len(tokens)} tokens, more than max_length {self.max_length}"
+            )
+        selecting = tokenize(self.tokenizer, instruction_of(messages))
+        return [self._record(selecting, tokens, loss, task)]
+
+    def _chunks(self, row: dict[str, Any], task: int) -> Iterator[Record]:
+        messages = _messages(row)
+        if messages is None:
+            tokens = list(self.tokenizer.encode(row["text"]))
+        else:
+            tokens = _conversation(self.tokenizer, messages)[0]
+        if len(tokens) <= self.chunk:
+            raise ValueError(
+                f"has {len(tokens)} tokens, which is no more than one chunk of "
+                f"{self.chunk}: nothing follows it"
+            )
+        for start in range(self.chunk, len(tokens), self.chunk):
+            end = min(start + self.chunk, len(tokens))
+            read = tokens[max(0, end - self.max_length) : end]
+            loss = np.arange(len(read)) >= len(read) - (end - start)
+            yield self._record(tokens[start - self.chunk : start], read, loss, task)
+
+    def _record(
+        self, selecting: list[int], tokens: list[int], loss: Any, task: int
+    ) -> Record:
+        if self.predictor_tokenizer is not None:
+            text = self.tokenizer.decode(selecting)
+            selecting = self.predictor_tokenizer.encode(text, add_special_tokens=False)
+        return Record(
+            np.array(selecting, dtype=np.int32),
+            np.array(tokens, dtype=np.int32),
+            np.array(loss, dtype=bool),
+            task,
+        )
+
+
+def _rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Yield where each row stands, and the row: bytes of a line, or a dictionary."""
+    folder = Path(data).expanduser()
+    if folder.is_dir():
+        if not (folder / "train.jsonl").is_file():
+            raise FileNotFoundError(f"{folder} has no train.jsonl.")
+        path = folder / f"{split}.jsonl"
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        yield from ((f"{path} line {n}", line) for n, line in enumerate(lines, start=1))
+    elif folder.exists() or not 0 < data.count("/") < 2:
+        raise FileNotFoundError(
+            f"{data} is neither a folder with train.jsonl nor a hub data set's id such "
+            "as org/name."
+        )
+    else:
+        for number, row in enumerate(_hub_rows(data, split)):
+            yield f"{data} {split} row {number}", row
+
+
+def _hub_rows(name: str, split: str) -> Iterable[Any]:
+    try:
+        from datasets import load_dataset  # type: ignore[import-untyped]
+    except ImportError:
+        raise ImportError(
+            f"{name} is no folder, and data sets of the hub need the package datasets: "
+            "pip install datasets."
+        ) from None
+    try:
+        parts = load_dataset(name)
+    except Exception as error:  # whatever the client and its HTTP library raise
+        raise FileNotFoundError(
+            f"{name} is no folder, and does not come from the Hugging Face Hub: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    names = {"valid": ("valid", "validation", "dev")}.get(split, (split,))
+    return next((parts[n] for n in names if n in parts), [])
+
+
+def _parse(line: Any) -> dict[str, Any]:
+    if isinstance(line, bytes):
+        if not line.strip():
+            raise ValueError("is empty")
+        try:
+            line = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"is not UTF-8 (byte {error.start})") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"is not JSON ({error})") from None
+    if not isinstance(line, dict):
+        raise ValueError("is not an object with keys")
+    return line
+
+
+def _messages(row: dict[str, Any]) -> list[Message] | None:
+    """Return a row's conversation, or ``None`` if it is plain text."""
+    if row.get("messages") is not None:
+        messages = row["messages"]
+        good = isinstance(messages, list) and all(
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not good:
+            raise ValueError("has messages that lack a role or a content of text")
+        return messages
+    if isinstance(row.get("text"), str):
+        return None
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise ValueError(
+            f"has the keys {', '.join(row) or 'none'}; it needs text, or messages, or "
+            "prompt and completion"
+        )
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    ]
+
+
+def _conversation(
+    tokenizer: Any, messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:
+    """Return a conversation's token ids, and which of them the assistant answers.
+
+    Prompts and answers are tokenised apart, as they are when the answer is generated.
+    What comes after the last answer is left out, and answers before the first user
+    message are read but not learned: they are part of the instruction.
+    """
+    tokens: list[int] = []
+    loss: list[bool] = []
+    before, asked = "", False
+    for number, message in enumerate(messages):
+        asked = asked or message["role"] == "user"
+        if message["role"] != "assistant" or not asked:
+            continue
+        prompt = _text(tokenizer, messages[:number])
+        through = _text(tokenizer, messages[: number + 1])
+        if not (prompt.startswith(before) and through.startswith(prompt)):
+            raise ValueError(
+                "has several answers, and there is no chat template that leaves "
+                "earlier ones as they were; split it into conversations with one answer"
+            )
+        plain = not tokenizer.has_chat_template  # which would write the special tokens
+        asking = tokenizer.encode(prompt[len(before) :], add_special_tokens=plain)
+        answer = tokenizer.encode(through[len(prompt) :], add_special_tokens=False)
+        if plain:
+            answer = [*answer, tokenizer.eos_token_id]
+        real = bool(message["content"].strip())
+        tokens += [*asking, *answer]
+        loss += [False] * len(asking) + [real] * len(answer)
+        before = through
+    if not any(loss):
+        raise ValueError(
+            "has no answer: no assistant's message with text after a user's"
+        )
+    return tokens, loss
+
+
+def _text(tokenizer: Any, messages: Sequence[Message]) -> str:
+    if not tokenizer.has_chat_template:
+        answered = messages[-1]["role"] == "assistant"
+        prompt = "\n\n".join(m["content"] for m in messages[: len(messages) - answered])
+        return prompt + messages[-1]["content"] if answered else prompt
+    generating = messages[-1]["role"] != "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=generating
+        )
+    except TemplateError as error:
+        raise ValueError(f"is refused by the model's chat template: {error}") from error
