@@ -42,6 +42,7 @@ class IFPConfig:
         gates: whether kept channels are weighted by λ, in training and inference.
         temperature: ε of the soft top-k, in units of the scores.
         granularity: channels per selectable block; 1 is the paper.
+        shared: channels per layer that every selection of the predictor keeps.
     """
 
     version: int = 1
@@ -49,6 +50,7 @@ class IFPConfig:
     gates: Literal["binary", "soft"] = "binary"
     temperature: float = 1.0
     granularity: int = 1
+    shared: int = 0
 
     @staticmethod
     def load(folder: Path) -> "IFPConfig":
