@@ -16,7 +16,7 @@ from . import cli
 from .atomic import new_folder, refuse_existing
 from .masks import Selection, check_multiple
 from .model import IFPModel, Progress, load
-from .pruning import ffn_layers, pad_ffn
+from .pruning import dense_shape, ffn_layers, pad_ffn
 from .store import copy_companions, licence_of
 
 MASK_FILE = "mask.safetensors"
@@ -68,7 +68,7 @@ def write_compact(
     compact = model.compact(selection, progress=progress)
     config = dict(model.config)
     if selection.target_size is not None:
-        _widths_of(config)["intermediate_size"] = selection.target_size
+        config = _with_width(config, selection.target_size)
     else:
         config |= _as_nemotron_nas(compact, model.config)
         if config.get("rope_scaling") is None:  # transformers warns of a null here
@@ -106,6 +106,8 @@ def _check_can_write(
             f"stock architecture for {model.config['model_type']} can say; make the "
             "mask with the allocation uniform."
         )
+    if selection.target_size is not None:
+        _check_stock_width(model, selection.target_size)
     if quantisation is None:
         return
     if "quantization" in model.config:
@@ -147,8 +149,27 @@ def _quantise(
         return quantize_model(compact, config, how.group_size, how.bits, how.mode)
 
 
-def _widths_of(config: dict[str, Any]) -> dict[str, Any]:
-    return config if "intermediate_size" in config else config["text_config"]
+def _with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
+    said = {"intermediate_size": width}
+    if "intermediate_size" in config or "text_config" not in config:
+        return config | said
+    return config | {"text_config": config["text_config"] | said}
+
+
+def _check_stock_width(model: IFPModel, width: int) -> None:
+    """Raise ``ValueError`` unless ``intermediate_size`` is what sets the width: some
+    classes compute it from other keys.
+    """
+    from mlx_lm.utils import _get_classes
+
+    config = _with_width(model.config, width)
+    model_class, args_class = _get_classes(config)
+    if dense_shape(model_class(args_class.from_dict(config)))[1] != width:
+        raise ValueError(
+            f"No plain folder of the type {config['model_type']} can have {width} "
+            "channels: its width is not set by intermediate_size. Use the compact "
+            "model in memory, with ifp_mlx.generate."
+        )
 
 
 def _write(

@@ -390,9 +390,16 @@ def load(model: str | os.PathLike[str]) -> tuple[IFPModel, Any]:
 
 def _fingerprint(model: nn.Module) -> mx.array:
     """Return the final norm's weights, float16 ``[D]``."""
-    for name, weight in tree_flatten(model.parameters()):
-        if re.search(r"(^|\.)norm\.weight$", name) and "layers." not in name:
-            fingerprint = weight.astype(mx.float16)
-            mx.eval(fingerprint)  # or it would be read from the file much later
-            return fingerprint
-    raise ValueError(f"{type(model).__module__} has no final norm to know it by.")
+    norms = {
+        name: weight
+        for name, weight in tree_flatten(model.parameters())
+        if name.endswith("norm.weight") and not re.search(r"\.\d+\.", name)
+    }
+    if not norms:
+        raise ValueError(f"{type(model).__module__} has no final norm to know it by.")
+    name = next(
+        (n for n in norms if re.search(r"(^|\.)norm\.weight$", n)), [*norms][-1]
+    )
+    fingerprint = norms[name].astype(mx.float16)
+    mx.eval(fingerprint)  # or it would be read from the file much later
+    return fingerprint

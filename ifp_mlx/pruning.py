@@ -113,9 +113,9 @@ def ffn_layers(model: nn.Module) -> list[FFN]:
         found.append(ffn)
     if not found:
         raise _unsupported(model, "it has no layers")
-    for stock, module in {type(ffn.module): ffn.module for ffn in found}.items():
+    for module in {_settings(ffn.module): ffn.module for ffn in found}.values():
         if not _channels_are_independent(module):
-            raise _unsupported(model, f"{stock.__name__} mixes its channels")
+            raise _unsupported(model, f"{type(module).__name__} mixes its channels")
     return found
 
 
@@ -304,24 +304,34 @@ def _gated_children(block: nn.Module) -> Iterator[FFN]:
             yield FFN(block, name, child)
 
 
+def _settings(ffn: nn.Module) -> tuple:
+    """Return what decides how an FFN computes, beside its weights: gemma3n's class
+    keeps only the largest channels in some layers, and all in others.
+    """
+    plain = (bool, int, float, str)
+    return type(ffn), *((k, v) for k, v in vars(ffn).items() if isinstance(v, plain))
+
+
 def _channels_are_independent(ffn: nn.Module) -> bool:
-    """Try the forward pass on made-up channels; no weight is read."""
+    """Try the forward pass on made-up channels; no projection is read."""
     if isinstance(ffn, TappedFFN):
         return True
-    gate, up = mx.linspace(-3, 3, 8)[None], mx.linspace(2, -1, 8)[None]
+    # A few channels far above the rest: some FFNs keep only such ones, and which
+    # those are depends on all.
+    gate, up = mx.linspace(-2, 2, 64)[None] ** 5, mx.linspace(2, -1, 64)[None]
 
     def channels(kept: mx.array) -> mx.array:
         return stock_forward(
             ffn,
-            mx.zeros((1, 1)),
+            mx.zeros((1, ffn.down_proj.weight.shape[0])),
             gate_proj=lambda x: gate[:, kept],
             up_proj=lambda x: up[:, kept],
             down_proj=lambda h: h,
         )
 
-    some = mx.array([0, 3, 4, 7])
-    whole, part = channels(mx.arange(8)), channels(some)
-    return part.shape == (1, 4) and bool(mx.allclose(whole[:, some], part, atol=1e-6))
+    some = mx.arange(16, 64, 3)
+    whole, part = channels(mx.arange(64)), channels(some)
+    return part.shape == (1, 16) and bool(mx.allclose(whole[:, some], part, atol=1e-6))
 
 
 def _unsupported(model: nn.Module, why: str) -> ValueError:
