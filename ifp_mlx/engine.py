@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .data import Message, Prompt
+from .chat import Chat, text_of
+from .data import Prompt
 from .errors import (
     Busy,
     Cancelled,
@@ -163,6 +164,7 @@ class Engine:
         instruction: Prompt | None = None,
         *,
         name: str | None = None,
+        load: bool = True,
         progress: OnProgress = lambda event: None,
         stop: CancelToken | None = None,
         **options: Any,
@@ -172,6 +174,7 @@ class Engine:
         Args:
             instruction: what selects; or give ``mask_file``.
             name: of the task; default: its mask's id. An existing one is replaced.
+            load: ``False`` leaves the loading to the first request.
             progress: called with ``select`` and ``channels``, on the worker thread.
             stop: cancels at the next layer or calibration text.
             options: the fields of :class:`~ifp_mlx.requests.Choice`.
@@ -181,14 +184,14 @@ class Engine:
             OutOfMemory: if the compact model would exceed the memory limit.
             Cancelled: by ``stop``.
         """
-        choice, sampling = _split(options | {"instruction": instruction})
+        choice, sampling = split_options(options | {"instruction": instruction})
         if sampling or not (choice.instruction or choice.mask_file):
             raise InvalidRequest(
                 f"A task is prepared from an instruction or a mask_file, not {options}."
             )
         stop = stop or CancelToken()
         return self._call(
-            lambda host: host.shelf.prepare(name, choice, progress, stop)
+            lambda host: host.shelf.prepare(name, choice, progress, stop, load)
         ).result()
 
     def tasks(self) -> list[Task]:
@@ -258,7 +261,7 @@ class Engine:
 
     def generate(self, messages: Prompt, **options: Any) -> str:
         """Return the whole text of :meth:`stream`, which takes the same options."""
-        return _text(self.stream(messages, **options))
+        return text_of(self.stream(messages, **options))
 
     async def agenerate(self, messages: Prompt, **options: Any) -> str:
         """Return the whole text of :meth:`astream`."""
@@ -273,7 +276,7 @@ class Engine:
         **options: Any,
     ) -> "Chat":
         """Begin a conversation; see :class:`Chat`."""
-        _split(options)
+        split_options(options)
         return Chat(self, system, reselect, options)
 
     def memory(self) -> dict[str, int]:
@@ -305,7 +308,7 @@ class Engine:
     ) -> Callable[..., Request]:
         if not self.alive:
             raise EngineClosed("The engine is closed; open another one.")
-        choice, sampling = _split(options)
+        choice, sampling = split_options(options)
         return partial(
             Request,
             messages,
@@ -357,74 +360,6 @@ class Engine:
             request.stop.cancel()
 
 
-class Chat:
-    """A conversation whose first instruction's mask stays (the paper's rule).
-
-    Args:
-        engine: where it is held.
-        system: the system message.
-        reselect: ``"turn"`` selects again with every user message; the conversation
-            is then prefilled again wherever the mask changes.
-        options: defaults of every turn, as of :meth:`Engine.stream`.
-
-    Source: Hou et al. 2025 (arXiv:2501.02086) sec. 3.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        system: str | None,
-        reselect: str | None,
-        options: dict[str, Any],
-    ) -> None:
-        if reselect not in (None, "turn"):
-            raise InvalidRequest(f"reselect={reselect!r} is unknown; use 'turn'.")
-        if reselect and options.keys() & {"task", "mask_file", "instruction"}:
-            raise InvalidRequest("reselect='turn' goes with no fixed task or mask.")
-        self._engine, self._options, self._reselect = engine, options, reselect
-        self.messages: list[Message] = []
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
-
-    def stream(self, text: str, **options: Any) -> Iterator[Event]:
-        """Say ``text`` and stream the answer; it joins ``messages`` as far as it came."""
-        events = self._engine.stream(self._turn(text), **self._choose(text, options))
-        answer = ""
-        try:
-            for event in events:
-                answer += event.text if isinstance(event, Token) else ""
-                yield event
-        finally:
-            self._said(text, answer)
-
-    async def astream(self, text: str, **options: Any) -> AsyncIterator[Event]:
-        """As :meth:`stream`, for ``async for``."""
-        events = self._engine.astream(self._turn(text), **self._choose(text, options))
-        answer = ""
-        try:
-            async for event in events:
-                answer += event.text if isinstance(event, Token) else ""
-                yield event
-        finally:
-            self._said(text, answer)
-
-    def generate(self, text: str, **options: Any) -> str:
-        """Say ``text`` and return the whole answer."""
-        return _text(self.stream(text, **options))
-
-    def _turn(self, text: str) -> list[Message]:
-        return [*self.messages, {"role": "user", "content": text}]
-
-    def _choose(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
-        own = {"instruction": text} if self._reselect else {}
-        return self._options | own | options
-
-    def _said(self, text: str, answer: str) -> None:
-        if answer:  # a turn that failed or was cancelled at once is forgotten
-            answered = {"role": "assistant", "content": answer}
-            self.messages = [*self._turn(text), answered]
-
-
 def _about(host: Host) -> dict[str, Any]:
     return {
         "name": host.model.name,
@@ -434,11 +369,7 @@ def _about(host: Host) -> dict[str, Any]:
     }
 
 
-def _text(events: Iterator[Event]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Token))
-
-
-def _split(options: dict[str, Any]) -> tuple[Choice, dict[str, Any]]:
+def split_options(options: dict[str, Any]) -> tuple[Choice, dict[str, Any]]:
     """Part options into those that choose a mask and those that decode."""
     choosing = {field.name for field in fields(Choice)}
     sampling = {field.name for field in fields(Sampling)}

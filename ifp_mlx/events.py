@@ -27,6 +27,15 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token, by id and as text, and its log probability."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
 class Token:
     """One step of decoding.
 
@@ -35,15 +44,14 @@ class Token:
             stop string is incomplete.
         id: the token's id.
         number: 1 for the first generated token.
-        logprob: its log probability where it was asked for, else ``None``.
-        top_logprobs: the most probable tokens' ids and log probabilities, as asked.
+        logprobs: where they were asked for, this token's own, then those of the most
+            probable tokens.
     """
 
     text: str
     id: int
     number: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 
 from . import store
-from .data import as_messages, is_tokens, tokenize
+from .data import Prompt, as_messages, instruction_of, is_tokens, tokenize
 from .errors import (
     Busy,
     Cancelled,
@@ -22,6 +23,7 @@ from .errors import (
     ModelNotFound,
 )
 from .events import Progress
+from .grammar import Grammar
 from .lanes import Lane, Request, Schedule
 from .model import load
 from .requests import DEFAULT_MAX_TOKENS
@@ -146,7 +148,13 @@ class Host:
     def tokens_of(self, request: Request) -> list[int]:
         """Return the ids of a request's prompt."""
         if is_tokens(request.messages):
-            return list(request.messages)
+            tokens = list(request.messages)
+            if min(tokens) < 0 or max(tokens) >= self.vocabulary:
+                raise InvalidRequest(
+                    f"The prompt's token ids go from {min(tokens)} to {max(tokens)}; "
+                    f"the model's from 0 to {self.vocabulary - 1}."
+                )
+            return tokens
         messages = as_messages(request.messages)
         return tokenize(self.tokenizer, messages, chat_template=request.chat_template)
 
@@ -159,7 +167,7 @@ class Host:
                 self._check_length(request)
                 start = time.perf_counter()
                 request.selection = self.shelf.select(
-                    request.choice, request.messages, request.emit, request.stop
+                    request.choice, self._selecting(request), request.emit, request.stop
                 )
                 request.seconds["select"] = time.perf_counter() - start
                 self._check_memory(request)
@@ -170,6 +178,13 @@ class Host:
             request.emit(detached(error))
         else:
             self.schedule.add(request)
+
+    def _selecting(self, request: Request) -> Prompt:
+        """Return what selects where nothing else is said, tokenised as the prompt."""
+        if request.chat_template or is_tokens(request.messages):
+            return request.messages
+        messages = instruction_of(as_messages(request.messages))
+        return tokenize(self.tokenizer, messages, chat_template=False)
 
     def _check_length(self, request: Request) -> None:
         request.tokens = self.tokens_of(request)
@@ -197,13 +212,32 @@ class Host:
         from mlx_lm.sample_utils import make_logits_processors
 
         sampling = request.sampling
+        vocabulary = self.vocabulary
+        for token in sampling.logit_bias or {}:
+            if not 0 <= token < vocabulary:
+                raise InvalidRequest(
+                    f"logit_bias names the token {token}; there are {vocabulary}."
+                )
         processors = make_logits_processors(
             logit_bias=sampling.logit_bias,
             repetition_penalty=sampling.repetition_penalty,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
         )
-        return list(processors)
+        processors = list(processors)
+        if sampling.json_schema is not None:
+            processors.append(self.grammar.processor(sampling.json_schema))
+        return processors
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """What holds answers to a JSON schema; made when one first asks for it."""
+        return Grammar(self.tokenizer, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.model.config["vocab_size"])
 
     def _open_lane(self, request: Request) -> Lane:
         start = time.perf_counter()

@@ -11,7 +11,15 @@ import mlx.nn as nn
 import numpy as np
 
 from .errors import Cancelled, IFPError
-from .events import CancelToken, Done, Event, FinishReason, Progress, Token
+from .events import (
+    CancelToken,
+    Done,
+    Event,
+    FinishReason,
+    Progress,
+    Token,
+    TokenLogprob,
+)
 from .masks import Selection
 from .requests import Choice, Sampling
 from .worker import detached
@@ -85,18 +93,19 @@ class Request:
         piece = "" if reason == "stop" else self.text.add(response.token)
         if reason is not None:
             piece += self.text.finish()
-        logprob, top = self._logprobs(response)
-        self.emit(Token(piece, response.token, self.number, logprob, top))
+        logprobs = self._logprobs(response)
+        self.emit(Token(piece, response.token, self.number, logprobs))
         return "stop" if self.text.stopped else reason
 
-    def _logprobs(self, response: Any) -> tuple[float | None, Any]:
+    def _logprobs(self, response: Any) -> tuple[TokenLogprob, ...]:
         if not self.sampling.logprobs:
-            return None, ()
-        count = self.sampling.top_logprobs
+            return ()
         logprobs = np.array(response.logprobs, dtype=np.float32)
-        best = np.argsort(-logprobs, kind="stable")[:count]
-        top = tuple((int(token), float(logprobs[token])) for token in best)
-        return float(logprobs[response.token]), top
+        best = np.argsort(-logprobs, kind="stable")[: self.sampling.top_logprobs]
+        return tuple(
+            TokenLogprob(int(token), self.text.spell(token), float(logprobs[token]))
+            for token in (response.token, *best)
+        )
 
     def finish(self, reason: FinishReason) -> None:
         """End the stream with its figures."""
@@ -129,7 +138,7 @@ class Text:
     """Tokens to text, held back where a stop string may have begun."""
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
-        self._detokenizer = tokenizer.detokenizer
+        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
         self._stops = stops
         self._held = ""
         self.stopped = False
@@ -145,6 +154,10 @@ class Text:
         text = self._release(self._detokenizer.last_segment)
         rest, self._held = self._held, ""
         return text if self.stopped else text + rest
+
+    def spell(self, token: int) -> str:
+        """Return one token as text."""
+        return str(self._tokenizer.decode([int(token)]))
 
     def _release(self, piece: str) -> str:
         if self.stopped:

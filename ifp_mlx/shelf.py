@@ -74,13 +74,19 @@ class Shelf:
         return self.residents.get(selection, progress=reporting("channels", emit, stop))
 
     def prepare(
-        self, name: str | None, choice: Choice, emit: Emit, stop: CancelToken
+        self,
+        name: str | None,
+        choice: Choice,
+        emit: Emit,
+        stop: CancelToken,
+        load: bool = True,
     ) -> Task:
         """Select and load under a name (default: the mask's id); see ``Engine``."""
         start = time.perf_counter()
         selection = self.select(choice, choice.instruction or "", emit, stop)
         selected = time.perf_counter()
-        self.load(selection, emit, stop)
+        if load:
+            self.load(selection, emit, stop)
         loaded = time.perf_counter()
         name = name or selection.mask_id
         self.named[name] = selection

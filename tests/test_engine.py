@@ -302,8 +302,9 @@ def test_stop_strings_end_the_text_before_them(engine):
 def test_logprobs_are_those_of_the_greedy_choice(engine):
     events = engine.stream("Hello", max_tokens=3, logprobs=True, top_logprobs=2)
     for token in (event for event in events if isinstance(event, Token)):
-        assert token.top_logprobs[0] == (token.id, token.logprob)
-        assert token.logprob <= 0 and len(token.top_logprobs) == 2
+        own, best, second = token.logprobs
+        assert own == best and own.id == token.id
+        assert second.logprob <= own.logprob <= 0
 
 
 def test_unload_gives_memory_back_and_tasks_stay(folder):

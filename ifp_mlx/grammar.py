@@ -1,0 +1,86 @@
+"""Answers that follow a JSON schema: llguidance as an mlx-lm logits processor."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import InvalidRequest
+
+Processor = Callable[[mx.array, mx.array], mx.array]
+
+
+class Grammar:
+    """The tokenizer as llguidance knows it; one for all requests.
+
+    Args:
+        tokenizer: mlx-lm's ``TokenizerWrapper`` of a fast tokenizer.
+        vocabulary: tokens the model knows, which may be more than the tokenizer's.
+
+    Raises:
+        InvalidRequest: if llguidance is not installed.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        try:
+            import llguidance.hf
+        except ImportError as error:
+            raise InvalidRequest(
+                "A JSON schema needs llguidance: pip install 'ifp-mlx[json]'."
+            ) from error
+        self._eos = sorted(tokenizer.eos_token_ids)
+        self._vocabulary = vocabulary
+        self._tokenizer = llguidance.hf.from_tokenizer(
+            tokenizer._tokenizer, n_vocab=vocabulary, eos_token=self._eos[0]
+        )
+
+    def processor(self, schema: dict[str, Any]) -> Processor:
+        """Return the logits processor of one answer.
+
+        Args:
+            schema: a JSON schema.
+
+        Raises:
+            InvalidRequest: if it is none, or uses what llguidance does not know.
+        """
+        from llguidance import LLMatcher
+
+        # Free whitespace would let a model fill its whole answer with it.
+        grammar = LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), overrides={"whitespace_flexible": False}
+        )
+        matcher = LLMatcher(self._tokenizer, grammar)
+        if matcher.is_error():
+            reason = matcher.get_error().splitlines()[0]
+            raise InvalidRequest(f"The JSON schema cannot be followed: {reason}")
+        return _Follow(matcher, self._eos, self._vocabulary)
+
+
+class _Follow:
+    """Lets through the tokens that may come next, and then only the end."""
+
+    def __init__(self, matcher: Any, eos: list[int], vocabulary: int) -> None:
+        self._matcher, self._eos, self._vocabulary = matcher, eos, vocabulary
+        self._read: int | None = None
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._read is not None and not self._matcher.is_stopped():
+            self._matcher.consume_tokens(tokens[self._read :].tolist())
+        self._read = tokens.size
+        return mx.where(mx.array(self._allowed(logits.shape[-1])), logits, -mx.inf)
+
+    def _allowed(self, size: int) -> np.ndarray:
+        allowed = np.zeros(size, dtype=bool)
+        if self._matcher.is_stopped():
+            allowed[self._eos] = True
+            return allowed
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+        bits = allocate_token_bitmask(1, self._vocabulary)
+        fill_next_token_bitmask(self._matcher, bits)
+        bytes_ = bits.view(np.uint8)
+        flags = np.unpackbits(bytes_, bitorder="little")[: self._vocabulary]
+        allowed[: flags.size] = flags
+        return allowed
