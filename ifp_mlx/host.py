@@ -1,5 +1,6 @@
 """The engine's worker side: the model, what is prepared of it, and who is served."""
 
+import io
 import os
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+from tqdm import tqdm
 
 from . import store
 from .data import Prompt, as_messages, instruction_of, is_tokens, tokenize
@@ -60,7 +62,7 @@ class Host:
 
         self.settings = settings
         with typed_errors(IncompatibleModel):
-            folder = store.resolve(settings.path)
+            folder = store.resolve(settings.path, download_bars(progress))
             progress(Progress("load", 0, 1))
             self.model, self.tokenizer = load(folder)
             if str(folder) != str(settings.path):
@@ -268,6 +270,31 @@ def typed_errors(of_a_value: type[IFPError]) -> Iterator[None]:
         raise ModelNotFound(str(error)) from None
     except ValueError as error:
         raise of_a_value(str(error)) from None
+
+
+def download_bars(report: Callable[[Progress], None]) -> type:
+    """Return a tqdm class for the hub client that reports bytes and shows nothing."""
+    furthest = 0
+
+    class Bars(tqdm):
+        monitor_interval = 0  # no thread of tqdm's own
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            """Show nothing."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Report how far the bytes are; the client also counts files."""
+            nonlocal furthest
+            shown = super().update(n)
+            if self.unit == "B" and self.n > furthest:
+                furthest = int(self.n)
+                report(Progress("download", furthest, int(self.total or 0)))
+            return shown
+
+    return Bars
 
 
 def half_the_memory() -> int:

@@ -24,11 +24,12 @@ TOKENIZER += ["vocab.json", "merges.txt", "chat_template*", "generation_config.j
 LICENCES = ["LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*"]
 
 
-def resolve(model: str | os.PathLike[str]) -> Path:
+def resolve(model: str | os.PathLike[str], tqdm_class: type | None = None) -> Path:
     """Return the folder of ``model``, fetching it from the hub if need be.
 
     Args:
         model: an existing folder, or a Hugging Face id such as ``org/name``.
+        tqdm_class: shows the download, instead of the hub client's own bars.
 
     Raises:
         FileNotFoundError: if it is neither, or if the hub does not give it.
@@ -48,14 +49,14 @@ def resolve(model: str | os.PathLike[str]) -> Path:
             "with convert/from_pytorch.py if it is a GGUF file or a state dict."
         )
     if isinstance(model, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        return _fetch(model)
+        return _fetch(model, tqdm_class)
     raise FileNotFoundError(
         f"{model} is neither an existing folder nor a hub id such as org/name; "
         "check the spelling."
     )
 
 
-def _fetch(repo: str) -> Path:
+def _fetch(repo: str, tqdm_class: type | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     reasons = {
@@ -66,9 +67,11 @@ def _fetch(repo: str) -> Path:
         errors.LocalEntryNotFoundError: "it is not in the cache and the hub cannot be "
         "reached; connect to the network with HF_HUB_OFFLINE unset, or give a folder",
     }
+    bars: dict[str, Any] = {"tqdm_class": tqdm_class} if tqdm_class else {}
     try:
         try:
-            return Path(snapshot_download(repo, allow_patterns=NEEDED + DOCUMENTS))
+            patterns = NEEDED + DOCUMENTS
+            return Path(snapshot_download(repo, allow_patterns=patterns, **bars))
         except errors.IncompleteSnapshotError:
             # Offline, with a copy fetched by mlx-lm, which leaves documents out.
             return Path(
