@@ -32,6 +32,8 @@ from .requests import DEFAULT_MAX_TOKENS
 from .shelf import Shelf, clear_memory
 from .worker import detached
 
+QUICK = 0.02  # seconds that tokenising what has its mask already may take
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -73,7 +75,8 @@ class Host:
             budget = limit or half_the_memory()
         self.shelf = Shelf(self.model, budget, limit)
         self.prompts = LRUPromptCache(max_bytes=settings.prompt_cache_bytes)
-        self.schedule = Schedule(self._open_lane, self.shelf.weigh, budget)
+        self.schedule = Schedule(self._open_lane, self.shelf.weigh, budget, limit)
+        self.shelf.in_use = self.schedule.selections
         self.arrivals: deque[Request] = deque()
         # As mlx-lm does while it generates; each batch restores what it found.
         self._old_wired_limit = maybe_set_recommended_wired_limit()
@@ -108,8 +111,9 @@ class Host:
         self.arrivals.append(request)
 
     def turn(self) -> None:
-        """Take in one arrival, then one step of everybody."""
-        if self.arrivals:
+        """Take in arrivals until one took its time, then one step of everybody."""
+        start = time.perf_counter()
+        while self.arrivals and time.perf_counter() - start < QUICK:
             self._take_in(self.arrivals.popleft())
         self.schedule.turn()
 
@@ -172,7 +176,9 @@ class Host:
                     request.choice, self._selecting(request), request.emit, request.stop
                 )
                 request.seconds["select"] = time.perf_counter() - start
-                self._check_memory(request)
+                request.kv_bytes = self.shelf.check_limit(
+                    request.selection, len(request.tokens) + request.max_tokens
+                )
                 request.processors = self._processors(request)
         except Cancelled:
             request.finish("cancelled")
@@ -198,17 +204,6 @@ class Host:
                 f"The prompt has {length} tokens and the answer may have "
                 f"{asked or 'some'}, more than the context of {room}; shorten one."
             )
-
-    def _check_memory(self, request: Request) -> None:
-        config = self.model.config
-        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-        width = config.get("head_dim") or (
-            config["hidden_size"] // config["num_attention_heads"]
-        )
-        tokens = len(request.tokens) + request.max_tokens
-        floats = 2 * self.model.layers * heads * width * tokens
-        size = self.model.fingerprint.dtype.size  # float16, as most models
-        self.shelf.check_limit(request.selection, floats * size)
 
     def _processors(self, request: Request) -> list[Any]:
         from mlx_lm.sample_utils import make_logits_processors
@@ -247,7 +242,7 @@ class Host:
         request.seconds["load"] = time.perf_counter() - start
         return Lane(
             model,
-            request.selection.mask_id,
+            request.selection,
             self.tokenizer,
             self.prompts,
             batch=self.settings.batch,

@@ -39,6 +39,7 @@ class Request:
         selection: once there is one.
         tokens: the prompt's ids, once tokenised.
         max_tokens: what ``sampling`` and the context leave.
+        kv_bytes: of its KV cache at its longest.
         processors: mlx-lm logits processors.
         cached: tokens of the prompt that came from the prompt cache.
         seconds: the time spent so far.
@@ -47,6 +48,7 @@ class Request:
     selection: Selection
     tokens: list[int]
     max_tokens: int
+    kv_bytes: int
 
     def __init__(
         self,
@@ -183,7 +185,7 @@ class Lane:
 
     Args:
         model: the mask's compact model.
-        mask_id: the key of every KV cache that comes from it.
+        selection: the mask; its id is the key of every KV cache that comes from it.
         tokenizer: mlx-lm's.
         prompts: mlx-lm's ``LRUPromptCache``.
         batch: requests decoded together at most.
@@ -193,7 +195,7 @@ class Lane:
     def __init__(
         self,
         model: nn.Module,
-        mask_id: str,
+        selection: Selection,
         tokenizer: Any,
         prompts: Any,
         *,
@@ -202,7 +204,8 @@ class Lane:
     ) -> None:
         from mlx_lm.generate import BatchGenerator
 
-        self.mask_id, self.batch = mask_id, batch
+        self.selection, self.mask_id = selection, selection.mask_id
+        self._batch = batch
         self.running: dict[int, Request] = {}
         self.draining = False
         self._tokenizer, self._prompts = tokenizer, prompts
@@ -260,6 +263,16 @@ class Lane:
         """Let the batch go."""
         self._generator.close()
         del self._generator
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more requests now."""
+        return self.draining or len(self.running) >= self._batch
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV caches if every answer comes to its full length."""
+        return sum(request.kv_bytes for request in self.running.values())
 
     @property
     def cache_bytes(self) -> int:
@@ -323,6 +336,7 @@ class Schedule:
         open_lane: makes the lane of a request, loading its model if need be.
         weigh: bytes of a selection's compact model.
         budget: bytes of the models of all lanes together.
+        limit: bytes of models and KV caches together, or ``None``.
     """
 
     def __init__(
@@ -330,11 +344,16 @@ class Schedule:
         open_lane: Callable[[Request], Lane],
         weigh: Callable[[Selection], int],
         budget: int,
+        limit: int | None = None,
     ) -> None:
-        self._open, self._weigh, self._budget = open_lane, weigh, budget
+        self._open, self._weigh = open_lane, weigh
+        self._budget, self._limit = budget, limit
         self.waiting: list[Request] = []
         self.lanes: dict[str, Lane] = {}
-        self._weights: dict[str, int] = {}
+
+    def selections(self) -> list[Selection]:
+        """Return the selections that are decoded with."""
+        return [lane.selection for lane in self.lanes.values()]
 
     @property
     def busy(self) -> bool:
@@ -355,7 +374,7 @@ class Schedule:
             except Exception as error:  # of one batch; the others go on
                 lane.fail(detached(error))
             if not lane.running:
-                self._close(mask_id)
+                self.lanes.pop(mask_id).close()
 
     def cancel(self) -> None:
         """End everything as cancelled."""
@@ -379,17 +398,19 @@ class Schedule:
     def _admit(self) -> None:
         crowded: dict[str, None] = {}
         still_waiting = []
+        held = False  # for want of memory: then nobody may pass by
         for request in self.waiting:
             mask_id = request.selection.mask_id
             if request.stop.cancelled:
                 request.finish("cancelled")
             elif mask_id in self.lanes:
                 lane = self.lanes[mask_id]
-                if lane.draining or len(lane.running) >= lane.batch:
+                held = held or not self._fits(request)
+                if held or lane.full:
                     still_waiting.append(request)
                 else:
                     lane.admit(request)
-            elif not crowded and self._fits(request.selection):
+            elif not (held or crowded) and self._fits(request, opening=True):
                 self._open_for(request)
             else:
                 crowded[mask_id] = None
@@ -398,9 +419,13 @@ class Schedule:
         for lane in list(self.lanes.values())[: len(crowded)]:
             lane.draining = True
 
-    def _fits(self, selection: Selection) -> bool:
-        needed = self._weigh(selection) + sum(self._weights.values())
-        return not self.lanes or needed <= self._budget
+    def _fits(self, request: Request, *, opening: bool = False) -> bool:
+        """Whether there is room for a request; alone, there always is."""
+        models = sum(map(self._weigh, self.selections()))
+        models += self._weigh(request.selection) if opening else 0
+        caches = request.kv_bytes + sum(lane.kv_bytes for lane in self.lanes.values())
+        fits = self._limit is None or models + caches <= self._limit
+        return not self.lanes or (fits and not (opening and models > self._budget))
 
     def _open_for(self, request: Request) -> None:
         try:
@@ -411,9 +436,4 @@ class Schedule:
             request.emit(detached(error))
         else:
             self.lanes[lane.mask_id] = lane
-            self._weights[lane.mask_id] = self._weigh(request.selection)
             lane.admit(request)
-
-    def _close(self, mask_id: str) -> None:
-        self.lanes.pop(mask_id).close()
-        del self._weights[mask_id]

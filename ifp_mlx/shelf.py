@@ -21,7 +21,7 @@ from .pruning import ffn_layers
 from .requests import Choice
 
 Emit = Callable[[Progress], None]
-SELECTIONS_REMEMBERED = 1024  # of nameless instructions; each is a few kB
+REMEMBERED_BYTES = 64 << 20  # of selections of nameless instructions
 
 
 class Shelf:
@@ -31,14 +31,22 @@ class Shelf:
         model: the large model.
         budget: bytes of compact models kept in memory.
         limit: bytes that no request may exceed, or ``None``.
+
+    Attributes:
+        in_use: returns the selections that are being decoded with, whose models are
+            the last to be let go.
     """
+
+    in_use: Callable[[], Iterable[Selection]] = staticmethod(lambda: ())
 
     def __init__(self, model: IFPModel, budget: int, limit: int | None) -> None:
         self.model, self._limit = model, limit
         self.residents = Residents(model, budget)
         self.named: dict[str, Selection] = {}
         self._remembered: OrderedDict[Any, Selection] = OrderedDict()
-        self._core_bytes, self._channel_bytes = weights_of(model.dense())
+        dense = model.dense()
+        self._core_bytes, self._channel_bytes = weights_of(dense)
+        self._kv_bytes = kv_bytes_per_token(model, dense)
 
     def select(
         self, choice: Choice, messages: Prompt, emit: Emit, stop: CancelToken
@@ -64,13 +72,16 @@ class Shelf:
             )
             emit(Progress("select", 1, 1))
         self._remembered.move_to_end(key)
-        while len(self._remembered) > SELECTIONS_REMEMBERED:
+        most = REMEMBERED_BYTES // (4 * self.model.layers * self.model.channels)
+        while len(self._remembered) > max(16, most):
             self._remembered.popitem(last=False)
         return self._remembered[key]
 
     def load(self, selection: Selection, emit: Emit, stop: CancelToken) -> nn.Module:
         """Return the compact model of a selection, reading it if it is not there."""
         self.check_limit(selection)
+        for used in self.in_use():
+            self.residents.get(used)
         return self.residents.get(selection, progress=reporting("channels", emit, stop))
 
     def prepare(
@@ -131,15 +142,25 @@ class Shelf:
         """Return the bytes of a selection's compact model, without loading it."""
         return self._core_bytes + round(self._channel_bytes * sum(selection.sizes))
 
-    def check_limit(self, selection: Selection, more: int = 0) -> None:
-        """Raise ``OutOfMemory`` if a model and ``more`` bytes exceed the limit."""
-        needed = self.weigh(selection) + more
+    def check_limit(self, selection: Selection, tokens: int = 0) -> int:
+        """Return the bytes of the KV cache of a request.
+
+        Args:
+            selection: of the request.
+            tokens: of its prompt and its answer.
+
+        Raises:
+            OutOfMemory: if they and the compact model exceed the limit.
+        """
+        kv_bytes = self._kv_bytes * tokens
+        needed = self.weigh(selection) + kv_bytes
         if self._limit is not None and needed > self._limit:
             raise OutOfMemory(
                 f"This needs {needed / 1e6:.0f} MB, more than the memory limit of "
                 f"{self._limit / 1e6:.0f} MB; keep fewer channels, shorten the "
                 "conversation, or raise the limit."
             )
+        return kv_bytes
 
     def unload(self) -> None:
         """Let all weights go; the selections stay."""
@@ -189,6 +210,17 @@ def weights_of(dense: nn.Module) -> tuple[int, float]:
     ffns = [model_bytes(ffn.module) for ffn in ffn_layers(dense)]
     width = ffn_layers(dense)[0].module.gate_proj.weight.shape[0]
     return model_bytes(dense) - sum(ffns), sum(ffns) / len(ffns) / width
+
+
+def kv_bytes_per_token(model: IFPModel, dense: nn.Module) -> int:
+    """Return what one token adds to the KV cache of all layers, in bytes."""
+    config = model.config
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    width = config.get("head_dim") or (
+        config["hidden_size"] // config["num_attention_heads"]
+    )
+    norms = (w for name, w in tree_flatten(dense.parameters()) if "norm" in name)
+    return 2 * model.layers * heads * width * next(norms).dtype.size
 
 
 def reporting(

@@ -267,6 +267,35 @@ def test_masks_take_turns_within_the_budget(folder):
         assert sum(task.resident for task in engine.tasks()) == 1
 
 
+def test_a_memory_limit_makes_requests_wait_not_fail(folder):
+    """One request's cache fits beside its model; eight do not."""
+    options = {"keep": 0.5, "max_tokens": 30}
+    with Engine.open(folder) as engine:
+        task = engine.prepare("Hello", keep=0.5)
+        alone = engine.generate("Hello", **options)
+    with Engine.open(folder, memory_limit=task.bytes + 60_000) as engine:
+
+        async def together():
+            jobs = [engine.agenerate("Hello", **options) for _ in range(8)]
+            return await asyncio.gather(*jobs)
+
+        assert asyncio.run(together()) == [alone] * 8
+
+
+def test_models_in_use_are_the_last_to_be_let_go(engine, folder):
+    from ifp_mlx.shelf import Shelf
+
+    model, _ = load(folder)
+    masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
+    weight = Shelf(model, 1, None).weigh(masks[0])
+    shelf = Shelf(model, 2 * weight, None)
+    shelf.in_use = lambda: masks[:1]
+    for mask in masks:
+        shelf.load(mask, lambda event: None, CancelToken())
+    there = [mask.mask_id in shelf.residents for mask in masks]
+    assert there == [True, False, True]
+
+
 def test_the_first_instructions_mask_stays_through_a_chat(engine):
     chat = engine.chat(system="You are brief.", max_tokens=4)
     first = list(chat.stream("Tell me about fjords."))[-1]
