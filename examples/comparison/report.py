@@ -1,0 +1,160 @@
+"""Write the comparison's tables and its picture from the results that are there."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .rows import ROWS
+from .run import RESULTS
+from .tasks import all_tasks
+
+PICTURE = "overlap.svg"
+ABOUT = {
+    "dense_full": "dense, all channels (the bound)",
+    "dense_small": "dense of the kept size, equal examples",
+    "dense_small_compute": "dense of the kept size, equal training compute",
+    "static": "static pruning, activation × weight",
+    "static_learned": "static pruning, learned mask",
+    "static_distil": "static pruning + distillation from dense",
+    "moe": "mixture of experts of the same active size",
+    "activation": "selected by activation, no training",
+    "task_random": "true task known, random mask for each",
+    "task_learned": "true task known, learned mask for each",
+    "ifp_naive": "IFP, naive",
+    "ifp": "IFP, one mask per input",
+    "ifp_per_task": "IFP, one mask per task from a description",
+    "ifp_both_stages": "IFP, pretrain then sft, same steps",
+}
+COLUMNS = ("mean", "facts", "skills", "held_out")
+
+
+def load_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of every row, by seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(result["row"], []).append(result)
+        if "per_task" in result:
+            alone = (
+                result
+                | result["per_task"]
+                | {"overlap": result.get("per_task_overlap")}
+            )
+            found.setdefault("ifp_per_task", []).append(alone)
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean, and lowest and highest of several seeds."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
+
+
+def main_table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return accuracy, compute and overlap of every row as markdown."""
+    lines = [
+        "| row | seeds | mean | facts | skills | unseen family | compute | within / between |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row, about in ABOUT.items():
+        runs = results.get(row, [])
+        if not runs:
+            lines.append(f"| {about} | not run | | | | | | |")
+            continue
+        scores = [spread([run[column] for run in runs]) for column in COLUMNS]
+        compute = f"{np.mean([run['compute'] for run in runs]):.0f}"
+        overlap = _overlap([run["overlap"] for run in runs if run.get("overlap")])
+        cells = [about, str(len(runs)), *scores, compute, overlap]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def task_table(results: dict[str, list[dict[str, Any]]], rows: Sequence[str]) -> str:
+    """Return the accuracy of some rows on every task, mean over seeds."""
+    rows = [row for row in rows if row in results]
+    lines = ["| task | " + " | ".join(ABOUT[row] for row in rows) + " |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for task in all_tasks():
+        found = [
+            np.mean([run["accuracy"][task.name] for run in results[row]])
+            for row in rows
+        ]
+        lines.append(f"| {task.name} | " + " | ".join(f"{f:.2f}" for f in found) + " |")
+    return "\n".join(lines)
+
+
+def margins(results: dict[str, list[dict[str, Any]]], row: str = "ifp") -> str:
+    """Return how far ``row`` is from the others, seed by seed, as markdown."""
+    mine = {run["seed"]: run["mean"] for run in results.get(row, [])}
+    lines = [f"| {ABOUT[row]} minus | mean | of each seed |", "|---|---|---|"]
+    for other, runs in results.items():
+        gaps = {
+            r["seed"]: mine[r["seed"]] - r["mean"] for r in runs if r["seed"] in mine
+        }
+        if other.startswith(row) or not gaps:
+            continue
+        each = ", ".join(f"{gaps[seed]:+.3f}" for seed in sorted(gaps))
+        lines.append(
+            f"| {ABOUT[other]} | {np.mean(list(gaps.values())):+.3f} | {each} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_overlap(run: dict[str, Any], path: Path) -> None:
+    """Draw the overlap of every two tasks' masks, a square for every layer.
+
+    Source: Hou et al. 2025 (arXiv:2501.02086) fig. 3.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    layers = np.array(run["overlap"]["by_depth"])
+    names = [task.name for task in all_tasks()]
+    figure, axes = plt.subplots(1, len(layers), figsize=(5.2 * len(layers) + 1, 5.6))
+    for layer, (axis, values) in enumerate(
+        zip(np.atleast_1d(axes), layers, strict=True)
+    ):
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis")
+        axis.set_title(f"layer {layer}")
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names if layer == 0 else [], fontsize=7)
+    figure.colorbar(
+        image, ax=axes, shrink=0.8, label="shared part of the kept channels"
+    )
+    with matplotlib.rc_context({"svg.hashsalt": "overlap"}):
+        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+
+
+def _overlap(found: Sequence[dict[str, Any]]) -> str:
+    if not found:
+        return "one mask"
+    within, between = (
+        np.mean([f[key] for f in found]) for key in ("within", "between")
+    )
+    return f"{within:.2f} / {between:.2f} (chance {found[0]['chance']:.2f})"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, and draw the picture beside the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    results = load_results(args.results)
+    print(main_table(results), end="\n\n")
+    if "ifp" in results:
+        print(margins(results), end="\n\n")
+        draw_overlap(results["ifp"][0], args.results / PICTURE)
+    print(task_table(results, ["dense_full", "dense_small", "static_distil", "ifp"]))
+    if unknown := set(results) - set(ABOUT) - set(ROWS):
+        raise ValueError(f"{sorted(unknown)} are no rows of the comparison.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Run the comparison: every row for every seed; what is done already is left alone."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ifp_mlx.atomic import new_file
+
+from .lab import Clock, Lab, Scale, measure, report
+from .rows import ROWS
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cache", type=Path, default=Path("models/comparison"))
+    parser.add_argument(
+        "--tiny", action="store_true", help="a few steps, to see that it runs"
+    )
+    args = parser.parse_args(arguments)
+    scale = Scale(start_steps=4, steps=4, test_per_task=2) if args.tiny else Scale()
+    args.results.mkdir(parents=True, exist_ok=True)
+    labs: dict[int, Lab] = {}
+    for row in args.rows:
+        for seed in args.seeds:
+            path = args.results / f"{row}-{seed}.json"
+            if path.exists():
+                continue
+            if seed not in labs:
+                labs[seed] = Lab(scale, seed, args.cache)
+            print(f"{row}, seed {seed} ...", flush=True)
+            found = run_row(labs[seed], row)
+            with new_file(path) as scratch:
+                scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            summary = {k: round(found[k], 3) for k in ("facts", "skills", "mean")}
+            print(f"{row}, seed {seed}: {summary}", flush=True)
+
+
+def run_row(lab: Lab, row: str) -> dict:
+    """Train and test one row; return what is kept of it."""
+    clock = Clock()
+    trained = ROWS[row](lab)
+    found = report(lab, trained, clock.seconds()) | {"row": row}
+    if row == "ifp":  # the same model, with one mask for a task
+        described = measure(trained, lab.test_batches(described=True))
+        found["per_task"] = described
+    return found
+
+
+if __name__ == "__main__":
+    main()
