@@ -92,7 +92,8 @@ def cancel(model: str) -> dict[str, Any]:
     with Engine.open(model, prefill_step=step, prompt_cache_bytes=0) as engine:
         engine.prepare(INSTRUCTION, name="french")
         stop, seen, seconds = CancelToken(), [], 0.0
-        for event in engine.stream("word " * 300, task="french", stop=stop):
+        prompt = "word " * min(300, engine.context_length // 8)
+        for event in engine.stream(prompt, task="french", stop=stop, max_tokens=9):
             if isinstance(event, Progress) and event.stage == "prefill":
                 seen.append(event.done)
                 if event.done and not stop.cancelled:

@@ -201,8 +201,8 @@ class Host:
         request.max_tokens = asked or min(DEFAULT_MAX_TOKENS, room - length)
         if length + max(request.max_tokens, 1) > room:
             raise ContextTooLong(
-                f"The prompt has {length} tokens and the answer may have "
-                f"{asked or 'some'}, more than the context of {room}; shorten one."
+                f"The prompt has {length} tokens and the answer {asked or 'at least 1'}, "
+                f"more than the context of {room}; shorten one."
             )
 
     def _processors(self, request: Request) -> list[Any]:

@@ -100,6 +100,9 @@ def _command(args: argparse.Namespace) -> None:
             port=args.port,
             log_level="warning",
             timeout_graceful_shutdown=args.grace,
+            # Longer than clients keep an idle connection, or both end it at once
+            # and a request is lost between them.
+            timeout_keep_alive=75,
         )
         _serve(uvicorn.Server(config), policy.name)
 

@@ -518,3 +518,21 @@ def test_a_process_ends_cleanly_however_it_leaves(large_folder, how):
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_real_batch_answers_as_each_alone(name):
+    from test_real_models import fetch
+
+    prompts = ["Why?", "Write a function that sorts a list of names.", "Once upon"]
+    with Engine.open(fetch(name), prompt_cache_bytes=0) as engine:
+        engine.prepare("You answer questions.", keep=0.75, name="task")
+        options = {"task": "task", "max_tokens": 16}
+        alone = [engine.generate(prompt, **options) for prompt in prompts]
+
+        async def together():
+            jobs = (engine.agenerate(prompt, **options) for prompt in prompts)
+            return await asyncio.gather(*jobs)
+
+        assert asyncio.run(together()) == alone
