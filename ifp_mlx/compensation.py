@@ -9,7 +9,7 @@ alone, needs no training and no stored statistic, and costs nothing afterwards.
 
 import mlx.core as mx
 
-STRENGTH = 0.1
+STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
 
 
 def compensated_down(
