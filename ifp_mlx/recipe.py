@@ -60,8 +60,7 @@ class TrainConfig:
     predictor_rank: int = key(128, "width between the two linear layers of its head")
     pooling: Literal["mean", "last"] = key("mean", "which of its hidden states the head reads; the paper: last")
     warm_start: int = key(512, "training examples from which the head is solved before step 0; 0: begin with a random head")
-    warm_start_ridge: float = key(1.0, "strength of that solution's ridge, as a share of the features' mean variance")
-    scores: Literal["auto", "prior", "centred", "layer", "none"] = key("auto", "what the head starts as: prior: a global prior plus the instruction's part; centred: that part alone; layer: scaled per layer; none: as it is")
+    scores: Literal["auto", "layer", "centred", "none"] = key("auto", "how they are normalised before step 0: layer: a spread of 1 per layer, which with a warm start is a global prior plus the instruction's part; centred: that part alone; none: not")
     decorrelate: bool | None = key(None, "make the instruction's part equally strong in all its directions; default: if centred")
 
     train: Literal["full", "lora", "dora", "frozen"] = key("full", "what of the model is trained; frozen: the masker only")
@@ -116,9 +115,9 @@ class TrainConfig:
 
     def score_kind(self) -> tuple[str, bool]:
         """Return ``scores`` and ``decorrelate`` with their defaults resolved."""
-        scores = self.scores
+        scores: str = self.scores
         if scores == "auto":
-            scores = "centred" if self.from_scratch else "prior"
+            scores = "centred" if self.from_scratch else "layer"
         if self.decorrelate is None:
             return scores, scores == "centred"
         return scores, self.decorrelate
@@ -136,6 +135,11 @@ class TrainConfig:
         if self.train == "frozen" and self.masker == "dense":
             raise ValueError(
                 "train: frozen with masker: dense leaves nothing to train."
+            )
+        if self.shared and (self.shared % self.granularity or not self.warm_start):
+            raise ValueError(
+                f"shared={self.shared} must be a multiple of granularity "
+                f"{self.granularity}, and needs a warm_start to know the channels."
             )
         if self.ce_weight == self.kl_weight == 0:
             raise ValueError("ce_weight and kl_weight are both 0: nothing to learn.")

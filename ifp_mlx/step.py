@@ -6,7 +6,7 @@ machines.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -129,13 +129,12 @@ class Step:
         return {part: o.state for part, o in self.optimizers.items()}
 
     def tensors(self) -> dict[str, mx.array]:
-        """Return all that a later run needs to go on: what is trained, the state of
-        the optimisers, and the random state.
+        """Return all that a later run needs to go on: what is trained, and the
+        state of the optimisers.
         """
         trees = {
             "model": self.pair.trainable_parameters(),
             "optimizer": self.optimizer_state,
-            "random": _random_state(),
         }
         return dict(tree_flatten(trees))
 
@@ -161,7 +160,6 @@ class Step:
         for part, optimizer in self.optimizers.items():
             # In place: the compiled step holds on to these dictionaries.
             optimizer.state.update(take(f"optimizer.{part}", optimizer.state))
-        _random_state()[0] = tensors["random.0"]
 
     def __call__(
         self,
@@ -247,10 +245,6 @@ class Step:
 
 def _compile(function: Callable, state: list) -> Callable:
     return mx.compile(function, inputs=state, outputs=state)
-
-
-def _random_state() -> list[mx.array]:
-    return cast(Any, mx.random.state)
 
 
 def schedule(rate: float, warmup: int, steps: int) -> Callable[[Any], mx.array]:

@@ -1,30 +1,67 @@
 """Train a model and its masker together: one loss, one loop, and the command."""
 
+import argparse
 import json
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from tqdm import tqdm
 
-from . import checkpoints
-from .atomic import new_file
-from .data import Batch
-from .maskers import Budget, Form, Masker, checkpoint_layers
-from .recipe import TrainConfig
-from .step import Pair, Parent, Step, target_losses
-from .watch import CollapsedError, Watcher, mask_overlap
+from . import checkpoints, cli, warm_start
+from .atomic import new_file, refuse_existing
+from .curve import draw_curve
+from .data import Batch, Batches, Record, in_order
+from .maskers import (
+    Budget,
+    FixedMask,
+    Masker,
+    PredictorMasker,
+    ScoreTable,
+    checkpoint_layers,
+)
+from .masks import select
+from .model import IFPConfig
+from .pruning import dense_shape
+from .recipe import TrainConfig, add_options, from_options, same_run
+from .records import Reader
+from .step import Pair, Parent, Step
+from .trainee import (
+    Trainee,
+    adapt,
+    dense_parent,
+    make_predictor,
+    open_trainee,
+    write_checkpoint,
+)
+from .validation import (
+    GATE_FORMS,
+    Report,
+    Validation,
+    evaluate_loss,
+    sliced_error,
+)
+from .watch import CollapsedError, Watcher
 
-Batches = Callable[[int], Batch]  # the number of a micro-batch to its global batch
-Report = dict[str, float]
-LOG = "log.jsonl"
+BatchOf = Callable[[int], Batch]  # the number of a micro-batch to its global batch
+LOG, SETTINGS, CHECKPOINTS, RESULT = (
+    "log.jsonl",
+    "settings.json",
+    "checkpoints",
+    "model",
+)
 
 
 def train(
     model: nn.Module,
     masker: Masker,
-    batches: Batches,
+    batches: BatchOf,
     config: TrainConfig,
     *,
     parent: Parent | None = None,
@@ -84,7 +121,7 @@ def train(
 
     def keep(done: int) -> None:
         if folder is not None and world.rank() == 0:
-            checkpoints.save(folder / "checkpoints", done, step.tensors())
+            checkpoints.save(folder / CHECKPOINTS, done, step.tensors())
 
     if start == 0:
         look(0)
@@ -96,6 +133,7 @@ def train(
         disable=True if world.rank() else None,
     )
     for number in bar:
+        mx.random.seed(config.seed + number)  # so a resumed step draws the same
         first = number * config.accumulate
         numbers = range(first, first + config.accumulate)
         parts = (batches(i).share(world.rank(), world.size()) for i in numbers)
@@ -114,63 +152,6 @@ def train(
         if done % config.save_every == 0 or last:
             keep(done)
     return diary.lines
-
-
-def evaluate_loss(
-    model: nn.Module,
-    masker: Masker,
-    batches: Iterable[Batch],
-    budget: Budget,
-    form: Form | None = None,
-) -> float:
-    """Return the mean cross-entropy of the targets, nats per token.
-
-    Args:
-        model: as in :func:`train`.
-        masker: where the masks come from.
-        batches: validation examples.
-        budget: how scores become masks.
-        form: default: what inference does, hard masks with the budget's gates.
-    """
-    pair = Pair(model, masker)
-    total = targets = 0.0
-    pair.eval()
-    for batch in batches:
-        losses = target_losses(pair.logits(batch, budget, form), batch)
-        total += float(losses.sum())
-        targets += float(batch.loss_mask[:, 1:].sum())
-    return total / max(targets, 1.0)
-
-
-class Validation:
-    """What is measured at every validation: the loss with the mask of inference, and
-    how much instructions share of their masks.
-
-    Args:
-        model: as in :func:`train`.
-        masker: where the masks come from.
-        batches: validation examples.
-        budget: how scores become masks, at the end of annealing.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        masker: Masker,
-        batches: Sequence[Batch],
-        budget: Budget,
-    ) -> None:
-        self.model, self.masker, self.batches = model, masker, batches
-        self.budget = budget
-
-    def __call__(self) -> Report:
-        """Return ``valid_loss`` in nats per token, and the overlaps where there are
-        several masks.
-        """
-        loss = evaluate_loss(self.model, self.masker, self.batches, self.budget)
-        report = {"valid_loss": loss}
-        overlap = mask_overlap(self.masker, self.batches, self.budget)
-        return report if overlap is None else report | overlap.report()
 
 
 class _Diary:
@@ -208,7 +189,7 @@ def _resume(step: Step, folder: Path | None, world: mx.distributed.Group) -> int
     """
     made = 0
     if folder is not None and world.rank() == 0:
-        found = checkpoints.load(folder / "checkpoints")
+        found = checkpoints.load(folder / CHECKPOINTS)
         if found is not None:
             made, tensors = found
             step.restore(tensors)
@@ -224,7 +205,7 @@ def _resume(step: Step, folder: Path | None, world: mx.distributed.Group) -> int
 
 
 def _not_finite(
-    error: Exception, number: int, batches: Batches, numbers: Iterable[int]
+    error: Exception, number: int, batches: BatchOf, numbers: Iterable[int]
 ) -> ValueError:
     places = getattr(batches, "places", None)
     where = ""
@@ -236,3 +217,215 @@ def _not_finite(
         f"{error} at step {number + 1}, which was not made.{where} Lower the learning "
         "rate, or look at these examples."
     )
+
+
+def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train as the settings say, and write the result into the output folder.
+
+    Args:
+        config: complete, as :func:`ifp_mlx.recipe.from_options` makes it.
+        log: takes one line of progress.
+
+    Returns:
+        What the command reports.
+
+    Raises:
+        FileExistsError: if the run in the output folder is finished.
+        ValueError, OSError: about settings, model or data, with a remedy.
+    """
+    output, first = Path(config.output), mx.distributed.init().rank() == 0
+    refuse_existing(output / RESULT)
+    mx.random.seed(config.seed)
+    trainee = open_trainee(config)
+    budget = config.budget(dense_shape(trainee.model)[1])
+    masker = _new_masker(trainee, config)
+    records, checked = _read(trainee, config, masker, log)
+    if first:
+        same_run(config, output / SETTINGS)
+    resumed = any((output / CHECKPOINTS).glob("step-*"))
+    if not resumed:
+        _begin(masker, trainee, records, config, log)
+    parent = dense_parent(trainee, config)
+    adapt(trainee.model, config)
+    began = time.perf_counter()
+    lines = train(
+        trainee.model,
+        masker,
+        Batches(records, config.batch_size, config.seed),
+        config,
+        parent=parent,
+        validate=Validation(trainee.model, masker, checked, budget),
+        watcher=Watcher() if config.watch == "stop" else None,
+        log=lambda line: log(_line(line)),
+        folder=output if first else None,
+    )
+    report: dict[str, Any] = {
+        "output": str(output / RESULT),
+        "steps": config.steps,
+        "train_seconds": time.perf_counter() - began,
+        "peak_memory_bytes": mx.get_peak_memory(),
+        **{k: v for line in lines for k, v in line.items() if k != "step"},
+    }
+    if first:
+        report |= _finish(output, trainee, masker, checked, budget, config)
+        try:
+            draw_curve(lines, output / "curve.png")
+        except ImportError as error:
+            log(f"No picture: {error}.")
+    return report
+
+
+def _new_masker(trainee: Trainee, config: TrainConfig) -> Masker:
+    if config.masker == "dense":
+        return FixedMask(None)
+    if config.masker == "static":
+        return ScoreTable(mx.zeros(dense_shape(trainee.model)))
+    return PredictorMasker(make_predictor(trainee, config))
+
+
+def _read(
+    trainee: Trainee, config: TrainConfig, masker: Masker, log: Callable[[str], None]
+) -> tuple[list[Record], list[Batch]]:
+    """Return the training examples, and batches of some validation examples."""
+    longest = trainee.config.get("max_position_embeddings") or config.max_length
+    own = getattr(getattr(masker, "predictor", None), "tokenizer", None)
+    reader = Reader(
+        trainee.tokenizer,
+        config.stage,
+        max_length=min(config.max_length, longest),
+        chunk=config.chunk,
+        predictor_tokenizer=own,
+        skip_bad=config.skip_bad,
+    )
+    records = reader.read(config.data, "train")
+    checked = reader.read(config.data, "valid")
+    for name, found in (("train", records), ("valid", checked)):
+        if not found:
+            raise ValueError(f"{config.data} has no {name} examples; put some there.")
+    for skipped in reader.skipped:
+        log(f"Left out: {skipped}.")
+    order = np.random.default_rng(config.seed).permutation(len(checked))
+    if config.eval_batches:
+        order = order[: config.eval_batches * config.batch_size]
+    log(f"{len(records)} training examples, {len(order)} for validation.")
+    return records, in_order([checked[i] for i in order], config.batch_size)
+
+
+def _begin(
+    masker: Masker,
+    trainee: Trainee,
+    records: Sequence[Record],
+    config: TrainConfig,
+    log: Callable[[str], None],
+) -> None:
+    """Set where the masker starts, from some training examples."""
+    if config.masker == "dense":
+        return
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    chosen = [records[i] for i in order[: config.warm_start or 64]]
+    batches = in_order(chosen, config.batch_size)
+    progress = partial(tqdm, desc="warm start", disable=None, leave=False)
+    if isinstance(masker, ScoreTable):
+        used = [
+            warm_start.channel_importance(trainee.model, b) for b in progress(batches)
+        ]
+        prior = np.concatenate(used).mean(axis=0)
+        masker.table = mx.array(prior / prior.std(axis=-1, keepdims=True))
+        return
+    assert isinstance(masker, PredictorMasker)
+    kind, decorrelate = config.score_kind()
+    options = {"centred": kind == "centred", "decorrelate": decorrelate}
+    if config.warm_start:
+        start = warm_start.warm_start(
+            masker.predictor, trainee.model, batches, **options, progress=progress
+        )
+        log(
+            f"Warm start: the instruction explains {start['explained']:.0%} of what "
+            f"differs in the use of channels, in {start['rank']} directions."
+        )
+    if kind != "none":
+        centred = kind == "centred"
+        warm_start.scale_layers(masker.predictor, batches, centred=centred)
+    if config.shared:
+        warm_start.share_channels(
+            masker.predictor, start["prior"], config.shared, config.granularity
+        )
+
+
+def _finish(
+    output: Path,
+    trainee: Trainee,
+    masker: Masker,
+    checked: Sequence[Batch],
+    budget: Budget,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """Write the result and hold it against what was trained."""
+    report: dict[str, Any] = {}
+    ifp = predictor = None
+    if isinstance(masker, PredictorMasker):
+        ifp = IFPConfig(
+            target_size=budget.k,
+            gates=config.gates,
+            temperature=config.temperature,
+            granularity=config.granularity,
+            shared=config.shared,
+        )
+        predictor = masker.predictor
+        for form in GATE_FORMS:
+            loss = evaluate_loss(trainee.model, masker, checked, budget, form)
+            report[f"loss_{form}"] = loss
+    elif isinstance(masker, ScoreTable):
+        selection = select(
+            masker.table,
+            [budget.k] * len(masker.table),
+            granularity=budget.granularity,
+            gates=budget.gates,
+            temperature=budget.temperature,
+        )
+        selection.save(output / "mask.safetensors")
+    write_checkpoint(output / RESULT, trainee, ifp, predictor)
+    if predictor is not None:
+        report["sliced_error"] = sliced_error(
+            output / RESULT, trainee.model, checked[0]
+        )
+    return report
+
+
+def _line(report: Report) -> str:
+    step = f"step {int(report['step'])}:"
+    names = ["loss", "kl", "valid_loss", "overlap_within", "overlap_between"]
+    names += ["overlap_chance"]
+    parts = [f"{n.replace('_', ' ')} {report[n]:.3f}" for n in names if n in report]
+    return " ".join([step, ", ".join(parts)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a model whose instructions choose its channels; see ``--help``."""
+    parser = cli.Parser(prog="python -m ifp_mlx.train", description=main.__doc__)
+    add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON document")
+    cli.main(parser, _command, argv)
+
+
+def _command(args: argparse.Namespace) -> None:
+    first = mx.distributed.init().rank() == 0
+    say = partial(tqdm.write, file=sys.stderr) if first else (lambda line: None)
+    report = run(from_options(args), say)
+    if first:
+        print(json.dumps(report) if args.json else _summary(report))
+
+
+def _summary(report: dict[str, Any]) -> str:
+    lines = [f"{report['output']}: valid loss {report['valid_loss']:.3f} nats a token"]
+    if "loss_soft" in report:
+        losses = (report[f"loss_{form}"] for form in GATE_FORMS)
+        lines.append(
+            "relaxed, soft and binary gates: {:.3f}, {:.3f}, {:.3f}; sliced against "
+            "masked logits: {:.1e}".format(*losses, report["sliced_error"])
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What is trained: opened, given a predictor, adapted, and written as a checkpoint."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from . import store
+from .atomic import new_folder
+from .maskers import masked_layers
+from .model import PREDICTOR_FOLDER, IFPConfig
+from .predictor import SparsityPredictor
+from .pruning import dense_shape
+from .recipe import TrainConfig
+from .step import Parent
+
+
+@dataclass
+class Trainee:
+    """A model to be trained, and where it came from.
+
+    Attributes:
+        path: its folder.
+        config: its config.json.
+        tokenizer: mlx-lm's ``TokenizerWrapper``.
+        model: mlx-lm's own class, its weights in memory.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tokenizer: Any
+    model: nn.Module
+
+
+def open_trainee(config: TrainConfig) -> Trainee:
+    """Load the model to be trained, or make a random one of its shape.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`ifp_mlx.load`.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    path = store.resolve(config.model)
+    if config.from_scratch:
+        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        about.pop("quantization", None)
+        model = _new_model(about)
+    else:
+        about = store.check_folder(path)
+        model = store.dense_model(path)
+    dense_shape(model)  # or it says why not
+    if config.dtype != "stored":
+        model.set_dtype(getattr(mx, config.dtype))
+    mx.eval(model.parameters())
+    tokenizer = load_tokenizer(path, eos_token_ids=about.get("eos_token_id"))
+    return Trainee(path, about, tokenizer, model)
+
+
+def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
+    """Return the model as it is stored, as the parent of the KL, if that has a weight."""
+    if config.kl_weight == 0:
+        return None
+    if config.from_scratch:
+        raise ValueError("kl_weight needs a trained parent, not from_scratch.")
+    parent = store.dense_model(trainee.path)
+    return lambda batch: parent(batch.tokens[:, :-1])
+
+
+def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
+    """Return a predictor for the model, its head random.
+
+    Raises:
+        ValueError: if its settings do not fit.
+    """
+    size = dense_shape(trainee.model)
+    options: dict[str, Any] = {"pooling": config.pooling}
+    if config.predictor not in ("first-layers", "new"):
+        backbone, about, tokenizer = _pretrained_backbone(trainee, config.predictor)
+        options["tokenizer"] = tokenizer
+    else:
+        copied = config.predictor == "first-layers"
+        about = _smaller_config(trainee.config, config, copied)
+        backbone = _new_model(about)
+        if copied:
+            _copy_weights(trainee.model, backbone)
+    predictor = SparsityPredictor(
+        backbone, *size, config.predictor_rank, config=about, **options
+    )
+    predictor.set_dtype(mx.float32)
+    if "lm_head" in backbone:
+        backbone.lm_head.freeze()  # never used; weight decay would eat it
+    if config.predictor != "new":
+        backbone.model.embed_tokens.freeze()
+    mx.eval(predictor.parameters())
+    return predictor
+
+
+def adapt(model: nn.Module, config: TrainConfig) -> None:
+    """Freeze what is not trained, and put in LoRA or DoRA layers, in place.
+
+    Raises:
+        ValueError: if a quantised model is to be trained in full.
+    """
+    masked_layers(model)  # its structure must not change afterwards
+    if config.train == "full":
+        if any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
+            raise ValueError(
+                "The model is quantised, and quantised weights cannot be trained; use "
+                "--train lora, or a model that is not quantised."
+            )
+        return
+    model.freeze()
+    if config.train == "frozen":
+        return
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    layers = len(model.layers) if config.lora_layers < 0 else config.lora_layers
+    settings = {"rank": config.lora_rank, "scale": config.lora_scale, "dropout": 0.0}
+    linear_to_lora_layers(model, layers, settings, use_dora=config.train == "dora")
+
+
+def write_checkpoint(
+    folder: Path,
+    trainee: Trainee,
+    ifp: IFPConfig | None,
+    predictor: SparsityPredictor | None,
+) -> None:
+    """Write the trained model as a folder that :func:`ifp_mlx.load` opens.
+
+    Args:
+        folder: must not be there.
+        trainee: LoRA layers in its model are fused, in place.
+        ifp: how its selections are made; ``None`` for a dense model.
+        predictor: makes its selections.
+    """
+    from mlx_lm.utils import save_config, save_model
+
+    model = trainee.model
+    fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
+    if fused:
+        model.update_modules(tree_unflatten(fused))
+    with new_folder(folder) as scratch:
+        save_model(scratch, model)
+        save_config(copy.deepcopy(trainee.config), scratch / "config.json")
+        store.copy_companions(trainee.path, scratch)
+        if ifp is not None:
+            ifp.save(scratch)
+        if predictor is not None:
+            predictor.write(scratch / PREDICTOR_FOLDER)
+
+
+def _pretrained_backbone(
+    trainee: Trainee, name: str
+) -> tuple[nn.Module, dict[str, Any], Any]:
+    """Return a stock language model, its config, and its tokenizer if another one."""
+    from mlx_lm.utils import load_tokenizer
+
+    path = store.resolve(name)
+    about = store.check_folder(path)
+    backbone = store.dense_model(path)
+    tokenizer = load_tokenizer(path, eos_token_ids=about.get("eos_token_id"))
+    same = tokenizer.get_vocab() == trainee.tokenizer.get_vocab()
+    return backbone, about, None if same else tokenizer
+
+
+def _new_model(about: dict[str, Any]) -> nn.Module:
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(about)
+    return model_class(args_class.from_dict(about))
+
+
+def _smaller_config(
+    about: dict[str, Any], config: TrainConfig, copied: bool
+) -> dict[str, Any]:
+    layers = config.predictor_layers
+    if not 0 < layers <= (len_layers := about["num_hidden_layers"]) and copied:
+        raise ValueError(
+            f"predictor_layers={layers} must be between 1 and the {len_layers} of the "
+            "model."
+        )
+    small = copy.deepcopy(about) | {"num_hidden_layers": layers}
+    small.pop("quantization", None)
+    small.pop("quantization_config", None)
+    if isinstance(types := small.get("layer_types"), Sequence):
+        small["layer_types"] = [types[i % len(types)] for i in range(layers)]
+    if not copied:
+        width, heads = config.predictor_width, 4
+        if width % (2 * heads):
+            raise ValueError(f"predictor_width={width} must be a multiple of 8.")
+        small |= {"hidden_size": width, "intermediate_size": 2 * width}
+        small |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+        small |= {"head_dim": width // heads}
+        small["tie_word_embeddings"] = True
+    return small
+
+
+def _copy_weights(source: nn.Module, target: nn.Module) -> None:
+    weights = dict(tree_flatten(source.parameters()))
+    names = [name for name, _ in tree_flatten(target.parameters())]
+    if any(name not in weights for name in names) or any(
+        isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        for m in source.modules()
+    ):
+        raise ValueError(
+            "The first layers of this model cannot be copied as its predictor (it is "
+            "quantised); use --predictor new, or the folder of a language model."
+        )
+    target.load_weights([(name, weights[name]) for name in names])
