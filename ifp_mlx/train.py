@@ -125,6 +125,24 @@ def train(
 
     if start == 0:
         look(0)
+    budget_at = partial(config.budget, channels)
+    _descend(step, batches, config, budget_at, parent, diary, look, keep, start)
+    return diary.lines
+
+
+def _descend(
+    step: Step,
+    batches: BatchOf,
+    config: TrainConfig,
+    budget_at: Callable[[int], Budget],
+    parent: Parent | None,
+    diary: "_Diary",
+    look: Callable[[int], None],
+    keep: Callable[[int], None],
+    start: int,
+) -> None:
+    """Make the steps from ``start`` on; log, validate and save as they come due."""
+    world = mx.distributed.init()
     bar = tqdm(
         range(start, config.steps),
         initial=start,
@@ -138,7 +156,7 @@ def train(
         numbers = range(first, first + config.accumulate)
         parts = (batches(i).share(world.rank(), world.size()) for i in numbers)
         try:
-            report = step(parts, config.budget(channels, number), parent)
+            report = step(parts, budget_at(number), parent)
         except FloatingPointError as error:
             keep(number)
             raise _not_finite(error, number, batches, numbers) from None
@@ -151,7 +169,6 @@ def train(
             look(done)
         if done % config.save_every == 0 or last:
             keep(done)
-    return diary.lines
 
 
 class _Diary:
