@@ -30,11 +30,18 @@ MAY_IMPORT = {
     "store": {"masks", "pruning"},
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"},
     "cli": {"masks", "selectors"},
+    "compensation": NOTHING,
+    "errors": NOTHING,
+    "events": NOTHING,
+    "worker": {"errors"},
+    "requests": {"data", "errors", "masks", "selectors"},
+    "lanes": {"errors", "events", "masks", "requests", "worker"},
     "generate": {"masks", "data", "selectors", "model", "cli"},
     "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"},
     "__init__": {"masks", "model", "generate"},
 }
 LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
+LATE |= {"starlette", "uvicorn", "llguidance"}
 
 
 def imports_of(tree: ast.AST) -> set[str]:
