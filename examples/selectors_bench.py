@@ -58,9 +58,8 @@ class Bench:
     def __init__(self, folder: Path, keep: float) -> None:
         self.model, self.tokenizer = load(folder)
         self.keep = keep
-        self.prior = self.model.prior
-        if self.prior is None:
-            self.prior = self.model.compute_prior()
+        prior = self.model.prior
+        self.prior = self.model.compute_prior() if prior is None else prior
         if self.model.sensitivity is None:
             measure_sensitivity(self.model)
         self.dense = self.model.dense()
