@@ -87,6 +87,16 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
+def add_compensate_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--compensate``."""
+    parser.add_argument(
+        "--compensate",
+        action="store_true",
+        help="let kept channels make up for dropped ones, by the dense model's reading "
+        "of the instruction: closer to the dense model, slower to load",
+    )
+
+
 def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--tasks-folder``, where task masks are."""
     parser.add_argument(

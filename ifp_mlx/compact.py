@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import cli
 from .atomic import new_folder, refuse_existing
+from .data import Prompt
 from .masks import Selection, check_multiple
 from .model import IFPModel, Progress, load
 from .pruning import dense_shape, ffn_layers, pad_ffn
@@ -39,6 +40,7 @@ def write_compact(
     out: str | os.PathLike[str],
     *,
     quantisation: Quantisation | None = None,
+    compensate: Prompt | None = None,
     progress: Progress = iter,
 ) -> Path:
     """Write the selected channels as an ordinary mlx-lm (and HF) folder.
@@ -53,6 +55,7 @@ def write_compact(
         selection: made with this model.
         out: the folder to make.
         quantisation: quantise the result, or leave it as the source is.
+        compensate: see :meth:`IFPModel.compact`.
         progress: wraps the iteration over layers.
 
     Returns:
@@ -65,7 +68,10 @@ def write_compact(
     out = Path(out)
     refuse_existing(out)
     _check_can_write(model, selection, quantisation)
-    compact = model.compact(selection, progress=progress)
+    compact = model.compact(selection, compensate=compensate, progress=progress)
+    if compensate is not None:
+        how = f"{len(model.instruction_tokens(compensate))} tokens of the instruction"
+        selection = replace(selection, info=selection.info | {"compensated by": how})
     config = dict(model.config)
     if selection.target_size is not None:
         config = _with_width(config, selection.target_size)
@@ -259,6 +265,7 @@ def build_parser() -> cli.Parser:
     )
     cli.add_model_option(parser)
     cli.add_selection_options(parser)
+    cli.add_compensate_option(parser)
     add = parser.add_argument
     add("--mlx-path", required=True, help="the folder to make")
     add_quantisation_options(parser)
@@ -285,6 +292,11 @@ def _command(args: Any) -> None:
     refuse_existing(Path(args.mlx_path))
     if args.instruction is None and args.mask_file is None:
         raise ValueError("Give --instruction or --mask-file: it says what is kept.")
+    if args.compensate and args.instruction is None:
+        raise ValueError(
+            "--compensate needs the text of an instruction, and a mask has none; give "
+            "--instruction."
+        )
     options = cli.selection_options(args)
     model, _ = load(args.model)
     progress = partial(tqdm, disable=None, leave=False)
@@ -295,7 +307,12 @@ def _command(args: Any) -> None:
         selection = model.select(args.instruction, progress=progress, **options)
     quantisation = quantisation_of(args)
     out = write_compact(
-        model, selection, args.mlx_path, quantisation=quantisation, progress=progress
+        model,
+        selection,
+        args.mlx_path,
+        quantisation=quantisation,
+        compensate=args.instruction if args.compensate else None,
+        progress=progress,
     )
     cli.warn_of_low_keep(selection)
     about = {"path": str(out), "mask_id": selection.mask_id, "layers": selection.sizes}

@@ -7,9 +7,67 @@ is a ridge regression of what is missing on what is kept. It changes ``down_proj
 alone, needs no training and no stored statistic, and costs nothing afterwards.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+import mlx.nn as nn
+
+from .masks import Selection
+from .pruning import TappedFFN, ffn_layers, slice_ffn
 
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
+
+
+def compensate(model: nn.Module, selection: Selection, tokens: Sequence[int]) -> None:
+    """Cut a dense model down to the selected channels, in place, compensated.
+
+    Args:
+        model: a dense stock model; its weights are in memory meanwhile.
+        selection: made for this model, without gates.
+        tokens: ``T`` ids of the text that shows what dropped channels do.
+
+    Raises:
+        ValueError: if ``down_proj`` is quantised, or the selection has gates.
+    """
+    layers = ffn_layers(model)
+    if any("scales" in ffn.module.down_proj for ffn in layers):
+        raise ValueError(
+            "Compensation changes down_proj, which is quantised here; use the model in "
+            "16 or 32 bits, or leave compensation out."
+        )
+    if selection.gates is not None:
+        raise ValueError(
+            f"The mask {selection.mask_id} has gates from training, which compensation "
+            "does not know; leave compensation out."
+        )
+    channels = read_channels(model, tokens)
+    for ffn, index, h in zip(layers, selection.indices, channels, strict=True):
+        down = compensated_down(ffn.module.down_proj.weight, h, index)
+        slice_ffn(ffn.module, index)
+        ffn.module.down_proj.weight = down
+        mx.eval(ffn.module.parameters())
+    if selection.target_size is not None and hasattr(model, "args"):
+        model.args.intermediate_size = selection.target_size
+
+
+def read_channels(model: nn.Module, tokens: Sequence[int]) -> list[mx.array]:
+    """Return each layer's channels ``act(gate) * up`` of a text, ``[T, F]``."""
+    channels: list[mx.array] = []
+
+    def keep(h: mx.array) -> mx.array:
+        channels.append(h[0])
+        return h
+
+    layers = ffn_layers(model)
+    try:
+        for block, name, module in layers:
+            setattr(block, name, TappedFFN(module, keep))
+        model(mx.array(list(tokens))[None])
+        mx.eval(channels)
+    finally:
+        for block, name, module in layers:
+            setattr(block, name, module)
+    return channels
 
 
 def compensated_down(

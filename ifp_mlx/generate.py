@@ -77,6 +77,7 @@ def stream_generate(
     selector: str = "auto",
     allocation: Allocation | None = None,
     selection: Selection | None = None,
+    compensate: bool = False,
     seed: int = 0,
     chat_template: bool = True,
     progress: Progress = iter,
@@ -94,6 +95,8 @@ def stream_generate(
         system_prompt: put before the prompt, and so part of the default instruction.
         keep, target_size, selector, allocation, seed: see :meth:`IFPModel.select`.
         selection: use this one and select nothing.
+        compensate: let the kept channels make up for the dropped ones, as far as the
+            instruction shows how; see :meth:`IFPModel.compact`.
         chat_template: ``False`` leaves the chat template out.
         progress: wraps iterations over calibration texts and over layers.
         kwargs: passed on to ``mlx_lm.stream_generate`` (``max_tokens``, ``sampler``,
@@ -110,10 +113,11 @@ def stream_generate(
     tokens, selecting = _read_prompt(
         tokenizer, prompt, system_prompt=system_prompt, chat_template=chat_template
     )
+    selecting = selecting if instruction is None else instruction
     start = time.perf_counter()
     if selection is None:
         selection = model.select(
-            selecting if instruction is None else instruction,
+            selecting,
             keep=keep,
             target_size=target_size,
             selector=selector,
@@ -122,7 +126,8 @@ def stream_generate(
             progress=progress,
         )
     selected = time.perf_counter()
-    compact = model.compact(selection, progress=progress)
+    text = selecting if compensate else None
+    compact = model.compact(selection, compensate=text, progress=progress)
     loaded = time.perf_counter()
     seconds = Seconds(select=selected - start, load=loaded - selected)
     for step in stock_stream_generate(compact, tokenizer, tokens, **kwargs):
@@ -180,6 +185,7 @@ def build_parser() -> cli.Parser:
     add("--prompt", "-p", required=True, help="the user's message; - reads stdin")
     add("--system-prompt", help="system message, put before the prompt")
     cli.add_selection_options(parser)
+    cli.add_compensate_option(parser)
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
@@ -208,6 +214,7 @@ def _command(args: Any) -> None:
         system_prompt=args.system_prompt,
         instruction=args.instruction,
         selection=selection,
+        compensate=args.compensate,
         chat_template=not args.ignore_chat_template,
         progress=partial(tqdm, disable=None, leave=False),
         max_tokens=args.max_tokens,

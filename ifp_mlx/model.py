@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import masks, selectors, store
+from . import compensation, masks, selectors, store
 from .atomic import new_file
 from .data import Message, Prompt, as_messages, instruction_of, is_tokens, tokenize
 from .masks import Allocation, Selection
@@ -231,11 +231,20 @@ class IFPModel:
             info["instruction"] = text
         return replace(selection, info=info, fingerprint=self.fingerprint)
 
-    def compact(self, selection: Selection, *, progress: Progress = iter) -> nn.Module:
+    def compact(
+        self,
+        selection: Selection,
+        *,
+        compensate: Prompt | None = None,
+        progress: Progress = iter,
+    ) -> nn.Module:
         """Load the selected channels as an ordinary mlx-lm model.
 
         Args:
             selection: made with this model.
+            compensate: a text, as :meth:`select` takes it, on which the kept channels
+                learn to make up for the dropped ones (:mod:`ifp_mlx.compensation`);
+                the dense model reads it once and is in memory meanwhile.
             progress: wraps the iteration over layers.
 
         Returns:
@@ -243,9 +252,17 @@ class IFPModel:
             is folded in: gates are part of the weights.
 
         Raises:
-            ValueError: if the selection is of another model.
+            ValueError: if the selection is of another model, or cannot be
+                compensated.
         """
         selection.check_fits(self.layers, self.channels, self.fingerprint)
+        if compensate is not None:
+            model = self.dense()
+            compensation.compensate(
+                model, selection, self.instruction_tokens(compensate)
+            )
+            mx.eval(model.parameters())
+            return model
         model = self.source.open()
         fill_model(model, self.source.fill, selection, progress=progress)
         mx.eval(model.parameters())

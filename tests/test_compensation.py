@@ -1,8 +1,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import run_command, tiny_model
 
-from ifp_mlx.compensation import compensated_down
+from ifp_mlx import load
+from ifp_mlx.compact import main as compact
+from ifp_mlx.compensation import compensated_down, read_channels
+from ifp_mlx.generate import main as generate
 
 RNG = np.random.default_rng(0)
 D, F = 6, 12
@@ -64,3 +68,60 @@ def test_an_infinitely_cautious_correction_is_none():
     assert mx.allclose(cautious, DOWN[:, KEPT], atol=1e-5)
     half = compensated_down(DOWN.astype(mx.float16), channels(9), KEPT)
     assert half.dtype == mx.float16
+
+
+def test_a_compact_model_comes_closer_to_the_dense_one_on_its_text(tiny_folder):
+    model, _ = load(tiny_folder)
+    text = list(range(40, 90))
+    selection = model.select(text, keep=0.5, allocation="uniform")
+    dense = model.dense()(mx.array([text]))
+    error = [
+        mx.square(model.compact(selection, compensate=by)(mx.array([text])) - dense)
+        for by in (None, text)
+    ]
+    assert error[1].mean() < 0.7 * error[0].mean()
+    whole = model.select(text, keep=1.0)
+    same = model.compact(whole, compensate=text)(mx.array([text]))
+    assert mx.allclose(same, dense, atol=1e-5)
+
+
+def test_reading_leaves_the_model_as_it_was():
+    model = tiny_model("qwen3")
+    before = [type(layer.mlp) for layer in model.layers]
+    channels = read_channels(model, [5, 6, 7])
+    assert [h.shape for h in channels] == [(3, 64)] * 3
+    assert [type(layer.mlp) for layer in model.layers] == before
+
+
+def test_the_commands_compensate_and_say_so(tiny_folder, tmp_path, capsys):
+    given = ["--model", tiny_folder, "--keep", "0.5", "--compensate"]
+    status, plain, _ = run_command(
+        generate, capsys, *given[:-1], "--prompt", "hello", "-m", "8"
+    )
+    status, text, _ = run_command(
+        generate, capsys, *given, "--prompt", "hello", "-m", 8
+    )
+    assert status == 0 and text != plain
+    out = tmp_path / "out"
+    made = [*given, "--instruction", "hello", "--mlx-path", out]
+    status, _, _ = run_command(compact, capsys, *made)
+    assert (
+        status == 0 and "tokens of the instruction" in (out / "README.md").read_text()
+    )
+
+
+def test_what_cannot_be_compensated_is_refused(tiny_folder, tmp_path, capsys):
+    from mlx_lm import convert
+
+    model, _ = load(tiny_folder)
+    mask = tmp_path / "mask.safetensors"
+    model.select("hello", keep=0.5, allocation="uniform").save(mask)
+    given = ["--model", tiny_folder, "--mask-file", mask, "--mlx-path", tmp_path / "o"]
+    status, _, err = run_command(compact, capsys, *given, "--compensate")
+    assert status == 2 and "needs the text of an instruction" in err
+    small = tmp_path / "small"
+    convert(str(tiny_folder), str(small), quantize=True, q_group_size=32)
+    capsys.readouterr()
+    given = ["--model", small, "--prompt", "hello", "--keep", "0.5", "--compensate"]
+    status, _, err = run_command(generate, capsys, *given)
+    assert status == 2 and "is quantised here" in err

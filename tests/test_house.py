@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "pruning": {"masks"},
     "selectors": {"masks", "pruning"},
     "store": {"masks", "pruning"},
-    "model": {"masks", "predictor", "data", "pruning", "selectors", "store"},
+    "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
+    | {"compensation"},
     "cli": {"masks", "selectors"},
-    "compensation": NOTHING,
+    "compensation": {"masks", "pruning"},
     "errors": NOTHING,
     "events": NOTHING,
     "worker": {"errors"},
