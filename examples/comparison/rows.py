@@ -29,7 +29,8 @@ from .tasks import all_tasks
 
 PREDICTOR_RANK = 32
 EXPERTS = 8
-WARM_BATCHES = 24  # of training examples, from which the head is solved
+WARM_STEPS, WARM_LR = 300, 3e-3  # of the predictor alone, after that
+WARM_BATCHES = 64  # of training examples, from which the head is solved
 
 
 def dense_full(lab: Lab) -> Trained:
@@ -177,15 +178,66 @@ def ifp_both_stages(lab: Lab) -> Trained:
 def warm_predictor(
     lab: Lab, model: nn.Module
 ) -> tuple[SparsityPredictor, dict[str, Any]]:
-    """Return a predictor whose head is solved from the dense model's own channels."""
+    """Return a predictor whose head is solved from the dense model's own channels.
+
+    What is wanted of it are masks that stay the same for all questions of a task, and
+    differ between tasks. So it regresses what a task uses on average, and not what
+    each question uses, from what its backbone makes of the question. Every direction
+    in which tasks differ counts the same.
+    """
     predictor = new_predictor(lab, model, "mean")
     batches = [lab.data(number) for number in range(WARM_BATCHES)]
-    found = warm_start.warm_start(
-        predictor, model, batches, centred=True, decorrelate=True
+    used = np.concatenate([warm_start.channel_importance(model, b) for b in batches])
+    task = np.concatenate([np.array(batch.tasks) for batch in batches])
+    x = [np.array(predictor.features(b.instruction, b.lengths)) for b in batches]
+    codes, channels = _task_codes(used.reshape(len(used), -1), task)
+    features = np.concatenate(x).astype(np.float64)
+    middle, wanted = features.mean(axis=0), codes[task]
+    features -= middle
+    square = features.T @ features
+    ridge = 1e-3 * np.trace(square) / len(square) * np.eye(len(square))
+    fit = np.linalg.solve(square + ridge, features.T @ wanted)
+    left = ((wanted - features @ fit) ** 2).sum() / (wanted**2).sum()
+    predictor.reduce.weight = mx.array(fit.T.astype(np.float32))
+    predictor.reduce.bias = mx.array((-middle @ fit).astype(np.float32))
+    predictor.expand.weight = mx.array(channels.T.astype(np.float32))
+    predictor.expand.bias = mx.zeros_like(predictor.expand.bias)
+    found = {"explained_in_closed_form": 1 - float(left), "rank": codes.shape[1]}
+    found["explained"] = 1 - _regress(
+        lab, predictor, mx.array(codes.astype(np.float32))
     )
     warm_start.scale_layers(predictor, batches, centred=True)
-    extra = {"explained": found["explained"], "rank": found["rank"]}
-    return predictor, {"warm_start": extra}
+    return predictor, {"warm_start": found}
+
+
+def _regress(lab: Lab, predictor: SparsityPredictor, codes: mx.array) -> float:
+    """Train the predictor alone to tell tasks apart; return the part left at the end."""
+
+    def loss(batch: Batch) -> mx.array:
+        reduced = predictor.reduce(predictor.features(batch.instruction, batch.lengths))
+        wanted = codes[batch.tasks]
+        return mx.square(reduced - wanted).sum() / mx.square(wanted).sum()
+
+    optimizer = AdamW(schedule(WARM_LR, 20, WARM_STEPS), bias_correction=True)
+    gradient, left = nn.value_and_grad(predictor, loss), mx.array(1.0)
+    for number in range(WARM_STEPS):
+        left, grads = gradient(lab.data(number))
+        optimizer.update(predictor, clip_grad_norm(grads, 1.0)[0])
+        mx.eval(predictor.parameters(), optimizer.state)
+    return float(left)
+
+
+def _task_codes(used: np.ndarray, task: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return orthogonal codes of the tasks ``[N, r]``, and their channels ``[r, L·F]``."""
+    found = np.unique(task)
+    means = np.stack([used[task == number].mean(axis=0) for number in found])
+    means -= means.mean(axis=0)
+    means /= means.std(axis=0) + 1e-6
+    u, s, vt = np.linalg.svd(means, full_matrices=False)
+    some = np.flatnonzero(s > 0.05 * s[0])[:PREDICTOR_RANK]
+    codes = np.zeros((len(all_tasks()), len(some)))
+    codes[found] = u[:, some] * np.sqrt(len(found))
+    return codes, vt[some]
 
 
 def new_predictor(lab: Lab, model: nn.Module | None, pooling: Any) -> SparsityPredictor:
