@@ -12,14 +12,14 @@ pytest.importorskip("reasoning_gym")
 from examples.comparison import report
 from examples.comparison.corpus import Corpus, describe, tokenizer
 from examples.comparison.lab import Lab, Scale, Trained, means, overlaps
-from examples.comparison.rows import ROWS, task_random
+from examples.comparison.rows import ROWS, task_random, warm_predictor
 from examples.comparison.run import run_row
 from examples.comparison.tasks import all_tasks, examples
 from examples.comparison.tasks import test_examples as draw_tests
-from ifp_mlx.maskers import Budget, FixedMask
+from ifp_mlx.maskers import Budget, FixedMask, PredictorMasker
 
 TASKS = all_tasks()
-TINY = Scale(start_steps=2, steps=2, test_per_task=2, batch_size=8)
+TINY = Scale(start_steps=2, steps=2, warm_steps=2, test_per_task=2, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,14 @@ def test_an_oracle_row_gives_every_task_its_own_mask_of_the_right_size(lab):
     trained = task_random(lab)
     masks = trained.masker(lab.data(0), trained.budget)
     assert set(np.array(masks.sum(axis=-1)).ravel()) == {TINY.kept}
+
+
+def test_a_warm_predictor_gives_a_task_described_one_mask_of_its_own(lab):
+    predictor, _ = warm_predictor(lab, lab.dense(0))
+    trained = Trained(None, PredictorMasker(predictor), Budget(TINY.kept), 0, {})
+    found = overlaps(trained, lab.test_batches(described=True))
+    assert found["within"] == 1
+    assert found["between"] < 0.5
 
 
 @pytest.mark.parametrize("row", ["ifp", "static_distil", "activation"])

@@ -36,6 +36,7 @@ class Scale:
     batch_size: int = 32
     start_steps: int = 1000
     steps: int = 1000
+    warm_steps: int = 300
     lr: float = 1e-2
     test_per_task: int = 100
 

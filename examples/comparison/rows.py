@@ -29,7 +29,7 @@ from .tasks import all_tasks
 
 PREDICTOR_RANK = 32
 EXPERTS = 8
-WARM_STEPS, WARM_LR = 300, 3e-3  # of the predictor alone, after that
+WARM_LR = 3e-3  # of the predictor alone, after that
 WARM_BATCHES = 64  # of training examples, from which the head is solved
 
 
@@ -218,9 +218,9 @@ def _regress(lab: Lab, predictor: SparsityPredictor, codes: mx.array) -> float:
         wanted = codes[batch.tasks]
         return mx.square(reduced - wanted).sum() / mx.square(wanted).sum()
 
-    optimizer = AdamW(schedule(WARM_LR, 20, WARM_STEPS), bias_correction=True)
+    optimizer = AdamW(schedule(WARM_LR, 20, lab.scale.warm_steps), bias_correction=True)
     gradient, left = nn.value_and_grad(predictor, loss), mx.array(1.0)
-    for number in range(WARM_STEPS):
+    for number in range(lab.scale.warm_steps):
         left, grads = gradient(lab.data(number))
         optimizer.update(predictor, clip_grad_norm(grads, 1.0)[0])
         mx.eval(predictor.parameters(), optimizer.state)

@@ -23,7 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--tiny", action="store_true", help="a few steps, to see that it runs"
     )
     args = parser.parse_args(arguments)
-    scale = Scale(start_steps=4, steps=4, test_per_task=2) if args.tiny else Scale()
+    scale = (
+        Scale(start_steps=4, steps=4, warm_steps=4, test_per_task=2)
+        if args.tiny
+        else Scale()
+    )
     args.results.mkdir(parents=True, exist_ok=True)
     labs: dict[int, Lab] = {}
     for row in args.rows:
