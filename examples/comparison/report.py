@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .rows import ROWS
+from ifp_mlx.atomic import new_file
+
 from .run import RESULTS
 from .tasks import all_tasks
 
 PICTURE = "overlap.svg"
+MARKS = "<!-- tables -->", "<!-- end of tables -->"
 ABOUT = {
     "dense_full": "dense, all channels (the bound)",
     "dense_small": "dense of the kept size, equal examples",
@@ -141,19 +143,31 @@ def _overlap(found: Sequence[dict[str, Any]]) -> str:
     return f"{within:.2f} / {between:.2f} (chance {found[0]['chance']:.2f})"
 
 
+def write_tables(text: str, page: Path) -> None:
+    """Put the tables between the two marks of a page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    whole = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
+    with new_file(page) as scratch:
+        scratch.write_text(whole, encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables, and draw the picture beside the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--write", action="store_true", help="also into README.md")
     args = parser.parse_args(arguments)
     results = load_results(args.results)
-    print(main_table(results), end="\n\n")
+    parts = [main_table(results)]
     if "ifp" in results:
-        print(margins(results), end="\n\n")
+        parts.append(margins(results))
         draw_overlap(results["ifp"][0], args.results / PICTURE)
-    print(task_table(results, ["dense_full", "dense_small", "static_distil", "ifp"]))
-    if unknown := set(results) - set(ABOUT) - set(ROWS):
-        raise ValueError(f"{sorted(unknown)} are no rows of the comparison.")
+    parts.append(task_table(results, ["dense_full", "dense_small", "static", "ifp"]))
+    text = "\n\n".join(parts)
+    print(text)
+    if args.write:
+        write_tables(text, Path(__file__).parent / "README.md")
 
 
 if __name__ == "__main__":
