@@ -221,9 +221,7 @@ def test_a_folder_without_weights_is_refused(tiny_folder):
 
 def test_an_index_that_names_a_missing_file_is_refused(tiny_folder):
     write_index(tiny_folder, "model.safetensors", "model-2.safetensors")
-    with pytest.raises(
-        FileNotFoundError, match="names model-2.safetensors, which is"
-    ):
+    with pytest.raises(FileNotFoundError, match="names model-2.safetensors, which is"):
         check_folder(tiny_folder)
 
 
