@@ -1,0 +1,1 @@
+"""A chat app whose model keeps only the channels that its task needs."""
