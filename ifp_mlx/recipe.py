@@ -178,7 +178,7 @@ def from_options(args: argparse.Namespace) -> TrainConfig:
 
 def read_file(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file of settings, checked key by key."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no config file {path}.")

@@ -167,7 +167,7 @@ def _rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
 
 def _hub_rows(name: str, split: str) -> Iterable[Any]:
     try:
-        from datasets import load_dataset  # type: ignore[import-untyped]
+        from datasets import load_dataset
     except ImportError:
         raise ImportError(
             f"{name} is no folder, and data sets of the hub need the package datasets: "
