@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-SOURCES = $(wildcard ifp_mlx/*.py convert/*.py examples/*.py)
+SOURCES = $(wildcard ifp_mlx/*.py ifp_mlx/*/*.py convert/*.py examples/*.py)
 TESTS = $(wildcard tests/*.py)
 
 ifeq ($(shell uname),Linux)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .chat import Chat, text_of
 from .data import Prompt
-from .errors import (
+from .serving.chat import Chat, text_of
+from .serving.errors import (
     Busy,
     Cancelled,
     ContextTooLong,
@@ -27,11 +27,11 @@ from .errors import (
     OutOfMemory,
     UnknownTask,
 )
-from .events import CancelToken, Done, Event, Progress, Task, Token
-from .host import Host, Settings, typed_errors
-from .lanes import Request
-from .requests import Choice, Sampling
-from .worker import Worker
+from .serving.events import CancelToken, Done, Event, Progress, Task, Token
+from .serving.host import Host, Settings, typed_errors
+from .serving.lanes import Request
+from .serving.requests import Choice, Sampling
+from .serving.worker import Worker
 
 __all__ = [
     "Busy",
@@ -62,7 +62,7 @@ class Engine:
 
     Every method may be called from any thread, and the async ones from any event
     loop. What they hand out is plain Python data. Errors are those of
-    :mod:`ifp_mlx.errors`.
+    :mod:`ifp_mlx.serving.errors`.
 
     Requests with one mask decode in one batch; several masks take turns, step by
     step. KV caches are kept for the next turn of a conversation, each for the mask
@@ -177,7 +177,7 @@ class Engine:
             load: ``False`` leaves the loading to the first request.
             progress: called with ``select`` and ``channels``, on the worker thread.
             stop: cancels at the next layer or calibration text.
-            options: the fields of :class:`~ifp_mlx.requests.Choice`.
+            options: the fields of :class:`~ifp_mlx.serving.requests.Choice`.
 
         Raises:
             InvalidRequest: on a choice that cannot be had.
@@ -230,10 +230,10 @@ class Engine:
             stop: cancels within one prefill step or one token; the stream then ends
                 with ``Done("cancelled")``.
             chat_template: ``False`` leaves the chat template out.
-            options: the fields of :class:`~ifp_mlx.requests.Choice` (``task``,
+            options: the fields of :class:`~ifp_mlx.serving.requests.Choice` (``task``,
                 ``instruction``, ``mask_file``, ``keep``, ...; by default the messages
                 up to the first user message select) and of
-                :class:`~ifp_mlx.requests.Sampling` (``max_tokens``, ``temp``, ...).
+                :class:`~ifp_mlx.serving.requests.Sampling` (``max_tokens``, ``temp``, ...).
 
         Yields:
             `Progress` of each stage, a `Token` a step, and `Done` at the end.

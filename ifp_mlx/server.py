@@ -10,10 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from . import cli
-from .api import LOOPBACK, Policy, make_app
 from .engine import Engine
-from .errors import IFPError
-from .protocol import Defaults
+from .serving.api import LOOPBACK, Policy, make_app
+from .serving.errors import IFPError
+from .serving.protocol import Defaults
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,11 +14,15 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from . import checkpoints, cli, warm_start
+from . import cli
 from .atomic import new_file, refuse_existing
-from .curve import draw_curve
 from .data import Batch, Batches, Record, in_order
-from .maskers import (
+from .masks import select
+from .model import IFPConfig
+from .pruning import dense_shape
+from .training import checkpoints, warm_start
+from .training.curve import draw_curve
+from .training.maskers import (
     Budget,
     FixedMask,
     Masker,
@@ -26,13 +30,10 @@ from .maskers import (
     ScoreTable,
     checkpoint_layers,
 )
-from .masks import select
-from .model import IFPConfig
-from .pruning import dense_shape
-from .recipe import TrainConfig, add_options, from_options, same_run
-from .records import Reader
-from .step import Pair, Parent, Step
-from .trainee import (
+from .training.recipe import TrainConfig, add_options, from_options, same_run
+from .training.records import Reader
+from .training.step import Pair, Parent, Step
+from .training.trainee import (
     Trainee,
     adapt,
     dense_parent,
@@ -40,14 +41,14 @@ from .trainee import (
     open_trainee,
     write_checkpoint,
 )
-from .validation import (
+from .training.validation import (
     GATE_FORMS,
     Report,
     Validation,
     evaluate_loss,
     sliced_error,
 )
-from .watch import CollapsedError, Watcher
+from .training.watch import CollapsedError, Watcher
 
 BatchOf = Callable[[int], Batch]  # the number of a micro-batch to its global batch
 LOG, SETTINGS, CHECKPOINTS, RESULT = (
@@ -240,7 +241,7 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
     """Train as the settings say, and write the result into the output folder.
 
     Args:
-        config: complete, as :func:`ifp_mlx.recipe.from_options` makes it.
+        config: complete, as :func:`ifp_mlx.training.recipe.from_options` makes it.
         log: takes one line of progress.
 
     Returns:

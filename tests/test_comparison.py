@@ -16,7 +16,7 @@ from examples.comparison.rows import ROWS, task_random, warm_predictor
 from examples.comparison.run import run_row
 from examples.comparison.tasks import all_tasks, examples
 from examples.comparison.tasks import test_examples as draw_tests
-from ifp_mlx.maskers import Budget, FixedMask, PredictorMasker
+from ifp_mlx.training.maskers import Budget, FixedMask, PredictorMasker
 
 TASKS = all_tasks()
 TINY = Scale(start_steps=2, steps=2, warm_steps=2, test_per_task=2, batch_size=8)

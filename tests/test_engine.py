@@ -182,10 +182,10 @@ def test_a_stop_before_the_start_and_in_prefill_and_in_decode(folder):
 
 
 def test_cancelling_at_a_token_stops_at_the_next(folder):
-    from ifp_mlx.events import CancelToken as Stop
-    from ifp_mlx.host import Host, Settings
-    from ifp_mlx.lanes import Request
-    from ifp_mlx.requests import Choice, Sampling
+    from ifp_mlx.serving.events import CancelToken as Stop
+    from ifp_mlx.serving.host import Host, Settings
+    from ifp_mlx.serving.lanes import Request
+    from ifp_mlx.serving.requests import Choice, Sampling
 
     settings = Settings(str(folder), None, None, 0, None, 4, 8)
     host, stop, events = Host(settings, lambda event: None), Stop(), []
@@ -283,7 +283,7 @@ def test_a_memory_limit_makes_requests_wait_not_fail(folder):
 
 
 def test_models_in_use_are_the_last_to_be_let_go(engine, folder):
-    from ifp_mlx.shelf import Shelf
+    from ifp_mlx.serving.shelf import Shelf
 
     model, _ = load(folder)
     masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
@@ -480,7 +480,7 @@ def test_a_dead_worker_fails_every_waiter(folder):
 
 
 def test_an_error_in_one_batch_leaves_the_others(folder, monkeypatch):
-    from ifp_mlx import lanes
+    from ifp_mlx.serving import lanes
 
     with Engine.open(folder) as engine:
         good = engine.generate("Hi", max_tokens=3)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "ifp_mlx"
 MODULES = sorted(
     path
     for room in ("ifp_mlx", "convert", "examples")
-    for path in ROOT.glob(f"{room}/*.py")
+    for path in ROOT.glob(f"{room}/**/*.py")
 )
 IDS = [str(path.relative_to(ROOT)) for path in MODULES]
 
@@ -32,40 +32,58 @@ MAY_IMPORT = {
     | {"compensation"},
     "cli": {"masks", "selectors"},
     "compensation": {"masks", "pruning"},
-    "errors": NOTHING,
-    "events": NOTHING,
-    "worker": {"errors"},
-    "requests": {"data", "errors", "masks", "selectors"},
-    "lanes": {"errors", "events", "masks", "requests", "worker"},
+    "serving.errors": NOTHING,
+    "serving.events": NOTHING,
+    "serving.worker": {"serving.errors"},
+    "serving.requests": {"data", "masks", "selectors", "serving.errors"},
+    "serving.lanes": {"masks", "serving.errors", "serving.events"}
+    | {"serving.requests", "serving.worker"},
     "generate": {"masks", "data", "selectors", "model", "cli"},
     "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"},
     "__init__": {"masks", "model", "generate"},
 }
+# Who may take parts out of a room of the package.
+ENTRANCES = {"engine", "server", "train"}
 LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
 LATE |= {"starlette", "uvicorn", "llguidance"}
 
 
-def imports_of(tree: ast.AST) -> set[str]:
-    """Return the dotted names of all imports; ours start with ``ifp_mlx``."""
+def imports_of(tree: ast.AST, home: str = "ifp_mlx") -> set[str]:
+    """Return the dotted names of all imports of a module in the package ``home``;
+    ours start with ``ifp_mlx``.
+    """
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            home = ["ifp_mlx"] if node.level else []
-            home += [node.module] if node.module else []
-            names |= {".".join([*home, alias.name]) for alias in node.names}
+            up = home.split(".")[: 1 - node.level or None] if node.level else []
+            path = [*up, node.module] if node.module else up
+            names |= {".".join([*path, alias.name]) for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda p: p.stem)
-def test_imports_point_one_way(path):
-    names = imports_of(ast.parse(path.read_text()))
+def name_of(path: Path) -> str:
+    """Return a module's dotted name inside the package: ``masks``, ``serving.lanes``."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+OURS = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_imports_point_one_way(module):
+    home = ".".join(["ifp_mlx", *module.split(".")[:-1]])
+    names = imports_of(ast.parse(OURS[module].read_text()), home)
     roots = {name.split(".")[0] for name in names}
     assert not roots & {"convert", "examples", "tests"}
-    used = {name.split(".")[1] for name in names if name.startswith("ifp_mlx.")}
-    if path.stem in MAY_IMPORT:
-        assert used <= MAY_IMPORT[path.stem] | {"atomic"}
+    inside = [name.removeprefix("ifp_mlx.") for name in names if "ifp_mlx." in name]
+    used = {m for m in OURS for name in inside if f"{name}.".startswith(f"{m}.")}
+    if module in MAY_IMPORT:
+        assert used <= MAY_IMPORT[module] | {"atomic"}
+    if "." not in module:  # only what is built of a room's parts goes into it
+        rooms = {name.split(".")[0] for name in used if "." in name}
+        assert not rooms or module in ENTRANCES
 
 
 def test_the_import_checker_sees_every_spelling():

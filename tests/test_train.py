@@ -10,12 +10,12 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import train as train_module
 from ifp_mlx.data import Batch
-from ifp_mlx.maskers import PredictorMasker, checkpoint_layers
 from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.recipe import TrainConfig
-from ifp_mlx.step import Pair, Step
 from ifp_mlx.train import train
-from ifp_mlx.watch import CollapsedError, Watcher
+from ifp_mlx.training.maskers import PredictorMasker, checkpoint_layers
+from ifp_mlx.training.recipe import TrainConfig
+from ifp_mlx.training.step import Pair, Step
+from ifp_mlx.training.watch import CollapsedError, Watcher
 
 
 def batch(seed: int = 0) -> Batch:

@@ -12,11 +12,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ifp_mlx.data import Batch
-from ifp_mlx.maskers import Budget, FixedMask, Masker
 from ifp_mlx.pruning import ffn_layers
-from ifp_mlx.recipe import TrainConfig
-from ifp_mlx.step import Pair, target_losses
 from ifp_mlx.train import train
+from ifp_mlx.training.maskers import Budget, FixedMask, Masker
+from ifp_mlx.training.recipe import TrainConfig
+from ifp_mlx.training.step import Pair, target_losses
 
 from .corpus import VOCABULARY, Corpus, describe
 from .tasks import all_tasks, examples, test_examples
@@ -260,7 +260,7 @@ def report(lab: Lab, trained: Trained, seconds: float) -> dict[str, Any]:
 
 def importance(lab: Lab, model: nn.Module, batches: int = 16) -> np.ndarray:
     """Return activation × weight of every channel over training examples, ``[L, F]``."""
-    from ifp_mlx.warm_start import channel_importance
+    from ifp_mlx.training.warm_start import channel_importance
 
     used = [np.exp(channel_importance(model, lab.data(i))) for i in range(batches)]
     down = [

@@ -10,19 +10,19 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ifp_mlx import warm_start
 from ifp_mlx.data import Batch
-from ifp_mlx.maskers import (
+from ifp_mlx.masks import select
+from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.pruning import slice_model
+from ifp_mlx.training import warm_start
+from ifp_mlx.training.maskers import (
     Budget,
     FixedMask,
     Masker,
     PredictorMasker,
     ScoreTable,
 )
-from ifp_mlx.masks import select
-from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.pruning import slice_model
-from ifp_mlx.step import schedule, target_losses
+from ifp_mlx.training.step import schedule, target_losses
 
 from .lab import DENSE, Lab, Trained, importance
 from .tasks import all_tasks
@@ -274,8 +274,8 @@ class ActivationMasker(Masker):
 
     def scores(self, batch: Batch) -> mx.array:
         """Return the log of each channel's use, ``[B, L, F]``."""
-        from ifp_mlx.maskers import masked_layers
         from ifp_mlx.pruning import set_masks
+        from ifp_mlx.training.maskers import masked_layers
 
         layers = masked_layers(self._model[0])
         set_masks(layers, mx.ones((len(layers), 1)))

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..masks import ALLOCATIONS
+from ..selectors import SELECTORS
 from .errors import InvalidRequest
-from .masks import ALLOCATIONS
-from .selectors import SELECTORS
 
 ROLES = {"system": "system", "developer": "system", "user": "user"}
 ROLES |= {"assistant": "assistant"}

@@ -13,8 +13,9 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from . import store
-from .data import Prompt, as_messages, instruction_of, is_tokens, tokenize
+from .. import store
+from ..data import Prompt, as_messages, instruction_of, is_tokens, tokenize
+from ..model import load
 from .errors import (
     Busy,
     Cancelled,
@@ -27,7 +28,6 @@ from .errors import (
 from .events import Progress
 from .grammar import Grammar
 from .lanes import Lane, Request, Schedule
-from .model import load
 from .requests import DEFAULT_MAX_TOKENS
 from .shelf import Shelf, clear_memory
 from .worker import detached

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .data import Prompt
+from ..data import Prompt
+from ..masks import ALLOCATIONS
+from ..selectors import SELECTORS
 from .errors import InvalidRequest
-from .masks import ALLOCATIONS
-from .selectors import SELECTORS
 
 DEFAULT_MAX_TOKENS = 512
 

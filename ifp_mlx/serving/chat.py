@@ -3,12 +3,12 @@
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .data import Message
+from ..data import Message
 from .errors import InvalidRequest
 from .events import Event, Token
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from ..engine import Engine
 
 
 class Chat:

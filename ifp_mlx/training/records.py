@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
-from .data import Message, Record, instruction_of, tokenize
+from ..data import Message, Record, instruction_of, tokenize
 
 Stage = Literal["pretrain", "sft"]
 

@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import store
-from .atomic import new_folder
+from .. import store
+from ..atomic import new_folder
+from ..model import PREDICTOR_FOLDER, IFPConfig
+from ..predictor import SparsityPredictor
+from ..pruning import dense_shape
 from .maskers import masked_layers
-from .model import PREDICTOR_FOLDER, IFPConfig
-from .predictor import SparsityPredictor
-from .pruning import dense_shape
 from .recipe import TrainConfig
 from .step import Parent
 

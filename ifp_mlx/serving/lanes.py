@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..masks import Selection
 from .errors import Cancelled, IFPError
 from .events import (
     CancelToken,
@@ -20,7 +21,6 @@ from .events import (
     Token,
     TokenLogprob,
 )
-from .masks import Selection
 from .requests import Choice, Sampling
 from .worker import detached
 

@@ -14,9 +14,9 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from .data import Batch
+from ..data import Batch
+from ..pruning import MaskedFFN, set_masks
 from .maskers import Budget, Form, Masker, masked_layers
-from .pruning import MaskedFFN, set_masks
 
 Parent = Callable[[Batch], mx.array]  # logits [B, T - 1, V] of the dense model
 PARTS = ("llm", "masker")

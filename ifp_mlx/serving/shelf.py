@@ -11,13 +11,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .data import Prompt
+from ..data import Prompt
+from ..masks import Selection
+from ..model import IFPModel
+from ..pruning import ffn_layers
 from .errors import Cancelled, OutOfMemory, UnknownTask
 from .events import CancelToken, Progress, Stage, Task
 from .lanes import mask_figures
-from .masks import Selection
-from .model import IFPModel
-from .pruning import ffn_layers
 from .requests import Choice
 
 Emit = Callable[[Progress], None]

@@ -7,9 +7,9 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .data import Batch
+from ..data import Batch
+from ..model import load
 from .maskers import Budget, FixedMask, Form, Masker
-from .model import load
 from .step import Pair, target_losses
 from .watch import mask_overlap
 

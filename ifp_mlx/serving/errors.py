@@ -50,7 +50,7 @@ class Busy(IFPError):
 
 
 class Cancelled(IFPError):
-    """The work was stopped by its :class:`~ifp_mlx.events.CancelToken`."""
+    """The work was stopped by its :class:`~ifp_mlx.serving.events.CancelToken`."""
 
 
 class EngineClosed(IFPError, RuntimeError):

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine import Engine
+from ..masks import find_mask
 from .answers import Answer, error_body, error_of, event_bytes
-from .engine import Engine
 from .events import CancelToken, Done, Event, Progress, Token
-from .masks import find_mask
 from .protocol import (
     Asked,
     Defaults,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .atomic import new_file
+from ..atomic import new_file
 
 
 def draw_curve(lines: Sequence[dict[str, float]], path: Path) -> None:

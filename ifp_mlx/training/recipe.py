@@ -9,8 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..masks import check_multiple, target_size
 from .maskers import Budget
-from .masks import check_multiple, target_size
 from .records import Stage
 
 

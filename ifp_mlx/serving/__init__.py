@@ -1,0 +1,1 @@
+"""What the engine and the server are made of: one thread owns MLX, others get events."""
