@@ -389,11 +389,11 @@ def parse_functions(text: str) -> dict[str, Path]:
 
 
 def _mask_files(args: Any) -> dict[str, Path]:
-    sizes = (args.keep, args.target_size, args.allocation)
-    if sizes != (None, None, None) or args.selector != "auto":
+    sizes = (args.keep, args.target_size, args.allocation, args.granularity)
+    if any(size is not None for size in sizes) or args.selector != "auto":
         raise ValueError(
             f"--functions {args.functions} says which channels are kept; leave out "
-            "--keep, --target-size, --selector and --allocation."
+            "--keep, --target-size, --selector, --allocation and --granularity."
         )
     return parse_functions(args.functions)
 

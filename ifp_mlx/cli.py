@@ -84,6 +84,12 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--selector", default="auto", help=f"one of {', '.join(SELECTORS)}"
     )
     parser.add_argument("--allocation", help=f"one of {', '.join(ALLOCATIONS)}")
+    parser.add_argument(
+        "--granularity",
+        type=int,
+        help="channels selected together; below a model's quantisation group, "
+        "down_proj is quantised again",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
@@ -144,6 +150,28 @@ def warn_of_low_keep(selection: Selection) -> None:
     )
 
 
+def say_slicing(slicing: str, selection: Selection) -> None:
+    """Say on stderr whether slicing a quantised model lost anything.
+
+    Args:
+        slicing: from :meth:`IFPModel.slicing`.
+        selection: what was sliced.
+    """
+    if slicing == "whole groups":
+        print(
+            "down_proj: sliced by whole quantisation groups, nothing is lost.",
+            file=sys.stderr,
+        )
+    elif slicing == "requantised":
+        cost = selection.info.get("requantisation KL")
+        measured = f"that costs a KL of {cost}" if cost else "compact measures the cost"
+        print(
+            f"down_proj: the mask {selection.mask_id} cuts its quantisation groups, so "
+            f"it was dequantised, sliced and quantised again; {measured}.",
+            file=sys.stderr,
+        )
+
+
 def _with_task(args: argparse.Namespace) -> argparse.Namespace:
     """``--task NAME`` is ``--mask-file`` with the library's file of that name."""
     if getattr(args, "task", None) is not None:
@@ -159,12 +187,18 @@ def selection_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     options = {
         name: getattr(args, name)
-        for name in ("keep", "target_size", "selector", "allocation", "seed")
-    }
-    given = [n for n in ("keep", "target_size", "allocation") if options[n] is not None]
+        for name in (
+            "keep", "target_size", "selector", "allocation", "granularity", "seed",
+        )
+    }  # fmt: skip
+    given = [
+        name
+        for name in ("keep", "target_size", "allocation", "granularity")
+        if options[name] is not None
+    ]
     if args.mask_file and (given or options["selector"] != "auto"):
         raise ValueError(
             f"The mask file {args.mask_file} says which channels are kept; leave out "
-            "--keep, --target-size, --selector and --allocation."
+            "--keep, --target-size, --selector, --allocation and --granularity."
         )
     return options

@@ -18,6 +18,7 @@ from .data import Prompt
 from .masks import Selection, check_multiple
 from .model import IFPModel, Progress, load
 from .pruning import dense_shape, ffn_layers, pad_ffn
+from .requantisation import requantisation_cost
 from .store import copy_companions, licence_of
 
 MASK_FILE = "mask.safetensors"
@@ -59,7 +60,8 @@ def write_compact(
         progress: wraps the iteration over layers.
 
     Returns:
-        ``out``. The folder also holds the mask file and a card (README.md).
+        ``out``. The folder also holds the mask file and a card (README.md), which
+        say, where ``down_proj`` had to be quantised again, what that costs.
 
     Raises:
         FileExistsError: if ``out`` is there.
@@ -72,6 +74,7 @@ def write_compact(
     if compensate is not None:
         how = f"{len(model.instruction_tokens(compensate))} tokens of the instruction"
         selection = replace(selection, info=selection.info | {"compensated by": how})
+    selection = _with_slicing(model, compact, selection, progress)
     config = dict(model.config)
     if selection.target_size is not None:
         config = _with_width(config, selection.target_size)
@@ -87,6 +90,21 @@ def write_compact(
         card = _card(model, selection, quantisation, config)
         (scratch / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _with_slicing(
+    model: IFPModel, compact: nn.Module, selection: Selection, progress: Progress
+) -> Selection:
+    """Note with the selection how a quantised ``down_proj`` was sliced, and the cost."""
+    slicing = model.slicing(selection)
+    if slicing == "not quantised":
+        return selection
+    about = {"down_proj": slicing}
+    if slicing == "requantised":
+        cost = requantisation_cost(model, compact, selection, progress=progress)
+        about["requantised layers"] = str(len(model.cut_layers(selection)))
+        about["requantisation KL"] = f"{cost:.4g} nats per token"
+    return replace(selection, info=selection.info | about)
 
 
 def can_be_ragged(model: IFPModel) -> bool:
@@ -208,13 +226,14 @@ def _card(
         license=licence,
     )
     total = selection.channels * len(selection.sizes)
+    info = sorted(selection.info.items())
     rows = {
         "Base model": model.name,
         "Licence of the base": licence or UNKNOWN_LICENCE,
         "Channels": f"{sum(selection.sizes)} of {total} FFN channels",
         "Per layer": str(selection.target_size or selection.sizes),
         "Mask": f"`{selection.mask_id}`, in {MASK_FILE}",
-        **{key.capitalize(): value for key, value in sorted(selection.info.items())},
+        **{key[0].upper() + key[1:]: value for key, value in info},
         "Architecture": config["model_type"],
         "Quantisation": json.dumps(config.get("quantization"))
         if quantisation is None
@@ -315,8 +334,18 @@ def _command(args: Any) -> None:
         progress=progress,
     )
     cli.warn_of_low_keep(selection)
-    about = {"path": str(out), "mask_id": selection.mask_id, "layers": selection.sizes}
+    written = Selection.load(out / MASK_FILE)
+    slicing = model.slicing(written)
+    cli.say_slicing(slicing, written)
+    about: dict[str, Any] = {"path": str(out), "mask_id": written.mask_id}
+    about |= {"layers": written.sizes, "down_proj": slicing}
+    about["requantisation_kl"] = _cost_of(written)
     print(json.dumps(about) if args.json else out)
+
+
+def _cost_of(written: Selection) -> float | None:
+    cost = written.info.get("requantisation KL")
+    return None if cost is None else float(cost.split()[0])
 
 
 def _writable_allocation(model: IFPModel, wanted: str | None) -> Any:

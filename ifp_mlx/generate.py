@@ -76,6 +76,7 @@ def stream_generate(
     target_size: int | None = None,
     selector: str = "auto",
     allocation: Allocation | None = None,
+    granularity: int | None = None,
     selection: Selection | None = None,
     compensate: bool = False,
     seed: int = 0,
@@ -93,7 +94,8 @@ def stream_generate(
         instruction: what selects; the model does not see it. Default: the prompt's
             messages up to the first user message.
         system_prompt: put before the prompt, and so part of the default instruction.
-        keep, target_size, selector, allocation, seed: see :meth:`IFPModel.select`.
+        keep, target_size, selector, allocation, granularity, seed: see
+            :meth:`IFPModel.select`.
         selection: use this one and select nothing.
         compensate: let the kept channels make up for the dropped ones, as far as the
             instruction shows how; see :meth:`IFPModel.compact`.
@@ -122,6 +124,7 @@ def stream_generate(
             target_size=target_size,
             selector=selector,
             allocation=allocation,
+            granularity=granularity,
             seed=seed,
             progress=progress,
         )
@@ -226,8 +229,10 @@ def _command(args: Any) -> None:
         last.selection.save(args.save_mask)
     print(_summary(last), file=sys.stderr)
     cli.warn_of_low_keep(last.selection)
+    slicing = model.slicing(last.selection)
+    cli.say_slicing(slicing, last.selection)
     if args.json:
-        print(json.dumps({"text": text} | report(last)))
+        print(json.dumps({"text": text} | report(last) | {"down_proj": slicing}))
 
 
 def _print_stream(

@@ -1,14 +1,13 @@
 """A checkpoint folder as an object: select channels, make the compact model."""
 
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,69 +15,17 @@ from mlx.utils import tree_flatten
 
 from . import compensation, masks, selectors, store
 from .atomic import new_file
+from .config import CONFIG_FILE, IFPConfig
 from .data import Message, Prompt, as_messages, instruction_of, is_tokens, tokenize
 from .masks import Allocation, Selection
 from .predictor import SparsityPredictor
-from .pruning import dense_shape, ffn_layers, fill_model, group_size
+from .pruning import cuts_groups, dense_shape, ffn_layers, fill_model, group_sizes
 
-CONFIG_FILE, PRIOR_FILE, PREDICTOR_FOLDER = (
-    "ifp_config.json",
-    "prior.safetensors",
-    "predictor",
-)
+PRIOR_FILE, PREDICTOR_FOLDER = "prior.safetensors", "predictor"
 SENSITIVITY_FILE = "sensitivity.safetensors"
 DEFAULT_KEEP = 0.5
 
 Progress = Callable[[Iterable], Iterable]
-
-
-@dataclass(frozen=True)
-class IFPConfig:
-    """What a trained checkpoint says about its selections; a stock folder has none.
-
-    Attributes:
-        version: of this file's format.
-        target_size: ``k`` the checkpoint was trained for, or ``None``.
-        gates: whether kept channels are weighted by λ, in training and inference.
-        temperature: ε of the soft top-k, in units of the scores.
-        granularity: channels per selectable block; 1 is the paper.
-        shared: channels per layer that every selection of the predictor keeps.
-    """
-
-    version: int = 1
-    target_size: int | None = None
-    gates: Literal["binary", "soft"] = "binary"
-    temperature: float = 1.0
-    granularity: int = 1
-    shared: int = 0
-
-    @staticmethod
-    def load(folder: Path) -> "IFPConfig":
-        """Read ``ifp_config.json``, or the defaults where there is none.
-
-        Raises:
-            ValueError: if the file is not what this version writes.
-        """
-        path = folder / CONFIG_FILE
-        if not path.exists():
-            return IFPConfig()
-        try:
-            config = IFPConfig(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{path} is not a valid ifp_mlx config: {error}."
-            ) from error
-        if config.version != 1 or config.gates not in ("binary", "soft"):
-            raise ValueError(
-                f"{path} has version {config.version} and gates {config.gates!r}; this "
-                "ifp_mlx reads version 1 with gates binary or soft: update ifp_mlx."
-            )
-        return config
-
-    def save(self, folder: Path) -> None:
-        """Write ``ifp_config.json`` into ``folder``."""
-        with new_file(folder / CONFIG_FILE) as scratch:
-            scratch.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 class IFPModel:
@@ -96,8 +43,9 @@ class IFPModel:
         source: where the weights are read from.
         layers: ``L``.
         channels: ``F``, the width of the dense FFN.
-        granularity: channels that are selected together, at least the quantisation
-            group along ``F``.
+        groups: every layer's quantisation group along ``F``, 1 where there is none.
+        granularity: channels that are selected together unless asked otherwise, so
+            that no group is cut.
     """
 
     def __init__(
@@ -111,7 +59,8 @@ class IFPModel:
         self.source = store.Folder(path)
         dense = self.dense()
         self.layers, self.channels = dense_shape(dense)
-        self.granularity = math.lcm(self.ifp.granularity, group_size(dense))
+        self.groups = group_sizes(dense)
+        self.granularity = math.lcm(self.ifp.granularity, *self.groups)
         if self.channels % self.granularity:
             raise ValueError(
                 f"{path / CONFIG_FILE} has granularity {self.ifp.granularity}, which "
@@ -179,6 +128,7 @@ class IFPModel:
         target_size: int | None = None,
         selector: str = "auto",
         allocation: Allocation | None = None,
+        granularity: int | None = None,
         seed: int = 0,
         scores: mx.array | None = None,
         progress: Progress = iter,
@@ -199,6 +149,9 @@ class IFPModel:
             allocation: ``uniform``, ``first-layer`` or, once measured,
                 ``sensitivity``. Default: uniform for a trained predictor, else
                 first-layer where the budget pays for it.
+            granularity: channels that are selected together. Less than the
+                quantisation group is a finer choice for which ``down_proj`` must be
+                quantised again; widths stay whole groups.
             seed: of the selector ``random``.
             scores: ``[L, F]``, the selector's own if they are known already.
             progress: wraps the iteration over calibration texts.
@@ -209,9 +162,11 @@ class IFPModel:
         Raises:
             ValueError: on a keep, selector or allocation that cannot be had.
         """
-        k = self._target_size(keep, target_size)
+        granularity = self._granularity(granularity)
+        step = math.lcm(granularity, *self.groups)
+        k = self._target_size(keep, target_size, step)
         selector = self._resolve(selector)
-        sizes, allocation = self._sizes(k, selector, allocation)
+        sizes, allocation = self._sizes(k, selector, allocation, step)
         tokens = self.instruction_tokens(instruction)
         if k == self.channels:  # nothing to choose
             selector, scores = "all", mx.zeros((self.layers, self.channels))
@@ -220,7 +175,7 @@ class IFPModel:
         selection = masks.select(
             scores,
             sizes,
-            granularity=self.granularity,
+            granularity=granularity,
             gates=self.ifp.gates if selector == "predictor" else "binary",
             temperature=self.ifp.temperature,
         )
@@ -267,6 +222,25 @@ class IFPModel:
         fill_model(model, self.source.fill, selection, progress=progress)
         mx.eval(model.parameters())
         return model
+
+    def cut_layers(self, selection: Selection) -> list[int]:
+        """Return the layers in which a selection cuts quantisation groups, so that
+        :meth:`compact` quantises their ``down_proj`` again, with some loss.
+        """
+        parts = zip(selection.indices, self.groups, strict=True)
+        return [
+            layer
+            for layer, (index, group) in enumerate(parts)
+            if cuts_groups(index, group, self.channels)
+        ]
+
+    def slicing(self, selection: Selection) -> str:
+        """Return how :meth:`compact` slices ``down_proj``: ``not quantised``, ``whole
+        groups`` (nothing is lost) or ``requantised``.
+        """
+        if max(self.groups) == 1:
+            return "not quantised"
+        return "requantised" if self.cut_layers(selection) else "whole groups"
 
     def instruction_tokens(self, instruction: Prompt) -> list[int]:
         """Return the token ids that select, for anything :meth:`select` takes."""
@@ -329,7 +303,17 @@ class IFPModel:
         except ValueError:  # some chat templates know no system message
             return tokenize(self.tokenizer, [m for m in chat if m["role"] != "system"])
 
-    def _target_size(self, keep: float | None, k: int | None) -> int:
+    def _granularity(self, wanted: int | None) -> int:
+        if wanted is None:
+            return self.granularity
+        if wanted < 1 or self.channels % wanted:
+            raise ValueError(
+                f"granularity={wanted} does not divide the {self.channels} channels of "
+                f"a layer; use 1, or {self.granularity} as this model has it."
+            )
+        return wanted
+
+    def _target_size(self, keep: float | None, k: int | None, step: int) -> int:
         if keep is not None and k is not None:
             raise ValueError(
                 f"keep={keep} and target_size={k} say the same thing; give one of them."
@@ -338,8 +322,8 @@ class IFPModel:
             k = self.ifp.target_size
         if k is None:
             share = DEFAULT_KEEP if keep is None else keep
-            return masks.target_size(self.channels, share, self.granularity)
-        masks.check_multiple(k, self.granularity, self.channels)
+            return masks.target_size(self.channels, share, step)
+        masks.check_multiple(k, step, self.channels)
         return k
 
     def _resolve(self, selector: str) -> str:
@@ -358,18 +342,18 @@ class IFPModel:
         return "activation" if self.prior is None else "blend"
 
     def _sizes(
-        self, k: int, selector: str, allocation: Allocation | None
+        self, k: int, selector: str, allocation: Allocation | None, step: int
     ) -> tuple[list[int], Allocation]:
         shape = (k, self.layers, self.channels)
         if allocation is None and selector != "predictor" and k < self.channels:
             try:
-                sizes = masks.layer_sizes(*shape, "first-layer", self.granularity)
+                sizes = masks.layer_sizes(*shape, "first-layer", step)
                 return sizes, "first-layer"
             except ValueError:  # too small a budget for a whole first layer
                 pass
         allocation = allocation or "uniform"
         costs = self.sensitivity if allocation == "sensitivity" else None
-        sizes = masks.layer_sizes(*shape, allocation, self.granularity, costs)
+        sizes = masks.layer_sizes(*shape, allocation, step, costs)
         return sizes, allocation
 
     def _predict(self, tokens: list[int]) -> mx.array:

@@ -1,6 +1,7 @@
 """Masking and slicing, side by side: the same channels, the same result."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .masks import Selection
+from .masks import Selection, check_multiple
 
 TESTED = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3_text")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -162,7 +163,7 @@ def slice_model(model: nn.Module, selection: Selection) -> None:
         selection: made for this model.
 
     Raises:
-        ValueError: if a quantised ``down_proj`` would be cut inside a group.
+        ValueError: as :func:`slice_ffn`.
     """
     fill_model(model, lambda ffn, _, index: slice_ffn(ffn, index), selection)
 
@@ -194,17 +195,25 @@ def fill_model(
         model.args.intermediate_size = selection.target_size
 
 
-def slice_ffn(ffn: nn.Module, index: mx.array) -> None:
+def slice_ffn(ffn: nn.Module, index: mx.array, *, requantise: bool = True) -> None:
     """Keep the channels ``index`` of one FFN, in place.
+
+    Quantised or not, this loses nothing as long as whole groups of ``down_proj`` are
+    kept. Where the selection cuts its groups, ``down_proj`` is dequantised, sliced
+    and quantised again, which does lose (:func:`cuts_groups` tells beforehand).
 
     Args:
         ffn: has ``gate_proj`` and ``up_proj`` ``[F, D]`` and ``down_proj`` ``[D, F]``.
         index: int32 ``[k]``, sorted.
+        requantise: ``False`` leaves a ``down_proj`` whose groups are cut dequantised.
+
+    Raises:
+        ValueError: if ``k`` channels do not make whole quantisation groups.
     """
     if index.size < ffn.gate_proj.weight.shape[0]:
+        _keep_columns(ffn, index, requantise)
         _keep_rows(ffn.gate_proj, index)
         _keep_rows(ffn.up_proj, index)
-        _keep_columns(ffn.down_proj, index)
 
 
 def scale_channels(ffn: nn.Module, gate: mx.array) -> None:
@@ -238,10 +247,19 @@ def group_size(model: nn.Module) -> int:
     """Return how many channels must be selected together: the quantisation group
     along ``F`` of ``down_proj``, or 1 when it is not quantised.
     """
-    sizes = {
-        getattr(ffn.module.down_proj, "group_size", 1) for ffn in ffn_layers(model)
-    }
-    return max(sizes)
+    return math.lcm(*group_sizes(model))
+
+
+def group_sizes(model: nn.Module) -> list[int]:
+    """Return every layer's quantisation group along ``F``; 1 is not quantised."""
+    return [getattr(ffn.module.down_proj, "group_size", 1) for ffn in ffn_layers(model)]
+
+
+def cuts_groups(index: mx.array, group: int, channels: int) -> bool:
+    """Whether keeping ``index``, int32 ``[k]``, of ``channels`` takes a quantisation
+    group of ``down_proj`` apart, so that it must be quantised again.
+    """
+    return index.size < channels and not _is_whole_blocks(index, group)
 
 
 def _keep_rows(linear: nn.Module, index: mx.array) -> None:
@@ -251,22 +269,42 @@ def _keep_rows(linear: nn.Module, index: mx.array) -> None:
             linear[name] = linear[name][index]
 
 
-def _keep_columns(linear: nn.Module, index: mx.array) -> None:
+def _keep_columns(ffn: nn.Module, index: mx.array, requantise: bool) -> None:
+    linear = ffn.down_proj
     if not isinstance(linear, nn.QuantizedLinear):
         linear.weight = linear.weight[:, index]
         return
     group = linear.group_size
     if not _is_whole_blocks(index, group):
-        raise ValueError(
-            f"down_proj is quantised in groups of {group} channels, which the "
-            f"selection cuts; select with granularity {group}."
-        )
+        ffn.down_proj = _cut_groups(linear, index, requantise)
+        return
     blocks = index[::group] // group
     rows, groups = linear.scales.shape
     for name in ("weight", "scales", "biases"):
         if name in linear:
             grouped = linear[name].reshape(rows, groups, -1)
             linear[name] = grouped[:, blocks].reshape(rows, -1)
+
+
+def _cut_groups(
+    linear: nn.QuantizedLinear, index: mx.array, requantise: bool
+) -> nn.Module:
+    """Return the columns ``index`` of a quantised ``down_proj`` as another linear."""
+    how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+    if requantise and index.size % linear.group_size:
+        channels = linear.scales.shape[1] * linear.group_size
+        check_multiple(index.size, linear.group_size, channels)
+    whole = mx.dequantize(linear.weight, linear.scales, linear.get("biases"), **how)
+    if requantise:
+        linear.weight, linear.scales, *biases = mx.quantize(whole[:, index], **how)
+        if biases:
+            linear.biases = biases[0]
+        return linear
+    cut = nn.Linear(1, 1, bias=False)
+    cut.weight = whole[:, index]
+    if "bias" in linear:
+        cut.bias = linear.bias
+    return cut
 
 
 def _is_whole_blocks(index: mx.array, group: int) -> bool:

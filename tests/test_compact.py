@@ -1,13 +1,16 @@
+import contextlib
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from conftest import FAMILIES, relative_error, run_command, write_folder
 
 import ifp_mlx.compact
 from ifp_mlx import Selection, load
 from ifp_mlx.compact import Quantisation, main, write_compact
-from ifp_mlx.pruning import ffn_layers
+from ifp_mlx.pruning import ffn_layers, mask_model, set_masks
+from ifp_mlx.sensitivity import calibration_texts
 
 TOKENS = mx.array([[5, 9, 77, 200, 13]])
 
@@ -120,6 +123,127 @@ def test_a_quantised_source_stays_quantised(tmp_path):
     assert mx.array_equal(stock(TOKENS), quantised.compact(selection)(TOKENS))
     with pytest.raises(ValueError, match="q is quantised already; leave out -q"):
         write_compact(quantised, selection, tmp_path / "out2", quantisation=how)
+
+
+MIXED = {
+    "model.layers.0.mlp.down_proj": {"group_size": 128, "bits": 3, "mode": "affine"},
+    "model.layers.1.mlp.gate_proj": {"group_size": 32, "bits": 8, "mode": "affine"},
+    "model.layers.2.mlp.down_proj": False,
+    "lm_head": False,
+}
+
+
+def write_quantised(folder, mode="affine", group=64, bits=4, mixed=False):
+    """Write a folder as mlx_lm.convert -q does, with parameters per path if mixed."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    shape = {"intermediate_size": 512, "hidden_size": 128, "head_dim": 32}
+    write_folder(folder, **shape)
+    model, config = load_model(folder)
+
+    def params(path, module):
+        how = {"group_size": group, "bits": bits, "mode": mode}
+        return MIXED.get(path, how) if hasattr(module, "to_quantized") else False
+
+    predicate = params if mixed else None
+    with contextlib.redirect_stdout(None):  # it prints
+        model, config = quantize_model(
+            model, config, group, bits, mode, quant_predicate=predicate
+        )
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        ({}, 64),
+        ({"mixed": True}, 128),
+        ({"mode": "mxfp4", "group": 32}, 32),
+        ({"mode": "nvfp4", "group": 16}, 16),
+        ({"mode": "mxfp8", "group": 32, "bits": 8}, 32),
+    ],
+)
+def test_a_quantised_folder_is_sliced_exactly_and_stock_mlx_lm_loads_it(
+    how, step, tmp_path, capsys
+):
+    import mlx_lm
+
+    source = write_quantised(tmp_path / "q", **how)
+    given = ["--model", source, "--instruction", "Hi", "--target-size", step * 2]
+    status, out, err = run_command(
+        main, capsys, *given, "--mlx-path", tmp_path / "out", "--json"
+    )
+    report = json.loads(out)
+    assert status == 0 and report["layers"] == [step * 2] * 3
+    assert report["down_proj"] == "whole groups" and not report["requantisation_kl"]
+    assert "whole quantisation groups, nothing is lost" in err
+    stock, _ = mlx_lm.load(str(tmp_path / "out"))
+    selection = Selection.load(tmp_path / "out" / "mask.safetensors")
+    masked = load(source)[0].dense()
+    set_masks(mask_model(masked), selection.mask())
+    assert relative_error(stock(TOKENS), masked(TOKENS)) <= 1e-5
+    assert "| Down_proj | whole groups |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_finer_choice_requantises_and_the_card_says_what_that_costs(tmp_path, capsys):
+    import mlx_lm
+
+    source = write_quantised(tmp_path / "q")
+    given = ["--model", source, "--instruction", "Hi", "--keep", "0.5", "--json"]
+    out = tmp_path / "out"
+    status, line, err = run_command(
+        main, capsys, *given, "--granularity", "1", "--mlx-path", out
+    )
+    report = json.loads(line)
+    assert status == 0 and report["layers"] == [256] * 3
+    assert report["down_proj"] == "requantised"
+    cost = report["requantisation_kl"]
+    assert 0 < cost and f"that costs a KL of {cost:.4g} nats per token" in err
+    card = (out / "README.md").read_text()
+    assert f"| Requantisation KL | {cost:.4g} nats per token |" in card
+    assert "| Requantised layers | 3 |" in card
+
+    model, _ = load(source)
+    selection = Selection.load(out / "mask.safetensors")
+    compact = model.compact(selection)
+    stock, _ = mlx_lm.load(str(out))
+    assert mx.array_equal(stock(TOKENS), compact(TOKENS))
+    # The same figure from the definition: all of it anew, the masked model as p.
+    masked = model.dense()
+    set_masks(mask_model(masked), selection.mask())
+    nats, count = 0.0, 0
+    for tokens in calibration_texts(model):
+        p, q = (
+            nn.log_softmax(m(mx.array([tokens]))[0], axis=-1) for m in (masked, compact)
+        )
+        nats += float((mx.exp(p) * (p - q)).sum())
+        count += len(tokens)
+    assert cost == pytest.approx(nats / count, rel=0.01)
+
+
+def test_the_width_of_a_finer_choice_is_still_whole_groups(tmp_path, capsys):
+    source = write_quantised(tmp_path / "q")
+    given = ["--model", source, "--instruction", "Hi", "--mlx-path", tmp_path / "out"]
+    mistakes = {
+        "target_size=100 is not a multiple of the group of 64 channels; use 64 or 128.": [
+            "--granularity", "1", "--target-size", "100",
+        ],
+        "granularity=7 does not divide the 512 channels of a layer; use 1, or 64": [
+            "--granularity", "7",
+        ],
+    }  # fmt: skip
+    for sentence, arguments in mistakes.items():
+        status, _, err = run_command(main, capsys, *given, *arguments)
+        assert status == 2 and sentence in err and err.count("\n") == 1
+    model, _ = load(source)
+    mask = Selection((mx.arange(100),) * 3, None, 512)
+    mask.save(tmp_path / "mask")
+    given = ["--model", source, "--mask-file", tmp_path / "mask"]
+    status, _, err = run_command(main, capsys, *given, "--mlx-path", tmp_path / "out")
+    assert status == 2 and "target_size=100 is not a multiple" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_says_what_it_is_and_where_it_comes_from(tmp_path):

@@ -4,6 +4,7 @@ import json
 import mlx.core as mx
 import pytest
 from conftest import run_command, write_folder
+from test_compact import write_quantised
 from test_store import change_weights, overlapping, truncated, write_index
 
 from ifp_mlx import Selection, generate, load, stream_generate
@@ -120,6 +121,19 @@ def test_the_command_ends_with_one_line_of_json(opened, capsys, tmp_path):
     )
     assert json.loads(again.splitlines()[-1])["selection"] == selection
     assert json.loads(again.splitlines()[-1])["text"] == report["text"]
+
+
+def test_the_command_says_how_a_quantised_down_proj_was_sliced(tmp_path, capsys):
+    source = write_quantised(tmp_path / "q")
+    given = ["--model", source, "-p", "Hello", "-m", "2", "--keep", "0.5", "--json"]
+    for granularity, word in ((64, "whole groups"), (1, "requantised")):
+        status, out, err = run_command(
+            main, capsys, *given, "--granularity", granularity
+        )
+        assert status == 0
+        assert json.loads(out.splitlines()[-1])["down_proj"] == word
+        assert ("nothing is lost" in err) == (word == "whole groups")
+        assert ("quantised again" in err) == (word == "requantised")
 
 
 def test_sampling_follows_the_seed(opened, capsys):

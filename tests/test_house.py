@@ -22,6 +22,7 @@ IDS = [str(path.relative_to(ROOT)) for path in MODULES]
 NOTHING: set[str] = set()
 MAY_IMPORT = {
     "atomic": NOTHING,
+    "config": NOTHING,
     "masks": NOTHING,
     "predictor": NOTHING,
     "data": NOTHING,
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "selectors": {"masks", "pruning"},
     "store": {"masks", "pruning"},
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
-    | {"compensation"},
+    | {"compensation", "config"},
     "cli": {"masks", "selectors"},
     "compensation": {"masks", "pruning"},
     "serving.errors": NOTHING,
@@ -39,7 +40,8 @@ MAY_IMPORT = {
     "serving.lanes": {"masks", "serving.errors", "serving.events"}
     | {"serving.requests", "serving.worker"},
     "generate": {"masks", "data", "selectors", "model", "cli"},
-    "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"},
+    "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"}
+    | {"requantisation"},
     "__init__": {"masks", "model", "generate"},
 }
 # Who may take parts out of a room of the package.

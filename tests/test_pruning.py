@@ -10,10 +10,12 @@ from mlx.utils import tree_flatten
 from ifp_mlx.masks import Selection, layer_sizes, select
 from ifp_mlx.pruning import (
     MaskedFFN,
+    cuts_groups,
     dense_shape,
     ffn_layers,
     fill_model,
     group_size,
+    group_sizes,
     mask_model,
     set_masks,
     slice_ffn,
@@ -167,12 +169,115 @@ def test_soft_gates_fold_into_affine_quantisation_and_are_refused_elsewhere():
         slice_model(quantised("mxfp4"), selection)
 
 
-def test_a_cut_through_a_quantisation_group_is_refused():
-    model = tiny_model("llama", intermediate_size=64, hidden_size=64)
+AFFINE = [(b, g, "affine") for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
+OTHER_MODES = [(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")]
+
+
+def random_ffn(seed, channels, width=128):
+    ffn = tiny_model("llama").layers[0].mlp
+    rng = np.random.default_rng(seed)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        shape = (width, channels) if name == "down_proj" else (channels, width)
+        # Groups of very different sizes, or a mix-up of their scales would not show.
+        values = rng.normal(size=shape) * np.exp(rng.normal(size=(shape[0], 1)))
+        ffn[name].weight = mx.array(values.astype(np.float32))
+    return ffn
+
+
+def parameters_of(module):
+    return dict(tree_flatten(module.parameters()))
+
+
+def assert_bit_identical(found, expected):
+    found, expected = parameters_of(found), parameters_of(expected)
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert weight.dtype == expected[name].dtype
+        assert mx.array_equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize(("bits", "group", "mode"), AFFINE + OTHER_MODES)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_slicing_whole_groups_and_quantising_commute_bit_for_bit(
+    bits, group, mode, data
+):
+    groups = data.draw(st.integers(2, 6), label="groups")
+    kept = data.draw(
+        st.lists(st.integers(0, groups - 1), min_size=1, max_size=groups - 1, unique=1),
+        label="kept groups",
+    )
+    blocks = np.array(sorted(kept))[:, None] * group + np.arange(group)
+    index = mx.array(blocks.ravel().astype(np.int32))
+    dtype = data.draw(st.sampled_from([mx.float32, mx.bfloat16]), label="dtype")
+    seed = data.draw(st.integers(0, 99), label="seed")
+    ffns = [random_ffn(seed, groups * group) for _ in range(2)]
+    for ffn in ffns:
+        ffn.set_dtype(dtype)
+    nn.quantize(ffns[0], group, bits, mode=mode)
+    slice_ffn(ffns[0], index)
+    slice_ffn(ffns[1], index)
+    nn.quantize(ffns[1], group, bits, mode=mode)
+    assert_bit_identical(*ffns)
+
+
+@pytest.mark.parametrize(("bits", "group", "mode"), AFFINE[-3:] + OTHER_MODES)
+def test_a_selection_that_cuts_groups_quantises_down_proj_again(bits, group, mode):
+    ffn = random_ffn(0, 2 * group)
+    nn.quantize(ffn, group, bits, mode=mode)
+    index = mx.arange(0, 2 * group, 2)
+    assert cuts_groups(index, group, 2 * group)
+    rows = [ffn.gate_proj.weight[index], ffn.up_proj.scales[index]]
+    how = {"group_size": group, "bits": bits, "mode": mode}
+    down = ffn.down_proj
+    whole = mx.dequantize(down.weight, down.scales, down.get("biases"), **how)
+    expected = mx.quantize(whole[:, index], **how)
+    slice_ffn(ffn, index)
+    assert mx.array_equal(ffn.gate_proj.weight, rows[0])
+    assert mx.array_equal(ffn.up_proj.scales, rows[1])
+    found = [down[name] for name in ("weight", "scales", "biases") if name in down]
+    assert len(found) == len(expected)
+    assert all(map(mx.array_equal, found, expected))
+
+
+def test_a_cut_down_proj_can_stay_dequantised():
+    ffn = random_ffn(0, 64)
+    nn.quantize(ffn, 32, 4)
+    down, index = ffn.down_proj, mx.arange(3, 8)
+    whole = mx.dequantize(down.weight, down.scales, down.biases, 32, 4)
+    slice_ffn(ffn, index, requantise=False)
+    assert type(ffn.down_proj) is nn.Linear
+    assert mx.array_equal(ffn.down_proj.weight, whole[:, index])
+
+
+def test_channels_that_fill_no_whole_group_are_refused_with_the_nearest_number():
+    model = tiny_model("llama", intermediate_size=128, hidden_size=64)
     nn.quantize(model, 32, 4)
-    for index in (mx.arange(16), mx.arange(16, 48), mx.arange(0, 64, 2)):
-        with pytest.raises(ValueError, match="groups of 32 channels.*granularity 32"):
-            slice_model(model, Selection((index,) * 3, None, 64))
+    for size, valid in ((16, "32"), (40, "32 or 64"), (100, "96 or 128")):
+        with pytest.raises(ValueError, match=f"target_size={size} .*; use {valid}."):
+            slice_model(model, Selection((mx.arange(size),) * 3, None, 128))
+
+
+def test_only_what_takes_a_group_apart_cuts_it():
+    whole = mx.concatenate([mx.arange(32, 64), mx.arange(96, 128)])
+    assert not cuts_groups(whole, 32, 128) and cuts_groups(whole, 64, 128)
+    assert not cuts_groups(mx.array([3, 5, 9]), 1, 128)
+    assert cuts_groups(mx.arange(16, 48), 32, 128)
+    assert not cuts_groups(mx.arange(100), 64, 100)  # everything is kept
+
+
+def test_layers_may_be_quantised_in_groups_of_their_own():
+    model = tiny_model("llama", intermediate_size=256, hidden_size=128)
+    groups = {0: 32, 1: 128}
+
+    def params(path, module):
+        layer = int(path.split(".")[2]) if ".layers." in path else -1
+        if layer in groups and path.endswith("_proj") and ".mlp." in path:
+            return {"group_size": groups[layer], "bits": 4}
+        return False
+
+    nn.quantize(model, class_predicate=params)
+    assert group_sizes(model) == [32, 128, 1] and group_size(model) == 128
 
 
 def test_progress_sees_every_layer():
