@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "pruning": {"masks"},
     "selectors": {"masks", "pruning"},
     "store": {"masks", "pruning"},
+    "footprint": {"masks", "pruning"},
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
     | {"compensation", "config"},
     "cli": {"masks", "selectors"},

@@ -9,12 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..data import Prompt
+from ..footprint import Footprint, model_bytes
 from ..masks import Selection
 from ..model import IFPModel
-from ..pruning import ffn_layers
 from .errors import Cancelled, OutOfMemory, UnknownTask
 from .events import CancelToken, Progress, Stage, Task
 from .lanes import mask_figures
@@ -44,9 +43,7 @@ class Shelf:
         self.residents = Residents(model, budget)
         self.named: dict[str, Selection] = {}
         self._remembered: OrderedDict[Any, Selection] = OrderedDict()
-        dense = model.dense()
-        self._core_bytes, self._channel_bytes = weights_of(dense)
-        self._kv_bytes = kv_bytes_per_token(model, dense)
+        self.footprint = Footprint.of(model)
 
     def select(
         self, choice: Choice, messages: Prompt, emit: Emit, stop: CancelToken
@@ -140,7 +137,7 @@ class Shelf:
 
     def weigh(self, selection: Selection) -> int:
         """Return the bytes of a selection's compact model, without loading it."""
-        return self._core_bytes + round(self._channel_bytes * sum(selection.sizes))
+        return self.footprint.compact_bytes(selection)
 
     def check_limit(self, selection: Selection, tokens: int = 0) -> int:
         """Return the bytes of the KV cache of a request.
@@ -152,7 +149,7 @@ class Shelf:
         Raises:
             OutOfMemory: if they and the compact model exceed the limit.
         """
-        kv_bytes = self._kv_bytes * tokens
+        kv_bytes = self.footprint.kv_bytes(tokens)
         needed = self.weigh(selection) + kv_bytes
         if self._limit is not None and needed > self._limit:
             raise OutOfMemory(
@@ -198,29 +195,6 @@ class Residents:
     def clear(self) -> None:
         """Let all of them go."""
         self._models.clear()
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights, read or not."""
-    return sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
-
-
-def weights_of(dense: nn.Module) -> tuple[int, float]:
-    """Return the bytes of all but the FFN channels, and of one channel of one layer."""
-    ffns = [model_bytes(ffn.module) for ffn in ffn_layers(dense)]
-    width = ffn_layers(dense)[0].module.gate_proj.weight.shape[0]
-    return model_bytes(dense) - sum(ffns), sum(ffns) / len(ffns) / width
-
-
-def kv_bytes_per_token(model: IFPModel, dense: nn.Module) -> int:
-    """Return what one token adds to the KV cache of all layers, in bytes."""
-    config = model.config
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    width = config.get("head_dim") or (
-        config["hidden_size"] // config["num_attention_heads"]
-    )
-    norms = (w for name, w in tree_flatten(dense.parameters()) if "norm" in name)
-    return 2 * model.layers * heads * width * next(norms).dtype.size
 
 
 def reporting(
