@@ -1,263 +1,90 @@
-"""What a selection costs in quality: teacher-forced, beside the dense model.
+"""What a selection costs in quality, beside the dense model and its alternatives.
 
-Every row is a conversation whose last message is the reference answer. The dense model
-and the pruned one read the same prompt and the same answer, token by token, and are
-compared at each answer token:
+Three kinds of evidence, each from its own option:
 
-- nll: of the reference answer under the pruned model, nats per token;
-- kl: from the dense model's next-token distribution to the pruned one's, nats;
-- agreement: how often both would have chosen the same token.
+- `--data`: teacher-forced. Every row is a conversation whose last message is the
+  reference answer. The dense model and the pruned one read the same prompt and the
+  same answer, token by token, and are compared at each answer token. The prompt is
+  read by the pruned model too, as `generate` does it, or by the dense one
+  (`--prefill dense`), as GRIFFIN does it.
+- `--harness`: tasks of lm-evaluation-harness, with one mask for each request or task.
+- `--answers`: questions whose answers can be checked: generated, then judged.
 
-The prompt is read by the pruned model too, as `generate` does it, or by the dense one
-(`--prefill dense`), as GRIFFIN does it. Means are taken over rows, then over files, so
-that every file (a family of tasks) counts the same.
+With `--output` everything measured is kept row by row, and a stopped run goes on.
 """
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 from tqdm import tqdm
 
 from . import cli
-from .data import Message, tokenize
-from .masks import Allocation
+from .atomic import new_file
+from .evaluation.log import Log
+from .evaluation.picture import draw
+from .evaluation.report import first_setting, report, summary
+from .evaluation.rows import Row, read_rows
+from .evaluation.sweep import KEY, Arm, arms_of, measure, rivals_of, time_arms
+from .evaluation.teacher import METRICS, Evaluator, Setting
 from .model import IFPModel, load
-from .pruning import MaskedFFN, mask_model, set_masks
 
-METRICS = ("nll", "kl", "agreement")
+__all__ = ["METRICS", "Evaluator", "Row", "Setting", "evaluate", "main", "read_rows"]
 
-# setting → file → metric → one value a row
-Results = dict["Setting", dict[str, dict[str, list[float]]]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: token ids of the prompt, template included, and of the answer."""
-
-    prompt: list[int]
-    answer: list[int]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of selecting, to be compared with others."""
-
-    selector: str
-    keep: float
-    allocation: Allocation
-
-
-def read_rows(
-    path: Path,
-    tokenizer: Any,
-    *,
-    limit: int | None = None,
-    answer_tokens: int | None = None,
-) -> list[Row]:
-    """Read a JSONL file of mlx-lm's formats: chat (``messages``, the last one the
-    answer), completions (``prompt``, ``completion``) or plain ``text``, whose second
-    half is the answer to its first and which no chat template touches.
-
-    Args:
-        path: the file.
-        tokenizer: mlx-lm's.
-        limit: rows to take from the start; ``None`` takes all.
-        answer_tokens: compare this many tokens of an answer at most.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line has neither format.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no data file {path}.")
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines[:limit], start=1):
-        try:
-            row = _read_row(json.loads(line), tokenizer)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(
-                f"Line {number} of {path} is no example: give messages that end with "
-                "an assistant's, or prompt and completion, or text."
-            ) from error
-        rows.append(Row(row.prompt, row.answer[:answer_tokens]))
-    return [row for row in rows if row.prompt and row.answer]
-
-
-def _read_row(example: dict[str, Any], tokenizer: Any) -> Row:
-    if "text" in example:
-        tokens = list(tokenizer.encode(example["text"]))
-        return Row(tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :])
-    prompt, answer = _split(example)
-    tokens = list(tokenizer.encode(answer, add_special_tokens=False))
-    return Row(tokenize(tokenizer, prompt), tokens)
-
-
-def _split(example: dict[str, Any]) -> tuple[list[Message], str]:
-    if "messages" not in example:
-        prompt = {"role": "user", "content": example["prompt"]}
-        return [prompt], example["completion"]
-    *prompt_messages, answer = example["messages"]
-    if answer["role"] != "assistant" or not prompt_messages:
-        raise ValueError("no answer")
-    return prompt_messages, answer["content"]
-
-
-class Evaluator:
-    """Holds one model whose masks change, so that nothing is loaded twice.
-
-    Masked and sliced logits are equal by test, which makes this the quality of the
-    compact model.
-
-    Args:
-        model: from :func:`ifp_mlx.load`; its dense weights stay in memory here.
-        dense_prefill: whether the prompt is read by the dense model.
-    """
-
-    def __init__(self, model: IFPModel, *, dense_prefill: bool = False) -> None:
-        self.model = model
-        self.dense_prefill = dense_prefill
-        self._dense = model.dense()
-        self._masked: list[MaskedFFN] = mask_model(self._dense)
-        self._ones = mx.ones((model.layers, 1))
-
-    def reference(self, row: Row) -> mx.array:
-        """Return the dense model's log-probabilities at the answer, ``[A, V]``."""
-        return self._log_probabilities(row, self._ones, self._ones)
-
-    def measure(
-        self, row: Row, mask: mx.array, reference: mx.array
-    ) -> dict[str, float]:
-        """Return the metrics of one row.
-
-        Args:
-            row: ``A`` answer tokens.
-            mask: ``[L, F]``.
-            reference: from :meth:`reference`, ``[A, V]``.
-        """
-        before = self._ones if self.dense_prefill else mask
-        found = self._log_probabilities(row, before, mask)
-        truth = mx.array(row.answer)[:, None]
-        kl = (mx.exp(reference) * (reference - found)).sum(axis=-1)
-        same = found.argmax(axis=-1) == reference.argmax(axis=-1)
-        return {
-            "nll": float(-mx.take_along_axis(found, truth, axis=-1).mean()),
-            "kl": float(kl.mean()),
-            "agreement": float(same.astype(mx.float32).mean()),
-        }
-
-    def masks(
-        self, row: Row, settings: Sequence[Setting], seed: int = 0
-    ) -> Iterator[tuple[Setting, mx.array]]:
-        """Yield each setting's mask, ``[L, F]``; a selector scores the row once."""
-        model = self.model
-        scores: dict[str, mx.array] = {}
-        for setting in settings:
-            name = setting.selector
-            if name not in scores:
-                set_masks(self._masked, self._ones)
-                scores[name] = model.scores(
-                    row.prompt, name, seed=seed, dense=self._dense
-                )
-            selection = model.select(
-                row.prompt,
-                keep=setting.keep,
-                selector=name,
-                allocation=setting.allocation,
-                scores=scores[name],
-            )
-            yield setting, selection.mask()
-
-    def _log_probabilities(
-        self, row: Row, before: mx.array, after: mx.array
-    ) -> mx.array:
-        """Return ``[A, V]``, one mask holding for the prompt, one for the answer.
-
-        The prompt's last token, which gives the first answer token, belongs to the
-        prompt.
-        """
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache = make_prompt_cache(self._dense)
-        set_masks(self._masked, before)
-        logits = [self._dense(mx.array(row.prompt)[None], cache=cache)[0, -1:]]
-        mx.eval(logits, [layer.state for layer in cache])
-        if len(row.answer) > 1:
-            set_masks(self._masked, after)
-            logits += [self._dense(mx.array(row.answer[:-1])[None], cache=cache)[0]]
-        found = mx.concatenate(logits).astype(mx.float32)
-        log_probabilities = nn.log_softmax(found, axis=-1)
-        mx.eval(log_probabilities)
-        return log_probabilities
+PAGE, DATA, PICTURE = "report.md", "results.json", "quality.png"
+SPEED_TOKENS = 16
 
 
 def evaluate(
     model: IFPModel,
     files: dict[str, list[Row]],
-    settings: Sequence[Setting],
+    settings: list[Setting],
     *,
-    dense_prefill: bool = False,
+    folder: Path | None = None,
+    alternatives: bool = False,
+    smaller_model: str | None = None,
+    speed_tokens: int = 0,
     seed: int = 0,
     progress: Any = iter,
-) -> Results:
-    """Measure every setting on every row.
+) -> list[Arm]:
+    """Measure every setting on every row, and the alternatives to selecting.
 
     Args:
         model: from :func:`ifp_mlx.load`.
         files: rows by the name of their file.
         settings: what to compare.
-        dense_prefill: whether the prompt is read by the dense model.
+        folder: where results are kept, so that a stopped run goes on.
+        alternatives: measure the dense model quantised to about each setting's size.
+        smaller_model: measure this model too, a folder or hub id.
+        speed_tokens: decode so many for the speed; 0 measures none.
         seed: of the selector ``random``.
-        progress: wraps the iteration over rows.
+        progress: wraps the iterations over rows and over turns.
 
     Returns:
-        For each setting and file, each metric's value on every row.
+        The dense model, the settings and the alternatives, measured.
+
+    Raises:
+        ValueError: if ``folder`` was begun with other settings.
     """
-    evaluator = Evaluator(model, dense_prefill=dense_prefill)
-    results: Results = {
-        setting: {name: {m: [] for m in METRICS} for name in files}
-        for setting in settings
+    about = {
+        "model": model.name,
+        "fingerprint": [round(float(x), 4) for x in model.fingerprint[:8]],
+        "seed": seed,
+        "versions": {name: version(name) for name in ("ifp_mlx", "mlx", "mlx-lm")},
     }
-    rows = [(name, row) for name, rows in files.items() for row in rows]
-    for name, row in progress(rows):
-        reference = evaluator.reference(row)
-        for setting, mask in evaluator.masks(row, settings, seed):
-            found = evaluator.measure(row, mask, reference)
-            for metric, value in found.items():
-                results[setting][name][metric].append(value)
-    return results
-
-
-def summary(results: Results) -> dict[Setting, dict[str, float]]:
-    """Return the macro mean of every metric: over rows, then over files."""
-    return {
-        setting: {
-            metric: float(np.mean([np.mean(values[metric]) for values in files]))
-            for metric in METRICS
-        }
-        for setting, by_name in results.items()
-        for files in [list(by_name.values())]
-    }
-
-
-def table(results: Results) -> str:
-    """Return the summary as a Markdown table."""
-    head = "| selector | keep | allocation | NLL | KL to dense | agreement |"
-    rows = [head, "|---|---|---|---|---|---|"]
-    for setting, mean in summary(results).items():
-        rows.append(
-            f"| {setting.selector} | {setting.keep:g} | {setting.allocation} "
-            f"| {mean['nll']:.3f} | {mean['kl']:.3f} | {mean['agreement']:.1%} |"
-        )
-    return "\n".join(rows)
+    log = Log(folder, about, KEY)
+    row = next(iter(files.values()))[0]
+    arms = arms_of(model, settings, [], row)
+    sizes = {arm.bytes for arm in arms[1:]} if alternatives else ()
+    rivals = rivals_of(model, sizes, smaller_model)
+    arms = arms_of(model, settings, rivals, row)
+    measure(model, files, arms, rivals, log, seed=seed, progress=progress)
+    time_arms(model, arms, rivals, row, speed_tokens, progress=progress)
+    return arms
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -269,8 +96,9 @@ def build_parser() -> cli.Parser:
     """Return the command's parser."""
     parser = cli.Parser(
         prog="ifp_mlx.evaluate",
-        description="Compare selectors, keeps and allocations with the dense model on "
-        "prompts with reference answers.",
+        description="Compare selectors, keeps and allocations with the dense model: on "
+        "reference answers, on tasks of lm-evaluation-harness, or on answers that can "
+        "be checked.",
     )
     cli.add_model_option(parser)
     add = parser.add_argument
@@ -284,8 +112,23 @@ def build_parser() -> cli.Parser:
     add(
         "--prefill",
         choices=("compact", "dense"),
-        default="compact",
-        help="which model reads the prompt; default: %(default)s",
+        nargs="+",
+        default=["compact"],
+        help="which model reads the prompt, or both in turn; default: compact",
+    )
+    add("--output", type=Path, metavar="FOLDER", help="keep results here, and go on")
+    add(
+        "--no-alternatives",
+        dest="alternatives",
+        action="store_false",
+        help="with --output: leave out the dense model quantised to the same sizes",
+    )
+    add("--smaller-model", metavar="M", help="a smaller dense model to measure beside")
+    add(
+        "--speed-tokens",
+        type=int,
+        default=SPEED_TOKENS,
+        help="with --output: decode so many to time it, 0 for none; default %(default)s",
     )
     add("--seed", type=int, default=0, help="of the selector random")
     add("--json", action="store_true", help="end with one line of JSON on stdout")
@@ -293,35 +136,61 @@ def build_parser() -> cli.Parser:
 
 
 def _command(args: Any) -> None:
+    if "auto" in args.selector:
+        raise ValueError("--selector auto is no setting; name those to compare.")
     model, tokenizer = load(args.model)
-    paths = [Path(name) for name in args.data]
+    files = _files(args, tokenizer)
+    choices = itertools.product(args.prefill, args.selector, args.keep, args.allocation)
+    kept = args.output is not None
+    arms = evaluate(
+        model,
+        files,
+        [Setting(s, keep, a, prefill) for prefill, s, keep, a in choices],
+        folder=args.output,
+        alternatives=kept and args.alternatives,
+        smaller_model=args.smaller_model,
+        speed_tokens=args.speed_tokens if kept else 0,
+        seed=args.seed,
+        progress=partial(tqdm, disable=None, leave=False),
+    )
+    about = {
+        "model": model.name,
+        "rows": {name: len(rows) for name, rows in files.items()},
+        "tokens": args.speed_tokens if kept else 0,
+        "device": str(mx.default_device()),
+        "answer_tokens": args.answer_tokens,
+        "seed": args.seed,
+    }
+    _publish(arms, about, args)
+
+
+def _files(args: Any, tokenizer: Any) -> dict[str, list[Row]]:
     read = partial(
         read_rows,
         tokenizer=tokenizer,
         limit=args.limit,
         answer_tokens=args.answer_tokens,
     )
-    files = {path.stem: read(path) for path in paths}
+    files = {path.stem: read(path) for path in map(Path, args.data)}
     if empty := [name for name, rows in files.items() if not rows]:
         raise ValueError(f"{', '.join(empty)} hold no example; give other files.")
-    choices = itertools.product(args.selector, args.keep, args.allocation)
-    results = evaluate(
-        model,
-        files,
-        [Setting(*choice) for choice in choices],
-        dense_prefill=args.prefill == "dense",
-        seed=args.seed,
-        progress=partial(tqdm, disable=None, leave=False),
-    )
-    counts = ", ".join(f"{name} {len(rows)}" for name, rows in files.items())
-    print(f"{model.name}; rows: {counts}; prompt read by the {args.prefill} model\n")
-    print(table(results))
+    return files
+
+
+def _publish(arms: list[Arm], about: dict[str, Any], args: Any) -> None:
+    page = report(arms, about)
+    first = first_setting(arms)
+    found = about | {
+        "results": [summary(arm, first) | {"rows": arm.rows} for arm in arms]
+    }
+    print(page)
+    if args.output is not None:
+        for name, text in ((PAGE, page), (DATA, json.dumps(found, indent=1))):
+            with new_file(args.output / name) as scratch:
+                scratch.write_text(text + "\n", encoding="utf-8")
+        draw(arms, args.output / PICTURE)
     if args.json:
-        named = [
-            {"setting": setting.__dict__, "mean": mean, "rows": results[setting]}
-            for setting, mean in summary(results).items()
-        ]
-        print(json.dumps({"prefill": args.prefill, "results": named}))
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

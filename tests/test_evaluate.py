@@ -4,17 +4,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import run_command, write_folder
+from mlx.utils import tree_flatten
 
 from ifp_mlx import load
-from ifp_mlx.evaluate import (
-    Evaluator,
-    Row,
-    Setting,
-    evaluate,
-    main,
-    read_rows,
-    summary,
-)
+from ifp_mlx.evaluate import Evaluator, Row, Setting, evaluate, main, read_rows
+from ifp_mlx.evaluation import statistics, sweep
+from ifp_mlx.evaluation.report import summary
+from ifp_mlx.evaluation.rivals import quantised, quantised_bytes, weight_bytes
+from ifp_mlx.evaluation.rows import retokenize, same_tokens
 
 ROW = Row([5, 9, 77, 200], [13, 40, 41])
 HALF = Setting("activation", 0.5, "uniform")
@@ -51,40 +48,45 @@ def test_metrics_are_those_of_the_sliced_model(opened):
 def test_a_dense_prefill_leaves_only_the_answer_to_the_pruned_model(opened):
     model, _ = opened
     mask = model.select(ROW.prompt, keep=0.5, allocation="uniform").mask()
-    compact, dense = Evaluator(model), Evaluator(model, dense_prefill=True)
+    evaluator = Evaluator(model)
     first = Row(ROW.prompt, ROW.answer[:1])  # which the prompt's last token gives
-    reference = dense.reference(first)
-    assert dense.measure(first, mask, reference)["kl"] == pytest.approx(0, abs=1e-6)
-    assert compact.measure(first, mask, reference)["kl"] > 1e-3
-    assert dense.measure(ROW, mask, dense.reference(ROW))["kl"] > 1e-3
+    reference = evaluator.reference(first, keep_cache=True)
+    free = evaluator.measure(first, mask, reference, "dense")
+    assert free["kl"] == pytest.approx(0, abs=1e-6)
+    assert evaluator.measure(first, mask, reference)["kl"] > 1e-3
+    reference = evaluator.reference(ROW, keep_cache=True)
+    found = [evaluator.measure(ROW, mask, reference, "dense") for _ in range(2)]
+    assert found[0]["kl"] > 1e-3 and found[0] == found[1]  # the cache is not used up
+    whole = evaluator.reference(ROW).log_probabilities
+    assert mx.allclose(whole, reference.log_probabilities, atol=1e-5)
 
 
 def test_keeping_everything_costs_nothing(opened):
     model, _ = opened
     whole = Setting("activation", 1.0, "uniform")
-    results = evaluate(model, {"a": [ROW]}, [whole, HALF])
-    mean = summary(results)
-    assert mean[whole]["kl"] == pytest.approx(0, abs=1e-6)
-    assert mean[whole]["agreement"] == 1 and mean[HALF]["kl"] > 0
+    dense, kept, half = evaluate(model, {"a": [ROW]}, [whole, HALF])
+    mean = summary(kept, kept)
+    assert mean["kl"] == pytest.approx(0, abs=1e-6) and mean["agreement"] == 1
+    assert mean["nll"] == pytest.approx(summary(dense, kept)["nll"])
+    assert kept.bytes == dense.bytes > half.bytes
+    assert summary(half, kept)["kl"] > 0
 
 
-def test_scores_are_those_of_an_unmasked_model(opened):
+@pytest.mark.parametrize("selector", ["activation", "blend", "prior", "random"])
+def test_masks_are_those_that_select_gives(opened, selector):
     model, _ = opened
     evaluator = Evaluator(model)
-    settings = [HALF, Setting("activation", 0.25, "uniform")]
+    settings = [Setting(selector, keep, "uniform") for keep in (0.5, 0.25)]
     for _ in range(2):  # the second time after a masked pass
         masks = dict(evaluator.masks(ROW, settings))
         evaluator.measure(ROW, masks[settings[1]], evaluator.reference(ROW))
-        expected = model.select(ROW.prompt, keep=0.5, allocation="uniform")
-        assert mx.array_equal(masks[HALF], expected.mask())
+        options = {"selector": selector, "allocation": "uniform"}
+        expected = model.select(ROW.prompt, keep=0.5, **options)
+        assert mx.array_equal(masks[settings[0]], expected.mask())
 
 
 def test_every_file_counts_the_same():
-    def file(*values):
-        return {metric: list(values) for metric in ("nll", "kl", "agreement")}
-
-    results = {HALF: {"many": file(1.0, 1.0, 1.0), "few": file(3.0)}}
-    assert summary(results)[HALF]["kl"] == 2.0
+    assert statistics.macro_mean({"many": [1.0, 1.0, 1.0], "few": [3.0]}) == 2.0
 
 
 def test_both_formats_are_read(opened, tmp_path):
@@ -113,15 +115,16 @@ def test_the_command_compares_settings(opened, tmp_path, capsys):
     arguments = ["--model", opened[0].path, "--data", file, "--keep", "0.5"]
     status, out, _ = run_command(main, capsys, *arguments, "--json")
     report = json.loads(out.splitlines()[-1])
-    assert status == 0 and "rows: greetings 2; prompt read by the compact model" in out
-    settings = [result["setting"] for result in report["results"]]
+    assert status == 0 and "rows: greetings 2" in out
+    assert "read by the compact model" in out and "by the dense model**" not in out
+    settings = [r["setting"] for r in report["results"] if r["setting"]]
     assert [(s["selector"], s["allocation"]) for s in settings] == [
         ("activation", "uniform"),
         ("activation", "first-layer"),
         ("random", "uniform"),
         ("random", "first-layer"),
     ]
-    assert all(len(r["rows"]["greetings"]["kl"]) == 2 for r in report["results"])
+    assert all(len(r["rows"]["greetings"]) == 2 for r in report["results"])
 
 
 def test_mistakes_are_one_line_and_exit_status_2(opened, tmp_path, capsys):
@@ -135,3 +138,125 @@ def test_mistakes_are_one_line_and_exit_status_2(opened, tmp_path, capsys):
         given = ["--model", opened[0].path, "--data", tmp_path / name]
         status, _, err = run_command(main, capsys, *given)
         assert status == 2 and sentence in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def data(tmp_path):
+    file = tmp_path / "talk.jsonl"
+    rows = [{"prompt": f"Say {word}", "completion": word} for word in ("ho", "hey!")]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def sweep_of(folder, data, output, *more):
+    return ["--model", folder, "--data", data, "--output", output, *more]
+
+
+def test_a_sweep_writes_a_page_figures_and_a_picture(opened, data, tmp_path, capsys):
+    given = sweep_of(opened[0].path, data, tmp_path / "out", "--speed-tokens", "2")
+    given += ["--keep", "0.5", "--selector", "activation", "--prefill", "compact"]
+    status, out, err = run_command(main, capsys, *given, "dense")
+    assert status == 0, err
+    assert (tmp_path / "out/report.md").read_text().strip() == out.strip()
+    for words in ("read by the compact model**", "read by the dense model**", "8 bits"):
+        assert words in out
+    assert (tmp_path / "out/quality.png").stat().st_size > 1000
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert [r["name"] for r in results][0] == "dense" and len(results) == 6
+    assert all(r["tokens_per_second"] > 0 and r["bytes"] > 0 for r in results)
+    first, other = results[1:3]
+    assert first["kl_minus_first"] is None
+    low, high = other["kl_minus_first"]
+    difference = other["kl"] - first["kl"]
+    assert low - 1e-9 <= difference <= high + 1e-9
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(
+    opened, data, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    given = sweep_of(opened[0].path, data, out, "--speed-tokens", "0", "--json")
+    _, whole, _ = run_command(main, capsys, *given)
+    lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
+    (out / "rows.jsonl").write_text("".join(lines[:-3]) + lines[-3][:20])  # killed
+    read = []
+    reference = Evaluator.reference
+
+    def counted(self, row, **options):
+        read.append(row)
+        return reference(self, row, **options)
+
+    monkeypatch.setattr(Evaluator, "reference", counted)
+    _, again, _ = run_command(main, capsys, *given)
+    assert len(read) == 1  # only the row that is incomplete
+    figures = [json.loads(text.splitlines()[-1])["results"] for text in (whole, again)]
+    assert figures[0] == figures[1]
+    run_command(main, capsys, *given)
+    assert len(read) == 1  # nothing was left to measure
+
+
+def test_results_of_another_model_are_not_mixed(opened, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    other = write_folder(tmp_path / "other", seed=5)
+    run_command(main, capsys, *sweep_of(opened[0].path, data, out, "--no-alternatives"))
+    status, _, err = run_command(main, capsys, *sweep_of(other, data, out))
+    assert status == 2 and "was begun with model 'tiny', not 'other'" in err
+
+
+def test_the_size_of_a_quantised_rival_is_foretold(opened):
+    model, _ = opened
+    for bits in (8, 4, 3):
+        foretold = quantised_bytes(model.dense(), bits)
+        halves = {mx.float32: 2, mx.uint32: 4}
+        arrays = dict(tree_flatten(quantised(model, bits).model.parameters())).values()
+        assert foretold == sum(a.size * halves[a.dtype] for a in arrays)
+    assert weight_bytes(model.dense()) > foretold
+
+
+def test_a_selection_has_the_size_of_its_compact_model(opened):
+    model, _ = opened
+    compact = model.compact(model.select([5, 6], keep=0.25, allocation="uniform"))
+    (_, arm) = sweep.arms_of(model, [Setting("random", 0.25, "uniform")], [], ROW)
+    assert arm.bytes == weight_bytes(compact)
+
+
+def test_a_smaller_model_with_the_same_tokens_has_a_kl(opened, data, tmp_path, capsys):
+    small = write_folder(tmp_path / "small", num_hidden_layers=2)
+    given = ["--model", opened[0].path, "--data", data, "--smaller-model", small]
+    _, out, _ = run_command(main, capsys, *given, "--json")
+    last = json.loads(out.splitlines()[-1])["results"][-1]
+    assert last["name"] == "dense, small" and last["kl"] > 0
+    assert "NLL per byte" not in out
+
+
+def test_a_smaller_model_with_other_tokens_is_compared_by_bytes(
+    opened, data, tmp_path, capsys
+):
+    small = write_folder(tmp_path / "small", vocab_size=260)
+    text = (small / "tokenizer.json").read_text()
+    (small / "tokenizer.json").write_text(text.replace('"a":', '"bb":', 1))
+    given = ["--model", opened[0].path, "--data", data, "--smaller-model", small]
+    _, out, _ = run_command(main, capsys, *given, "--json")
+    last = json.loads(out.splitlines()[-1])["results"][-1]
+    assert last["kl"] is None and last["nll_per_byte"] > 0
+    assert "NLL per byte" in out
+
+
+def test_rows_say_the_same_in_other_tokens(opened, data):
+    tokenizer = opened[1]
+    (row, _) = read_rows(data, tokenizer, answer_tokens=1)
+    assert retokenize(row, tokenizer, tokenizer) == row
+    assert same_tokens(tokenizer, tokenizer)
+
+
+def test_intervals_hold_what_is_known():
+    rng = np.random.default_rng(1)
+    low, high = statistics.bootstrap({"a": list(rng.normal(3, 1, 400))})
+    assert low < 3 < high and 0.15 < high - low < 0.25  # 4 standard errors of 1/20
+    assert statistics.bootstrap({"a": [2.0] * 5, "b": [4.0]}) == (3.0, 3.0)
+    low, high = statistics.binomial_interval(45, 100)  # Wilson, by hand
+    assert (low, high) == pytest.approx((0.3561, 0.5476), abs=1e-4)
+    assert statistics.binomial_interval(0, 10)[0] == 0
+    assert statistics.binomial_interval(10, 10)[1] == 1
+    assert statistics.mcnemar(1, 6) == pytest.approx(16 / 128)
+    assert statistics.mcnemar(0, 0) == statistics.mcnemar(3, 3) == 1

@@ -1,0 +1,1 @@
+"""What ``evaluate`` is made of: rows, measures, rivals, answers, and their pages."""

@@ -1,0 +1,161 @@
+"""The honest alternatives to a compact model: the dense one at fewer bits, and a
+smaller dense one of its family.
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .. import store
+from ..masks import Selection
+from ..model import IFPModel
+from ..pruning import ffn_layers
+from .rows import Row, retokenize, same_tokens
+from .teacher import log_probabilities, metrics
+
+BITS = (8, 6, 5, 4, 3, 2)
+GROUPS = (64, 32)
+HALF = 2  # bytes of a number that is not quantised, as models are handed round
+
+
+@dataclass
+class Rival:
+    """A whole model that is measured like a compact one.
+
+    Attributes:
+        name: what tables call it.
+        model: mlx-lm's own.
+        tokenizer: its own, or ``None`` if it reads the dense model's tokens.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any = None
+
+    def measure(
+        self, row: Row, reference: mx.array, tokenizer: Any
+    ) -> tuple[Row, dict[str, float]]:
+        """Return the row in its tokens, and the metrics; no KL between other tokens.
+
+        Args:
+            row: in the dense model's tokens.
+            reference: the dense model's log-probabilities, ``[A, V]``.
+            tokenizer: the dense model's.
+        """
+        if self.tokenizer is not None:
+            other = retokenize(row, tokenizer, self.tokenizer)
+            found = log_probabilities(self.model, other)
+            return other, metrics(other, found, None)
+        return row, metrics(row, log_probabilities(self.model, row), reference)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return what a model's weights take, embeddings included; a number that is not
+    quantised counts 2 bytes, whatever it is computed in here. Nothing is read.
+    """
+    return sum(map(_bytes, dict(tree_flatten(model.parameters())).values()))
+
+
+def compact_bytes(model: nn.Module, selection: Selection) -> int:
+    """Return :func:`weight_bytes` of the compact model.
+
+    Args:
+        model: the dense one.
+        selection: made for it.
+    """
+    share = sum(selection.sizes) / (selection.channels * len(selection.sizes))
+    ffns = sum(weight_bytes(ffn.module) for ffn in ffn_layers(model))
+    return weight_bytes(model) - round((1 - share) * ffns)
+
+
+def quantised_bytes(model: nn.Module, bits: int) -> int:
+    """Return what :func:`weight_bytes` of :func:`quantised` will be."""
+    group, total = _group(model), 0
+    for name, module in model.named_modules():
+        for key, array in module.items():
+            if not isinstance(array, mx.array):
+                continue
+            size = _bytes(array)
+            if key == "weight" and _can_quantise(module, group):
+                size = array.size * bits // 8 + array.size // group * 2 * HALF
+            total += size
+        assert not isinstance(module, nn.QuantizedLinear), name
+    return total
+
+
+def choose_bits(model: nn.Module, sizes: Sequence[int], below: int = 16) -> list[int]:
+    """Return the bits whose quantisation of the dense model comes nearest to each
+    size, most first, none twice.
+
+    Args:
+        model: dense, not quantised.
+        sizes: in bytes.
+        below: bits of the source: more would add nothing.
+    """
+    can = {bits: quantised_bytes(model, bits) for bits in BITS if bits < below}
+    nearest = {min(can, key=lambda b: abs(can[b] - size)) for size in sizes if can}
+    return sorted(nearest, reverse=True)
+
+
+def unquantised(model: IFPModel) -> nn.Module:
+    """Return the dense model, its quantisation taken back where there is one."""
+    from mlx_lm.utils import dequantize_model
+
+    dense = model.dense()
+    return dequantize_model(dense) if "quantization" in model.config else dense
+
+
+def quantised(model: IFPModel, bits: int) -> Rival:
+    """Return the dense model at ``bits`` bits, by mlx-lm's own quantiser."""
+    from mlx_lm.utils import quantize_model
+
+    dense = unquantised(model)
+    config = {k: v for k, v in model.config.items() if "quantization" not in k}
+    group = _group(dense)
+    with redirect_stdout(sys.stderr):  # it prints what it did
+        small, _ = quantize_model(dense, config, group, bits)
+    mx.eval(small.parameters())
+    return Rival(f"dense, {bits} bits", small)
+
+
+def smaller(path: str, model: IFPModel) -> Rival:
+    """Open a smaller dense model.
+
+    Args:
+        path: its folder or hub id.
+        model: the large one; where both have the same tokens, KL can be measured.
+    """
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    folder: Path = store.resolve(path)
+    config = store.check_folder(folder)
+    other = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    small, _ = load_model(folder)
+    same = same_tokens(model.tokenizer, other)
+    same &= config["vocab_size"] == model.config["vocab_size"]
+    return Rival(f"dense, {folder.resolve().name}", small, None if same else other)
+
+
+def _bytes(array: mx.array) -> int:
+    floating = mx.issubdtype(array.dtype, mx.floating)
+    return array.size * HALF if floating else array.nbytes
+
+
+def _can_quantise(module: nn.Module, group: int) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
+
+
+def _group(model: nn.Module) -> int:
+    """Return the largest group that fits every weight there is to quantise."""
+    modules = [m for _, m in model.named_modules() if hasattr(m, "to_quantized")]
+    for group in GROUPS:
+        if all(_can_quantise(module, group) for module in modules):
+            return group
+    return GROUPS[-1]

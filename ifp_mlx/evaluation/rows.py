@@ -1,0 +1,117 @@
+"""Examples with reference answers, as token ids."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..data import Message, tokenize
+
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: token ids of the prompt, template included, and of the answer.
+
+    Attributes:
+        prompt: what is read.
+        answer: what is compared, token by token.
+        example: what it was made from, for models with other tokens.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    example: Example = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def key(self) -> str:
+        """A hash of the tokens: the same row has the same key in every run."""
+        tokens = json.dumps([self.prompt, self.answer])
+        return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+
+
+def read_rows(
+    path: Path,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    answer_tokens: int | None = None,
+) -> list[Row]:
+    """Read a JSONL file of mlx-lm's formats: chat (``messages``, the last one the
+    answer), completions (``prompt``, ``completion``) or plain ``text``, whose second
+    half is the answer to its first and which no chat template touches.
+
+    Args:
+        path: the file.
+        tokenizer: mlx-lm's.
+        limit: rows to take from the start; ``None`` takes all.
+        answer_tokens: compare this many tokens of an answer at most.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line has neither format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no data file {path}.")
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines[:limit], start=1):
+        try:
+            row = _read_row(json.loads(line), tokenizer)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"Line {number} of {path} is no example: give messages that end with "
+                "an assistant's, or prompt and completion, or text."
+            ) from error
+        rows.append(Row(row.prompt, row.answer[:answer_tokens], row.example))
+    return [row for row in rows if row.prompt and row.answer]
+
+
+def retokenize(row: Row, tokenizer: Any, other: Any) -> Row:
+    """Return the same example in another tokenizer's tokens, and as much of its answer
+    as ``row`` has.
+
+    Args:
+        row: from :func:`read_rows` with ``tokenizer``.
+        tokenizer: mlx-lm's.
+        other: mlx-lm's, of another model.
+    """
+    answer = list(other.encode(answer_text(row, tokenizer), add_special_tokens=False))
+    if "text" in row.example:
+        prompt = list(other.encode(tokenizer.decode(row.prompt)))
+    else:
+        prompt = tokenize(other, _split(row.example)[0])
+    return Row(prompt, answer, row.example)
+
+
+def answer_text(row: Row, tokenizer: Any) -> str:
+    """Return the compared part of the answer as text."""
+    return tokenizer.decode(row.answer)
+
+
+def same_tokens(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers mean the same by every token id."""
+    return tokenizer.get_vocab() == other.get_vocab()
+
+
+def _read_row(example: Example, tokenizer: Any) -> Row:
+    if "text" in example:
+        tokens = list(tokenizer.encode(example["text"]))
+        half = len(tokens) // 2
+        return Row(tokens[:half], tokens[half:], example)
+    prompt, answer = _split(example)
+    tokens = list(tokenizer.encode(answer, add_special_tokens=False))
+    return Row(tokenize(tokenizer, prompt), tokens, example)
+
+
+def _split(example: Example) -> tuple[Sequence[Message], str]:
+    if "messages" not in example:
+        prompt = {"role": "user", "content": example["prompt"]}
+        return [prompt], example["completion"]
+    *prompt_messages, answer = example["messages"]
+    if answer["role"] != "assistant" or not prompt_messages:
+        raise ValueError("no answer")
+    return prompt_messages, answer["content"]

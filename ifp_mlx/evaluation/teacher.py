@@ -1,0 +1,202 @@
+"""Teacher-forced quality: every model reads the same prompt and the same answer."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import selectors
+from ..masks import Allocation
+from ..model import IFPModel
+from ..pruning import MaskedFFN, mask_model, set_masks
+from .rows import Row
+
+METRICS = ("nll", "kl", "agreement")
+PREFILL_STEP = 512
+Prefill = Literal["compact", "dense"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of selecting, to be compared with others.
+
+    Attributes:
+        selector: where the scores come from.
+        keep: kept share of the channels.
+        allocation: how they are spread over the layers.
+        prefill: which model reads the prompt.
+    """
+
+    selector: str
+    keep: float
+    allocation: Allocation
+    prefill: Prefill = "compact"
+
+    @property
+    def name(self) -> str:
+        """What tables and logs call it."""
+        parts = f"{self.selector}, keep {self.keep:g}, {self.allocation}"
+        return f"{parts}, {self.prefill} prompt"
+
+
+class Reference(NamedTuple):
+    """What the dense model made of a row.
+
+    Attributes:
+        log_probabilities: at each token of the answer, ``[A, V]``.
+        cache: its cache after the prompt, or ``None`` if it was not kept.
+    """
+
+    log_probabilities: mx.array
+    cache: list[Any] | None
+
+
+class Evaluator:
+    """Holds one model whose masks change, so that nothing is loaded twice.
+
+    Masked and sliced logits are equal by test, which makes this the quality of the
+    compact model.
+
+    Args:
+        model: from :func:`ifp_mlx.load`; its dense weights stay in memory here.
+    """
+
+    def __init__(self, model: IFPModel) -> None:
+        self.model = model
+        self._dense = model.dense()
+        self._masked: list[MaskedFFN] = mask_model(self._dense)
+        self._ones = mx.ones((model.layers, 1))
+
+    def reference(self, row: Row, *, keep_cache: bool = False) -> Reference:
+        """Return what the dense model makes of a row.
+
+        Args:
+            row: ``A`` answer tokens.
+            keep_cache: for :meth:`measure` with a dense prompt.
+        """
+        set_masks(self._masked, self._ones)
+        if not keep_cache:
+            return Reference(log_probabilities(self._dense, row), None)
+        cache, first = _read_prompt(self._dense, row)
+        kept = copy.deepcopy(cache)
+        return Reference(_join(first, _continue(self._dense, row, cache)), kept)
+
+    def measure(
+        self,
+        row: Row,
+        mask: mx.array,
+        reference: Reference,
+        prefill: Prefill = "compact",
+    ) -> dict[str, float]:
+        """Return the metrics of one row.
+
+        Args:
+            row: ``A`` answer tokens.
+            mask: ``[L, F]``.
+            reference: from :meth:`reference`, with its cache for a dense prompt.
+            prefill: which model reads the prompt. Its last token gives the first
+                token of the answer, and belongs to it.
+        """
+        set_masks(self._masked, mask)
+        if prefill == "compact":
+            found = log_probabilities(self._dense, row)
+        else:
+            assert reference.cache is not None, "reference() was to keep its cache"
+            rest = _continue(self._dense, row, copy.deepcopy(reference.cache))
+            found = _join(reference.log_probabilities[:1], rest)
+        return metrics(row, found, reference.log_probabilities)
+
+    def masks(
+        self, row: Row, settings: Sequence[Setting], seed: int = 0
+    ) -> Iterator[tuple[Setting, mx.array]]:
+        """Yield each setting's mask, ``[L, F]``; the row is read for scores once."""
+        scores: dict[str, mx.array] = {}
+        for setting in settings:
+            name = setting.selector
+            if name not in scores:
+                set_masks(self._masked, self._ones)
+                scores[name] = self._scores(row, name, scores, seed)
+            selection = self.model.select(
+                row.prompt,
+                keep=setting.keep,
+                selector=name,
+                allocation=setting.allocation,
+                scores=scores[name],
+            )
+            yield setting, selection.mask()
+
+    def _scores(
+        self, row: Row, name: str, known: dict[str, mx.array], seed: int
+    ) -> mx.array:
+        prior = self.model.prior
+        if name == "blend" and prior is not None:
+            if "activation" not in known:
+                known["activation"] = self._scores(row, "activation", known, seed)
+            return selectors.blend_scores(known["activation"], prior)
+        return self.model.scores(row.prompt, name, seed=seed, dense=self._dense)
+
+
+def log_probabilities(model: nn.Module, row: Row) -> mx.array:
+    """Return a model's log-probabilities at the answer, float32 ``[A, V]``.
+
+    Logits are computed there alone: of the rest of the prompt only the cache is.
+    """
+    cache = _read(model, row.prompt[:-1])
+    tokens = [row.prompt[-1], *row.answer[:-1]]
+    return _log_softmax(model(mx.array(tokens)[None], cache=cache)[0])
+
+
+def metrics(row: Row, found: mx.array, reference: mx.array | None) -> dict[str, float]:
+    """Return the metrics of a row's log-probabilities.
+
+    Args:
+        row: ``A`` answer tokens.
+        found: ``[A, V]``.
+        reference: the dense model's, ``[A, V]``, or ``None`` if its tokens are others.
+    """
+    truth = mx.array(row.answer)[:, None]
+    values = {"nll": float(-mx.take_along_axis(found, truth, axis=-1).mean())}
+    if reference is not None:
+        kl = (mx.exp(reference) * (reference - found)).sum(axis=-1)
+        same = found.argmax(axis=-1) == reference.argmax(axis=-1)
+        values["kl"] = float(kl.mean())
+        values["agreement"] = float(same.astype(mx.float32).mean())
+    return values
+
+
+def _read(model: nn.Module, tokens: list[int]) -> list[Any]:
+    """Return the cache after some tokens; logits are never evaluated."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    for start in range(0, len(tokens), PREFILL_STEP):
+        model(mx.array(tokens[start : start + PREFILL_STEP])[None], cache=cache)
+        mx.eval([layer.state for layer in cache])
+    return cache
+
+
+def _read_prompt(model: nn.Module, row: Row) -> tuple[list[Any], mx.array]:
+    """Return the cache after the prompt, and the answer's first log-probabilities."""
+    cache = _read(model, row.prompt[:-1])
+    first = _log_softmax(model(mx.array(row.prompt[-1:])[None], cache=cache)[0])
+    return cache, first
+
+
+def _continue(model: nn.Module, row: Row, cache: list[Any]) -> mx.array | None:
+    """Return the log-probabilities after the answer's first, ``[A - 1, V]``."""
+    if len(row.answer) == 1:
+        return None
+    return _log_softmax(model(mx.array(row.answer[:-1])[None], cache=cache)[0])
+
+
+def _join(first: mx.array, rest: mx.array | None) -> mx.array:
+    return first if rest is None else mx.concatenate([first, rest])
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    found = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+    mx.eval(found)
+    return found
