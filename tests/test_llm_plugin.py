@@ -1,0 +1,108 @@
+"""The plug-in for `llm`, through `llm`'s own Python API and command."""
+
+import asyncio
+import json
+from importlib.metadata import entry_points
+
+import pytest
+from conftest import write_folder
+
+llm = pytest.importorskip("llm", reason="the extra llm is not installed")
+
+from ifp_mlx import llm_plugin  # noqa: E402
+from ifp_mlx.engine import Engine  # noqa: E402
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path / "llm"))
+    yield str(write_folder(tmp_path / "tiny"))
+    for engine in opened:
+        engine.close()
+    opened.clear()
+    llm_plugin._engine.cache_clear()
+
+
+opened: list[Engine] = []
+
+
+@pytest.fixture(autouse=True)
+def remember_engines(monkeypatch):
+    real = Engine.open
+
+    def remembered(folder):
+        opened.append(real(folder))
+        return opened[-1]
+
+    monkeypatch.setattr(Engine, "open", staticmethod(remembered))
+
+
+def expected(folder: str, messages: object, **options: object) -> str:
+    with Engine.open(folder) as engine:
+        return engine.generate(messages, max_tokens=5, **options)
+
+
+def test_llm_finds_the_plug_in():
+    found = entry_points(group="llm", name="ifp")
+    assert [entry.load() for entry in found] == [llm_plugin]
+
+
+def test_the_answer_is_the_engines_and_says_what_was_selected(folder):
+    model = llm_plugin.IFP()
+    options = {"model": folder, "keep": 0.5, "max_tokens": 5}
+    response = model.prompt("hello", system="You greet.", options=options)
+    pieces = list(response)
+    messages = [
+        {"role": "system", "content": "You greet."},
+        {"role": "user", "content": "hello"},
+    ]
+    assert len(pieces) > 1
+    assert "".join(pieces) == expected(folder, messages, keep=0.5)
+    about = response.response_json
+    assert (about["kept_channels"], about["total_channels"]) == (96, 192)
+    assert response.usage().output == 5
+
+
+def test_a_conversation_keeps_the_mask_of_its_first_turn(folder):
+    talk = llm_plugin.IFP().conversation()
+    options = {"model": folder, "keep": 0.5, "max_tokens": 3}
+    first = talk.prompt("count to three", options=options)
+    first.text()
+    second = talk.prompt("now backwards, please", options=options)
+    second.text()
+    assert second.response_json["mask_id"] == first.response_json["mask_id"]
+    alone = llm_plugin.IFP().prompt("now backwards, please", options=options)
+    alone.text()
+    assert alone.response_json["mask_id"] != first.response_json["mask_id"]
+
+
+def test_the_async_model_answers_the_same(folder):
+    async def ask() -> str:
+        model = llm_plugin.AsyncIFP()
+        return await model.prompt(
+            "hello", options={"model": folder, "max_tokens": 5}
+        ).text()
+
+    assert asyncio.run(ask()) == expected(folder, "hello")
+
+
+def test_mistakes_are_one_sentence(folder):
+    model = llm_plugin.IFP()
+    with pytest.raises(llm.ModelError, match="-o model FOLDER"):
+        model.prompt("hello").text()
+    with pytest.raises(llm.ModelError, match="nowhere"):
+        model.prompt("hello", options={"model": "nowhere"}).text()
+    with pytest.raises(llm.ModelError, match=r"keep=7"):
+        model.prompt("hello", options={"model": folder, "keep": 7.0}).text()
+
+
+def test_the_command_of_llm_runs_it(folder):
+    from click.testing import CliRunner
+    from llm.cli import cli
+
+    command = ["prompt", "-m", "ifp", "-o", "model", folder, "-o", "max_tokens", "5"]
+    done = CliRunner().invoke(cli, [*command, "--no-log", "hello"])
+    assert done.exit_code == 0, done.output
+    assert done.output.removesuffix("\n") == expected(folder, "hello")
+    logged = CliRunner().invoke(cli, ["logs", "--json"])
+    assert json.loads(logged.output or "[]") == []
