@@ -58,11 +58,15 @@ class MaskedFFN(TappedFFN):
     Equal to the sliced FFN for the same selection, by test. It starts with a mask
     of ones.
 
+    Attributes:
+        channels: ``F``.
+
     Source: Hou et al. 2025 (arXiv:2501.02086) sec. 2, ``F(X, m)``.
     """
 
     def __init__(self, ffn: nn.Module) -> None:
         super().__init__(ffn, self._masked)
+        self.channels = ffn.gate_proj.weight.shape[0]  # LoRA hides the weight later
         self._mask = mx.array(1.0)  # the underscore keeps it out of the parameters
 
     @property

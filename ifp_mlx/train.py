@@ -101,7 +101,7 @@ def train(
     """
     mx.random.seed(config.seed)
     pair = Pair(model, masker)
-    channels = pair.masked()[0].gate_proj.weight.shape[0]
+    channels = pair.masked()[0].channels
     if config.grad_checkpoint:
         checkpoint_layers(model)
     step = Step(pair, config, compiled=config.compile)
