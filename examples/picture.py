@@ -13,6 +13,7 @@ import numpy as np
 from fetch import fetch
 
 from ifp_mlx import load
+from ifp_mlx.pictures.tally import Tally
 
 INSTRUCTIONS = (
     "Translate the sentence into French: Where is the station?",
@@ -26,18 +27,12 @@ PAPER, INK = np.array([238, 240, 242]), "#6b7785"
 
 def main() -> None:
     model, _ = load(fetch("smollm2"))
-    masks = np.stack(
-        [
-            np.array(model.select(text, keep=KEEP, selector="activation").mask())
-            for text in INSTRUCTIONS
-        ]
-    )
-    kept_by = masks.sum(axis=0)  # [L, F], how many instructions keep a channel
-    order = np.argsort(-kept_by, axis=1, kind="stable")
-    masks = np.take_along_axis(masks, order[None], axis=2)
-    shared = np.take_along_axis(kept_by, order, axis=1) == len(INSTRUCTIONS)
+    found = [model.select(t, keep=KEEP, selector="activation") for t in INSTRUCTIONS]
+    tally = Tally(INSTRUCTIONS, found)
+    masks = np.take_along_axis(tally.masks, tally.order[None], axis=2)
+    shared = np.array(masks.all(axis=0))
     panels = [draw(mask, shared, number) for number, mask in enumerate(masks)]
-    share = (kept_by == len(INSTRUCTIONS)).sum() / masks[0].sum()
+    share = shared.sum() / masks[0].sum()
     Path(__file__).with_name("masks.svg").write_text(page(panels, masks.shape, share))
 
 

@@ -122,6 +122,12 @@ def tasks_folders(args: argparse.Namespace) -> list[Path]:
     return [model, here] if model and model.parent.is_dir() else [here]
 
 
+def library_folder(args: argparse.Namespace) -> Path:
+    """Return the library there is, the first of :func:`tasks_folders`."""
+    folders = tasks_folders(args)
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
 def warn_of_low_keep(selection: Selection) -> None:
     """Say on stderr what to expect when fewer channels are kept than an untrained
     model bears: as measured for this task mask, else for a small model.

@@ -333,7 +333,7 @@ def _about(task: Task) -> dict[str, Any]:
 
 
 def _list(args: Any) -> None:
-    tasks = [_about(task) for task in library(_library_folder(args))]
+    tasks = [_about(task) for task in library(cli.library_folder(args))]
     print("| task | keep | allocation | made from | KL to dense | agreement | mask |")
     print("|---|---|---|---|---|---|---|")
     for task in tasks:
@@ -351,7 +351,7 @@ def _list(args: Any) -> None:
 
 
 def _overlap(args: Any) -> None:
-    tasks = library(_library_folder(args))
+    tasks = library(cli.library_folder(args))
     pairs = []
     print("What two tasks share of their channels, and what chance would give (k/F):\n")
     print("| tasks | all layers | first third | middle third | last third |")
@@ -368,11 +368,6 @@ def _overlap(args: Any) -> None:
             )
     if args.json:
         print(json.dumps(pairs))
-
-
-def _library_folder(args: Any) -> Path:
-    folders = cli.tasks_folders(args)
-    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 if __name__ == "__main__":

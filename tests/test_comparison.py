@@ -142,6 +142,7 @@ def test_a_row_runs_and_its_report_can_be_tabulated(row, lab, tmp_path):
 def test_the_picture_has_a_square_for_every_layer(lab, tmp_path):
     side = len(TASKS)
     layers = np.eye(side)[None].repeat(2, axis=0).tolist()
-    report.draw_overlap({"overlap": {"by_depth": layers}}, tmp_path / "p.svg")
+    found = {"overlap": {"by_depth": layers, "chance": 0.25}}
+    report.draw_overlap(found, tmp_path / "p.svg")
     text = (tmp_path / "p.svg").read_text()
     assert text.count("layer ") >= 2 and "reverse" in text

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "__init__": {"masks", "model", "generate"},
 }
 # Who may take parts out of a room of the package.
-ENTRANCES = {"engine", "evaluate", "server", "train"}
+ENTRANCES = {"engine", "evaluate", "server", "train", "visualize"}
 LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
 LATE |= {"starlette", "uvicorn", "llguidance"}
 

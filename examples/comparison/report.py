@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ifp_mlx.atomic import new_file
+from ifp_mlx.pictures.plates import draw_matrices
 
 from .run import RESULTS
 from .tasks import all_tasks
@@ -112,22 +113,15 @@ def draw_overlap(run: dict[str, Any], path: Path) -> None:
     Source: Hou et al. 2025 (arXiv:2501.02086) fig. 3.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    layers = np.array(run["overlap"]["by_depth"])
-    names = [task.name for task in all_tasks()]
-    figure, axes = plt.subplots(1, len(layers), figsize=(5.2 * len(layers) + 1, 5.6))
-    for layer, (axis, values) in enumerate(
-        zip(np.atleast_1d(axes), layers, strict=True)
-    ):
-        image = axis.imshow(values, vmin=0, vmax=1, cmap="viridis")
-        axis.set_title(f"layer {layer}")
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), names if layer == 0 else [], fontsize=7)
-    figure.colorbar(
-        image, ax=axes, shrink=0.8, label="shared part of the kept channels"
+    overlap = run["overlap"]
+    layers = np.array(overlap["by_depth"])
+    figure = draw_matrices(
+        layers,
+        [f"layer {layer}" for layer in range(len(layers))],
+        [task.name for task in all_tasks()],
+        chance=overlap["chance"],
     )
     with matplotlib.rc_context({"svg.hashsalt": "overlap"}):
         figure.savefig(path, bbox_inches="tight", metadata={"Date": None})

@@ -1,0 +1,1 @@
+"""What ``visualize`` is made of: counting, drawing, and the page."""

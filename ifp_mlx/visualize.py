@@ -1,0 +1,121 @@
+"""Draw selections: which channels tasks keep, what they share, what that costs.
+
+The page is one HTML file that needs no network and nothing beside it.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import cli
+from .atomic import new_file
+from .masks import Selection
+from .model import load
+from .pictures.measured import Point, read_benchmarks, read_evaluation
+from .pictures.page import page
+from .pictures.plates import draw_all
+from .pictures.tally import Tally
+from .tasks import library
+
+
+def visualize(
+    model: str,
+    tally: Tally,
+    output: Path,
+    *,
+    quality: Sequence[Point] = (),
+    speed: Sequence[Point] = (),
+    png_folder: Path | None = None,
+) -> list[Path]:
+    """Write the page, and the pictures if a folder is given; return the files.
+
+    Args:
+        model: its name, for the title.
+        tally: the selections, all of one model.
+        output: the HTML file; one that is there is replaced.
+        quality: settings measured by ``evaluate``.
+        speed: settings timed by ``benchmark``.
+        png_folder: where the pictures go as PNG files; needs matplotlib.
+    """
+    written = [output]
+    if png_folder is not None:  # first: it fails early without matplotlib
+        written += draw_all(tally, [*quality, *speed], png_folder)
+    with new_file(output) as scratch:
+        scratch.write_text(page(model, tally, quality, speed), encoding="utf-8")
+    return written
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``python -m ifp_mlx.visualize``."""
+    cli.main(build_parser(), _command, argv)
+
+
+def build_parser() -> cli.Parser:
+    """Return the command's parser."""
+    parser = cli.Parser(
+        prog="ifp_mlx.visualize",
+        description="Draw the masks of a task library, or of mask files, as one HTML "
+        "page: which channels they keep, what they share, quality and speed.",
+    )
+    cli.add_model_option(parser)
+    cli.add_tasks_folder_option(parser)
+    add = parser.add_argument
+    many: dict[str, Any] = {"nargs": "+", "metavar": "F", "type": Path, "default": []}
+    add("--mask-file", **many, help="draw these masks instead of the library")
+    add("--output", type=Path, required=True, help="the HTML page to write")
+    add("--png-folder", type=Path, help="write the pictures there as PNG too")
+    add("--evaluation", type=Path, help="results.json of evaluate --output")
+    add("--benchmark", **many, help="files with what benchmark --json printed")
+    add("--json", action="store_true", help="print one line of JSON, not the files")
+    return parser
+
+
+def _command(args: Any) -> None:
+    if args.mask_file and args.tasks_folder:
+        raise ValueError(
+            f"--mask-file and --tasks-folder {args.tasks_folder} both say what to draw; "
+            "give one."
+        )
+    tally = _tally(args)
+    model, _ = load(args.model)
+    for selection in tally.selections:
+        selection.check_fits(model.layers, model.channels, model.fingerprint)
+    written = visualize(
+        model.name,
+        tally,
+        args.output,
+        quality=read_evaluation(args.evaluation) if args.evaluation else (),
+        speed=read_benchmarks(args.benchmark),
+        png_folder=args.png_folder,
+    )
+    if args.json:
+        pairs = tally.by_depth
+        found = {
+            "files": [str(path) for path in written],
+            "masks": {
+                name: selection.mask_id
+                for name, selection in zip(tally.names, tally.selections, strict=True)
+            },
+            "always_on": float(tally.always.mean()),
+            "overlap": float(pairs[..., 0].mean()) if len(pairs) else None,
+            "chance": float(pairs[..., 1].mean()) if len(pairs) else None,
+        }
+        print(json.dumps(found))
+        return
+    for path in written:
+        print(path)
+
+
+def _tally(args: Any) -> Tally:
+    """Return what is to be drawn."""
+    if args.mask_file:
+        found = {path: Selection.load(path) for path in args.mask_file}
+        names = [s.info.get("task", path.stem) for path, s in found.items()]
+        return Tally(names, list(found.values()))
+    tasks = library(cli.library_folder(args))
+    return Tally([task.name for task in tasks], [task.selection for task in tasks])
+
+
+if __name__ == "__main__":
+    main()
