@@ -23,6 +23,10 @@ from .store import copy_companions, licence_of
 
 MASK_FILE = "mask.safetensors"
 UNKNOWN_LICENCE = "not stated in the source folder; see the base model"
+UNTRAINED = (
+    "The channels were selected without training the model further, unless the selector\n"
+    "above is a trained predictor. The quality of this folder was not measured."
+)
 NAS_MULTIPLE = 256  # nemotron-nas rounds every FFN width up to this
 
 
@@ -69,12 +73,38 @@ def write_compact(
     """
     out = Path(out)
     refuse_existing(out)
-    _check_can_write(model, selection, quantisation)
+    check_can_write(model, selection, quantisation)
     compact = model.compact(selection, compensate=compensate, progress=progress)
     if compensate is not None:
         how = f"{len(model.instruction_tokens(compensate))} tokens of the instruction"
         selection = replace(selection, info=selection.info | {"compensated by": how})
     selection = _with_slicing(model, compact, selection, progress)
+    return write_plain(model, compact, selection, out, quantisation=quantisation)
+
+
+def write_plain(
+    model: IFPModel,
+    compact: nn.Module,
+    selection: Selection,
+    out: Path,
+    *,
+    quantisation: Quantisation | None = None,
+    said: str = UNTRAINED,
+) -> Path:
+    """Write a compact model that is in memory as :func:`write_compact` does.
+
+    Args:
+        model: what it was made from.
+        compact: of the selection's widths; it may be changed, in place.
+        selection: what it keeps.
+        out: the folder to make.
+        quantisation: quantise the result, or leave it as it is.
+        said: what the card ends with: how good it is.
+
+    Raises:
+        FileExistsError, ValueError: as :func:`write_compact`.
+    """
+    check_can_write(model, selection, quantisation)
     config = dict(model.config)
     if selection.target_size is not None:
         config = _with_width(config, selection.target_size)
@@ -87,7 +117,7 @@ def write_compact(
     with new_folder(out) as scratch:
         _write(compact, config, model.path, scratch)
         selection.save(scratch / MASK_FILE)
-        card = _card(model, selection, quantisation, config)
+        card = _card(model, selection, quantisation, config, said)
         (scratch / "README.md").write_text(card, encoding="utf-8")
     return out
 
@@ -121,9 +151,10 @@ def can_be_ragged(model: IFPModel) -> bool:
     )
 
 
-def _check_can_write(
-    model: IFPModel, selection: Selection, quantisation: Quantisation | None
+def check_can_write(
+    model: IFPModel, selection: Selection, quantisation: Quantisation | None = None
 ) -> None:
+    """Raise ``ValueError`` unless a plain folder can hold such a compact model."""
     if selection.target_size is None and not can_be_ragged(model):
         raise ValueError(
             f"The mask {selection.mask_id} keeps different widths per layer, which no "
@@ -211,6 +242,7 @@ def _card(
     selection: Selection,
     quantisation: Quantisation | None,
     config: dict[str, Any],
+    said: str,
 ) -> str:
     """Return the model card: what this is, how it was made, from what."""
     from importlib.metadata import version
@@ -244,7 +276,7 @@ def _card(
         ),
     }
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
-    return CARD.format(data=data, name=model.name, table=table)
+    return CARD.format(data=data, name=model.name, table=table, said=said)
 
 
 CARD = """---
@@ -262,8 +294,7 @@ any mlx-lm model:
 |---|---|
 {table}
 
-The channels were selected without training the model further, unless the selector
-above is a trained predictor. The quality of this folder was not measured.
+{said}
 """
 
 

@@ -15,13 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from . import cli
-from .atomic import new_file, refuse_existing
+from .atomic import refuse_existing
 from .data import Batch, Batches, Record, in_order
 from .masks import select
 from .model import IFPConfig
 from .pruning import dense_shape
 from .training import checkpoints, warm_start
 from .training.curve import draw_curve
+from .training.diary import Diary
 from .training.maskers import (
     Budget,
     FixedMask,
@@ -32,6 +33,7 @@ from .training.maskers import (
 )
 from .training.recipe import TrainConfig, add_options, from_options, same_run
 from .training.records import Reader
+from .training.recover import recover
 from .training.step import Pair, Parent, Step
 from .training.trainee import (
     Trainee,
@@ -51,12 +53,7 @@ from .training.validation import (
 from .training.watch import CollapsedError, Watcher
 
 BatchOf = Callable[[int], Batch]  # the number of a micro-batch to its global batch
-LOG, SETTINGS, CHECKPOINTS, RESULT = (
-    "log.jsonl",
-    "settings.json",
-    "checkpoints",
-    "model",
-)
+SETTINGS, CHECKPOINTS, RESULT = "settings.json", "checkpoints", "model"
 
 
 def train(
@@ -107,7 +104,7 @@ def train(
     step = Step(pair, config, compiled=config.compile)
     world = mx.distributed.init()
     start = _resume(step, folder, world)
-    diary = _Diary(folder if world.rank() == 0 else None, start, log)
+    diary = Diary(folder if world.rank() == 0 else None, start, log)
 
     def look(done: int) -> None:
         if validate is None:
@@ -137,7 +134,7 @@ def _descend(
     config: TrainConfig,
     budget_at: Callable[[int], Budget],
     parent: Parent | None,
-    diary: "_Diary",
+    diary: Diary,
     look: Callable[[int], None],
     keep: Callable[[int], None],
     start: int,
@@ -170,35 +167,6 @@ def _descend(
             look(done)
         if done % config.save_every == 0 or last:
             keep(done)
-
-
-class _Diary:
-    """The log of a run: in memory, in a file, and for whoever listens."""
-
-    def __init__(
-        self, folder: Path | None, start: int, listen: Callable[[Report], None] | None
-    ) -> None:
-        self.lines: list[Report] = []
-        self.path = None if folder is None else folder / LOG
-        self.listen = listen
-        if self.path is not None:
-            if self.path.exists() and start:
-                # A killed run may have logged steps that are now made again.
-                text = self.path.read_text(encoding="utf-8").splitlines()
-                lines = [json.loads(line) for line in text if line.endswith("}")]
-                self.lines = [line for line in lines if line["step"] <= start]
-            with new_file(self.path) as scratch:
-                text = [json.dumps(line) + "\n" for line in self.lines]
-                scratch.write_text("".join(text), encoding="utf-8")
-
-    def note(self, step: int, report: Report) -> None:
-        line = {"step": step, **report}
-        self.lines.append(line)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        if self.listen is not None:
-            self.listen(line)
 
 
 def _resume(step: Step, folder: Path | None, world: mx.distributed.Group) -> int:
@@ -253,6 +221,8 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
     """
     output, first = Path(config.output), mx.distributed.init().rank() == 0
     refuse_existing(output / RESULT)
+    if config.stage == "recover":
+        return recover(config, train, log)
     mx.random.seed(config.seed)
     trainee = open_trainee(config)
     budget = config.budget(dense_shape(trainee.model)[1])
@@ -412,7 +382,14 @@ def _finish(
 
 def _line(report: Report) -> str:
     step = f"step {int(report['step'])}:"
-    names = ["loss", "kl", "valid_loss", "overlap_within", "overlap_between"]
+    names = [
+        "loss",
+        "kl",
+        "valid_loss",
+        "valid_kl",
+        "overlap_within",
+        "overlap_between",
+    ]
     names += ["overlap_chance"]
     parts = [f"{n.replace('_', ' ')} {report[n]:.3f}" for n in names if n in report]
     return " ".join([step, ", ".join(parts)])
@@ -422,6 +399,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train a model whose instructions choose its channels; see ``--help``."""
     parser = cli.Parser(prog="python -m ifp_mlx.train", description=main.__doc__)
     add_options(parser)
+    parser.add_argument("--task", help="recover: this task's mask, for --mask-file")
+    cli.add_tasks_folder_option(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON document")
     cli.main(parser, _command, argv)
 
@@ -435,6 +414,10 @@ def _command(args: argparse.Namespace) -> None:
 
 
 def _summary(report: dict[str, Any]) -> str:
+    if "kl_after" in report:
+        return "{output}: KL to the dense model {kl_before:.3f}, now {kl_after:.3f} nats per answer token".format(
+            **report
+        )
     lines = [f"{report['output']}: valid loss {report['valid_loss']:.3f} nats a token"]
     if "loss_soft" in report:
         losses = (report[f"loss_{form}"] for form in GATE_FORMS)

@@ -35,13 +35,19 @@ class TrainConfig:
     model: str = key("", "folder or hub id of the model")
     data: str = key("", "folder with train.jsonl and valid.jsonl, or a hub data set's id")
     output: str = key("", "folder of the run; one that is there is resumed")
-    stage: Stage = key("sft", "sft: the first user message selects, the answer is learned; pretrain: a chunk selects, the next is learned")
+    stage: Stage = key("sft", "sft: the first user message selects, the answer is learned; pretrain: a chunk selects, the next is learned; recover: what a mask keeps learns from the dense model")
     from_scratch: bool = key(False, "start from random weights of the model's shape")
     dtype: Literal["float32", "bfloat16", "float16", "stored"] = key("float32", "type of the model's weights while training and in the result")
 
     max_length: int = key(2048, "most tokens of an example")
     chunk: int = key(512, "tokens of a chunk in pretrain")
     skip_bad: bool = key(False, "leave bad rows out instead of refusing the file")
+
+    mask_file: str | None = key(None, "recover: what is kept")
+    compensate: bool = key(True, "recover: begin with down_proj solved to make up for the dropped channels")
+    prompt_weight: float = key(0.3, "recover: weight of a prompt's tokens, where an answer's have 1")
+    parent_top: int = key(48, "recover: most likely tokens of the dense model that are kept for each token")
+    parent_samples: int = key(16, "recover: tokens that are drawn from the others")
 
     masker: Literal["predictor", "static", "dense"] = key("predictor", "where masks come from: a predictor, one learned mask, or none")
     keep: float = key(0.5, "kept share of the FFN channels")
@@ -63,7 +69,7 @@ class TrainConfig:
     scores: Literal["auto", "layer", "centred", "none"] = key("auto", "how they are normalised before step 0: layer: a spread of 1 per layer, which with a warm start is a global prior plus the instruction's part; centred: that part alone; none: not")
     decorrelate: bool | None = key(None, "make the instruction's part equally strong in all its directions; default: if centred")
 
-    train: Literal["full", "lora", "dora", "frozen"] = key("full", "what of the model is trained; frozen: the masker only")
+    train: Literal["full", "ffn", "lora", "dora", "frozen"] = key("full", "what of the model is trained; ffn: FFNs and norms; frozen: the masker only")
     lora_rank: int = key(8, "rank of LoRA or DoRA")
     lora_scale: float = key(20.0, "scale of LoRA or DoRA")
     lora_layers: int = key(-1, "last layers that get LoRA; -1: all")
@@ -132,6 +138,8 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.stage == "recover":
+            self._check_recovery()
         if self.train == "frozen" and self.masker == "dense":
             raise ValueError(
                 "train: frozen with masker: dense leaves nothing to train."
@@ -143,6 +151,27 @@ class TrainConfig:
             )
         if self.ce_weight == self.kl_weight == 0:
             raise ValueError("ce_weight and kl_weight are both 0: nothing to learn.")
+
+    def _check_recovery(self) -> None:
+        if not self.mask_file:
+            raise ValueError(
+                "The stage recover needs a mask; give --mask-file or --task."
+            )
+        if self.masker != "dense" or self.from_scratch:
+            raise ValueError(
+                "The stage recover trains the compact model of a fixed mask; leave out "
+                "masker and from_scratch."
+            )
+        if self.parent_top < 1 or min(self.parent_samples, self.prompt_weight) < 0:
+            raise ValueError(
+                f"parent_top={self.parent_top} must be above 0, parent_samples="
+                f"{self.parent_samples} and prompt_weight={self.prompt_weight} not below."
+            )
+
+
+# Where the stage recover differs from the others in its defaults.
+RECOVER = {"masker": "dense", "ce_weight": 0.0, "kl_weight": 1.0, "train": "ffn"}
+RECOVER |= {"watch": "off", "lr": 3e-4}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -171,7 +200,10 @@ def from_options(args: argparse.Namespace) -> TrainConfig:
     values = read_file(Path(args.config)) if args.config else {}
     names = [item.name for item in fields(TrainConfig)]
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    config = TrainConfig(**(values | given))
+    values |= given
+    if values.get("stage") == "recover":
+        values = RECOVER | values
+    config = TrainConfig(**values)
     config.check()
     return config
 

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from ..data import Message, Record, instruction_of, tokenize
 
-Stage = Literal["pretrain", "sft"]
+Stage = Literal["pretrain", "sft", "recover"]
 
 
 class Reader:
@@ -22,10 +22,12 @@ class Reader:
     example of its own, whose instruction is the chunk before. In the stage ``sft`` the
     conversation up to the first user message is the instruction, and the assistant's
     answers after it are learned. No instruction holds a token that is learned with it.
+    The stage ``recover`` reads conversations alike and takes plain text as it is: its
+    mask is fixed, and nothing has to be told apart.
 
     Args:
         tokenizer: mlx-lm's ``TokenizerWrapper`` of the model.
-        stage: ``pretrain`` or ``sft``.
+        stage: ``pretrain``, ``sft`` or ``recover``.
         max_length: most tokens of an example. In ``pretrain``, as much of the text
             before the learned chunk is read as fits.
         chunk: tokens of a chunk.
@@ -103,6 +105,9 @@ class Reader:
         if self.stage == "pretrain":
             return list(self._chunks(row, task))
         messages = _messages(row)
+        if messages is None and self.stage == "recover":
+            tokens = list(self.tokenizer.encode(row["text"]))[: self.max_length]
+            return [self._record(tokens, tokens, [True] * len(tokens), task)]
         if messages is None:
             raise ValueError(
                 "has only text: stage sft needs messages, or prompt and completion"

@@ -18,7 +18,10 @@ from ..data import Batch
 from ..pruning import MaskedFFN, set_masks
 from .maskers import Budget, Form, Masker, masked_layers
 
-Parent = Callable[[Batch], mx.array]  # logits [B, T - 1, V] of the dense model
+# What the dense model says at every token: logits [B, T - 1, V], or ids, weights and
+# log-probabilities of some of them, [B, T - 1, W] each; see parent_cache.
+Said = mx.array | tuple[mx.array, mx.array, mx.array]
+Parent = Callable[[Batch], Said]
 PARTS = ("llm", "masker")
 
 
@@ -77,17 +80,23 @@ def target_losses(logits: mx.array, batch: Batch) -> mx.array:
     return losses * batch.loss_mask[:, 1:]
 
 
-def divergence(logits: mx.array, parent: mx.array, batch: Batch) -> mx.array:
+def divergence(logits: mx.array, parent: Said, batch: Batch) -> mx.array:
     """Return KL(parent ‖ model) at every target, 0 where it does not count.
 
     Args:
         logits: ``[B, T - 1, V]``.
-        parent: the dense parent's logits, same shape; no gradient flows to it.
+        parent: the dense parent's logits, same shape; or some of its ids with weights
+            and log-probabilities, for an estimate. No gradient flows to it.
         batch: the examples.
 
     Returns:
         Nats, float32 ``[B, T - 1]``.
     """
+    if not isinstance(parent, mx.array):
+        ids, weights, logp = parent
+        found = mx.take_along_axis(logits, ids, axis=-1)
+        found = found - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return (weights * (logp - found)).sum(axis=-1) * batch.loss_mask[:, 1:]
     parent = mx.stop_gradient(parent.astype(mx.float32))
     truth = parent - mx.logsumexp(parent, axis=-1, keepdims=True)
     found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)

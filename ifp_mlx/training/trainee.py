@@ -15,7 +15,7 @@ from .. import store
 from ..atomic import new_folder
 from ..model import PREDICTOR_FOLDER, IFPConfig
 from ..predictor import SparsityPredictor
-from ..pruning import dense_shape
+from ..pruning import MaskedFFN, dense_shape
 from .maskers import masked_layers
 from .recipe import TrainConfig
 from .step import Parent
@@ -117,6 +117,11 @@ def adapt(model: nn.Module, config: TrainConfig) -> None:
         return
     model.freeze()
     if config.train == "frozen":
+        return
+    if config.train == "ffn":
+        for name, module in model.named_modules():
+            if "norm" in name.rpartition(".")[2] or isinstance(module, MaskedFFN):
+                module.unfreeze()
         return
     from mlx_lm.tuner.utils import linear_to_lora_layers
 

@@ -1,0 +1,46 @@
+"""The log of a run, which a resumed run takes up where it was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..atomic import new_file
+from .validation import Report
+
+LOG = "log.jsonl"
+
+
+class Diary:
+    """The log of a run: in memory, in a file, and for whoever listens.
+
+    Args:
+        folder: where the file is kept, or ``None``.
+        start: the step that the run goes on from; later lines are forgotten.
+        listen: called with every line.
+    """
+
+    def __init__(
+        self, folder: Path | None, start: int, listen: Callable[[Report], None] | None
+    ) -> None:
+        self.lines: list[Report] = []
+        self.path = None if folder is None else folder / LOG
+        self.listen = listen
+        if self.path is not None:
+            if self.path.exists() and start:
+                # A killed run may have logged steps that are now made again.
+                text = self.path.read_text(encoding="utf-8").splitlines()
+                lines = [json.loads(line) for line in text if line.endswith("}")]
+                self.lines = [line for line in lines if line["step"] <= start]
+            with new_file(self.path) as scratch:
+                text = [json.dumps(line) + "\n" for line in self.lines]
+                scratch.write_text("".join(text), encoding="utf-8")
+
+    def note(self, step: int, report: Report) -> None:
+        """Take down what is known after a step."""
+        line = {"step": step, **report}
+        self.lines.append(line)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.listen is not None:
+            self.listen(line)

@@ -1,0 +1,214 @@
+"""What the dense parent says at every token, computed once and kept small on disk.
+
+Of a distribution over the vocabulary, the most likely tokens are kept as they are, and
+the rest is sampled: a KL over both is an unbiased estimate of the exact one, where the
+most likely tokens alone would lose what the rest is worth. A token takes a few hundred
+bytes, and a training step neither the parent nor its output layer.
+
+Source: the estimate is that of Anshumann et al. 2025 (arXiv:2503.16870), with the
+largest probabilities taken out of the sampling.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..atomic import new_file
+from ..data import Batch, Record
+
+INDEX = "index.json"
+PART = 32  # records of a file: what a killed run has to compute again at most
+CHUNK = 64  # tokens whose distributions are in memory at once, as float64
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a distribution is kept.
+
+    Attributes:
+        top: the most likely tokens.
+        samples: draws from the rest, of which each stands for an equal part of it.
+    """
+
+    top: int = 48
+    samples: int = 16
+
+    def dtype(self, vocabulary: int) -> np.dtype:
+        """Return the record of one token: ids and log-probabilities."""
+        width = self.top + self.samples
+        ids = np.uint16 if vocabulary <= 2**16 else np.uint32
+        return np.dtype([("ids", ids, (width,)), ("logp", np.float16, (width,))])
+
+
+class ParentCache:
+    """The parent's distributions for some records, in a folder.
+
+    Args:
+        folder: made by :func:`fill_cache`.
+        records: in the order they were cached in; ``task`` is each one's number.
+        form: how they were kept.
+    """
+
+    def __init__(self, folder: Path, records: Sequence[Record], form: Form) -> None:
+        self.form = form
+        names = sorted(json.loads((folder / INDEX).read_text("utf-8"))["parts"])
+        self._parts = [np.load(folder / name, mmap_mode="r") for name in names]
+        sizes = [len(record.tokens) - 1 for record in records]
+        groups = [sizes[n : n + PART] for n in range(0, len(sizes), PART)]
+        self._starts = [np.cumsum([0, *group]) for group in groups]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes on disk."""
+        return self._parts[0].dtype.itemsize
+
+    def __call__(self, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        """Return ids, weights and log-probabilities, ``[B, T - 1, W]`` each; padding
+        has weight 0.
+
+        Args:
+            batch: whose ``tasks`` say which records its rows are.
+        """
+        assert batch.tasks is not None
+        B, T = batch.tokens.shape
+        width = self.form.top + self.form.samples
+        ids = np.zeros((B, T - 1, width), dtype=np.int32)
+        logp = np.zeros((B, T - 1, width), dtype=np.float32)
+        weights = np.zeros((B, T - 1, width), dtype=np.float32)
+        for row, number in enumerate(np.array(batch.tasks)):
+            found = self._record(int(number))
+            ids[row, : len(found)] = found["ids"]
+            logp[row, : len(found)] = found["logp"]
+            weights[row, : len(found)] = self._weights(logp[row, : len(found)])
+        return mx.array(ids), mx.array(weights), mx.array(logp)
+
+    def _record(self, number: int) -> np.ndarray:
+        part, place = divmod(number, PART)
+        start, end = self._starts[part][place : place + 2]
+        return self._parts[part][start:end]
+
+    def _weights(self, logp: np.ndarray) -> np.ndarray:
+        top = np.exp(logp[:, : self.form.top])
+        if not self.form.samples:
+            return top
+        rest = np.maximum(1 - top.sum(axis=1, keepdims=True), 0)
+        each = np.repeat(rest / self.form.samples, self.form.samples, axis=1)
+        return np.concatenate([top, each], axis=1)
+
+
+def fill_cache(
+    folder: Path,
+    open_parent: Callable[[], nn.Module],
+    records: Sequence[Record],
+    form: Form,
+    about: dict[str, Any],
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> ParentCache:
+    """Compute what of the cache is not there yet, or is damaged, and open it.
+
+    Args:
+        folder: may hold a cache that was begun with the same records and settings.
+        open_parent: returns the dense model; called only if something is missing.
+        records: what the parent is to read; ``task`` must number them from 0.
+        form: how distributions are kept.
+        about: what else the content depends on.
+        progress: wraps the iteration over the missing parts.
+
+    Raises:
+        ValueError: if the folder holds a cache of something else.
+    """
+    about = about | {"form": [form.top, form.samples], "records": _digest(records)}
+    index = _read_index(folder, about)
+    names = [f"part-{n:05d}.npy" for n in range(-(-len(records) // PART))]
+    missing = [n for n, name in enumerate(names) if not _is_whole(folder, name, index)]
+    parent = open_parent() if missing else None
+    for number in progress(missing):
+        part = records[number * PART : (number + 1) * PART]
+        rows = [_compress(parent, record, form) for record in part]
+        with new_file(folder / names[number]) as scratch:
+            np.save(scratch, np.concatenate(rows), allow_pickle=False)
+            digest = hashlib.sha256(scratch.read_bytes()).hexdigest()
+        index["parts"][names[number]] = digest
+        with new_file(folder / INDEX) as scratch:
+            scratch.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return ParentCache(folder, records, form)
+
+
+def _read_index(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        return {"about": about, "parts": {}}
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if index["about"] != about:
+        raise ValueError(
+            f"{folder} holds what the dense model said about other examples, or in "
+            "another form; delete it, or choose another output folder."
+        )
+    return index
+
+
+def _is_whole(folder: Path, name: str, index: dict[str, Any]) -> bool:
+    path = folder / name
+    if name not in index["parts"] or not path.is_file():
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() == index["parts"][name]
+
+
+def _digest(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(np.array([len(record.tokens)], dtype="<i4").tobytes())
+        digest.update(record.tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _compress(parent: Any, record: Record, form: Form) -> np.ndarray:
+    """Return what is kept of the distributions after a record's tokens, ``[T - 1]``."""
+    logits = parent(mx.array(record.tokens[None, :-1]))[0].astype(mx.float32)
+    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    rng = np.random.default_rng(record.task)  # the same after an interruption
+    table = np.array(logp)
+    parts = np.split(table, range(CHUNK, len(table), CHUNK))
+    return np.concatenate([compress(part, form, rng) for part in parts])
+
+
+def compress(logp: np.ndarray, form: Form, rng: np.random.Generator) -> np.ndarray:
+    """Return what is kept of distributions.
+
+    Args:
+        logp: log-probabilities, float32 ``[T, V]``; ``V`` above ``top``.
+        form: how much is kept.
+        rng: of the samples.
+
+    Returns:
+        ``[T]`` records of the form's dtype.
+    """
+    T, V = logp.shape
+    top = np.argpartition(-logp, form.top - 1, axis=1)[:, : form.top]
+    rest = np.exp(logp, dtype=np.float64)
+    np.put_along_axis(rest, top, 0.0, axis=1)
+    upto = np.cumsum(rest, axis=1)
+    # One draw from each of equally large parts of the rest: unbiased, and less noisy
+    # than free draws.
+    draws = (np.arange(form.samples) + rng.random((T, form.samples))) / max(
+        form.samples, 1
+    )
+    sampled = [
+        np.searchsorted(line, d * line[-1], side="right")
+        for line, d in zip(upto, draws, strict=True)
+    ]
+    sampled_ids = np.minimum(np.array(sampled, dtype=np.int64), V - 1)
+    ids = np.concatenate([top, sampled_ids.reshape(T, form.samples)], axis=1)
+    kept = np.zeros(T, dtype=form.dtype(V))
+    kept["ids"] = ids
+    # What is next to impossible stays a number in float16.
+    kept["logp"] = np.maximum(np.take_along_axis(logp, ids, axis=1), -1e4)
+    return kept
