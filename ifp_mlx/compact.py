@@ -21,7 +21,9 @@ from .pruning import dense_shape, ffn_layers, pad_ffn
 from .requantisation import requantisation_cost
 from .store import copy_companions, licence_of
 
-MASK_FILE = "mask.safetensors"
+# Safetensors inside; not in name, for some loaders take every such file for weights,
+# those of subfolders too (mlx-swift-lm 3.31.4).
+MASK_FILE = "ifp.mask"
 UNKNOWN_LICENCE = "not stated in the source folder; see the base model"
 UNTRAINED = (
     "The channels were selected without training the model further, unless the selector\n"

@@ -8,7 +8,7 @@ from conftest import FAMILIES, relative_error, run_command, write_folder
 
 import ifp_mlx.compact
 from ifp_mlx import Selection, load
-from ifp_mlx.compact import Quantisation, main, write_compact
+from ifp_mlx.compact import MASK_FILE, Quantisation, main, write_compact
 from ifp_mlx.pruning import ffn_layers, mask_model, set_masks
 from ifp_mlx.sensitivity import calibration_texts
 
@@ -28,7 +28,10 @@ def test_a_compact_folder_in_stock_mlx_lm_gives_the_compact_models_logits(
     assert mx.array_equal(stock(TOKENS), model.compact(selection)(TOKENS))
     assert stock.args.intermediate_size == 32
     assert mlx_lm.generate(stock, tokenizer, "Hello", max_tokens=3)
-    assert Selection.load(out / "mask.safetensors").mask_id == selection.mask_id
+    assert Selection.load(out / MASK_FILE).mask_id == selection.mask_id
+    # Some loaders take every safetensors file for weights, in subfolders too.
+    weights = [file.name for file in out.rglob("*.safetensors")]
+    assert weights == ["model.safetensors"]
 
 
 def test_unequal_widths_become_nemotron_nas_for_a_llama(tmp_path):
@@ -180,7 +183,7 @@ def test_a_quantised_folder_is_sliced_exactly_and_stock_mlx_lm_loads_it(
     assert report["down_proj"] == "whole groups" and not report["requantisation_kl"]
     assert "whole quantisation groups, nothing is lost" in err
     stock, _ = mlx_lm.load(str(tmp_path / "out"))
-    selection = Selection.load(tmp_path / "out" / "mask.safetensors")
+    selection = Selection.load(tmp_path / "out" / MASK_FILE)
     masked = load(source)[0].dense()
     set_masks(mask_model(masked), selection.mask())
     assert relative_error(stock(TOKENS), masked(TOKENS)) <= 1e-5
@@ -206,7 +209,7 @@ def test_a_finer_choice_requantises_and_the_card_says_what_that_costs(tmp_path, 
     assert "| Requantised layers | 3 |" in card
 
     model, _ = load(source)
-    selection = Selection.load(out / "mask.safetensors")
+    selection = Selection.load(out / MASK_FILE)
     compact = model.compact(selection)
     stock, _ = mlx_lm.load(str(out))
     assert mx.array_equal(stock(TOKENS), compact(TOKENS))
@@ -258,7 +261,7 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(tmp_path):
     card = (out / "README.md").read_text()
     assert card.startswith("---\n") and "license: apache-2.0\n" in card
     assert "base_model: Tiny-Llama\n" in card
-    assert f"| Mask | `{selection.mask_id}`, in mask.safetensors |" in card
+    assert f"| Mask | `{selection.mask_id}`, in {MASK_FILE} |" in card
     assert "| Channels | 96 of 192 FFN channels |" in card
     assert "| Instruction | Translate \\| into French. |" in card
     assert "The quality of this folder was not measured." in card

@@ -193,7 +193,7 @@ def test_other_commands_take_a_task_by_its_name(opened, tmp_path, capsys):
     assert report["selector"] == "task"
     out_folder = tmp_path / "compact"
     assert run_command(compact.main, capsys, *given, "--mlx-path", out_folder)[0] == 0
-    saved = Selection.load(out_folder / "mask.safetensors")
+    saved = Selection.load(out_folder / compact.MASK_FILE)
     assert saved.mask_id == task.selection.mask_id
     status, _, err = run_command(
         generate_main, capsys, *given, "-p", "Hello", "--keep", "0.5"
