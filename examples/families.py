@@ -343,9 +343,14 @@ def page(verdicts: dict[str, Verdict]) -> str:
             lines.append(f"| {name} | {verdict.refused} |")
     lines += [
         "",
-        "Projections that are fused (glm, phi3, plamo2) or have other names (exaone,",
-        "internlm2) and mixtures of experts are not taken apart. gemma3n as released",
-        "keeps the largest channels of its first layers, which depends on all of them.",
+        "Projections that are fused (glm, glm4, phi3, plamo2) or have other names (exaone,",
+        "internlm2) are not taken apart: masking would be easy, but slicing,",
+        "filling a compact model, padding and the exports read three matrices, and each",
+        "would need a second spelling, for quantised weights too, for few model types. Of",
+        "mixtures of experts only the odd layer is dense, so that selecting its channels",
+        "would save next to nothing; their experts are selected by the model itself.",
+        "gemma3n as released keeps the largest channels of its first layers, which depends",
+        "on all of them.",
     ]
     return "\n".join(lines) + "\n"
 

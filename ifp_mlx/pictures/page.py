@@ -274,7 +274,7 @@ def _speed(points: Sequence[Point]) -> str:
         return f"<section><h2>Speed</h2>{_absent('Speed', '--benchmark')}</section>"
     note = (
         "<p>As measured on the machine that the evaluation or the benchmark ran on, at "
-        "batch 1. The dense model is at keep 1.</p>"
+        "batch 1. The dense model is at 100 %.</p>"
     )
     return f"<section><h2>Speed</h2>{note}{drawn}</section>"
 

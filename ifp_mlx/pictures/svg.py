@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-SIZE = 1060, 290  # of a chart, pixels
+SIZE = 1060, 310  # of a chart, pixels
 LETTER = 6.8  # the width of one, about, pixels
 LINES = 6  # how many series of a chart have a colour of their own
 MAX_LABEL = 18
@@ -162,7 +162,7 @@ def chart(
 ) -> str:
     """Draw lines over two axes, with a legend above them."""
     width, height = size
-    left, right = 52, width - 12
+    left, right = 52, width - 24
     legend, top = _legend([line for line in series if line.legend], left, right)
     bottom = height - 44
 

@@ -25,7 +25,8 @@ from ..data import Batch, Record
 
 INDEX = "index.json"
 PART = 32  # records of a file: what a killed run has to compute again at most
-CHUNK = 64  # tokens whose distributions are in memory at once, as float64
+BLOCK = 256  # of the vocabulary, for running sums
+CHUNK = 64  # tokens whose distributions are in memory at once
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class ParentCache:
             found = self._record(int(number))
             ids[row, : len(found)] = found["ids"]
             logp[row, : len(found)] = found["logp"]
-            weights[row, : len(found)] = self._weights(logp[row, : len(found)])
+            weights[row, : len(found)] = weights_of(logp[row, : len(found)], self.form)
         return mx.array(ids), mx.array(weights), mx.array(logp)
 
     def _record(self, number: int) -> np.ndarray:
@@ -94,13 +95,20 @@ class ParentCache:
         start, end = self._starts[part][place : place + 2]
         return self._parts[part][start:end]
 
-    def _weights(self, logp: np.ndarray) -> np.ndarray:
-        top = np.exp(logp[:, : self.form.top])
-        if not self.form.samples:
-            return top
-        rest = np.maximum(1 - top.sum(axis=1, keepdims=True), 0)
-        each = np.repeat(rest / self.form.samples, self.form.samples, axis=1)
-        return np.concatenate([top, each], axis=1)
+
+def weights_of(logp: np.ndarray, form: Form) -> np.ndarray:
+    """Return what each kept token stands for, ``[T, W]``; the sum over a row is 1.
+
+    Args:
+        logp: as they are kept, ``[T, W]``.
+        form: how.
+    """
+    top = np.exp(logp[:, : form.top])
+    if not form.samples:
+        return top
+    rest = np.maximum(1 - top.sum(axis=1, keepdims=True), 0)
+    each = np.repeat(rest / form.samples, form.samples, axis=1)
+    return np.concatenate([top, each], axis=1)
 
 
 def fill_cache(
@@ -192,23 +200,38 @@ def compress(logp: np.ndarray, form: Form, rng: np.random.Generator) -> np.ndarr
         ``[T]`` records of the form's dtype.
     """
     T, V = logp.shape
-    top = np.argpartition(-logp, form.top - 1, axis=1)[:, : form.top]
-    rest = np.exp(logp, dtype=np.float64)
+    top = np.argpartition(logp, V - form.top, axis=1)[:, -form.top :]
+    rest = np.exp(logp)
     np.put_along_axis(rest, top, 0.0, axis=1)
-    upto = np.cumsum(rest, axis=1)
     # One draw from each of equally large parts of the rest: unbiased, and less noisy
     # than free draws.
-    draws = (np.arange(form.samples) + rng.random((T, form.samples))) / max(
-        form.samples, 1
-    )
+    draws = np.arange(form.samples) + rng.random((T, form.samples))
     sampled = [
-        np.searchsorted(line, d * line[-1], side="right")
-        for line, d in zip(upto, draws, strict=True)
+        _inverse(line, parts / max(form.samples, 1))
+        for line, parts in zip(rest, draws, strict=True)
     ]
-    sampled_ids = np.minimum(np.array(sampled, dtype=np.int64), V - 1)
+    sampled_ids = np.array(sampled, dtype=np.int64)
     ids = np.concatenate([top, sampled_ids.reshape(T, form.samples)], axis=1)
     kept = np.zeros(T, dtype=form.dtype(V))
     kept["ids"] = ids
     # What is next to impossible stays a number in float16.
     kept["logp"] = np.maximum(np.take_along_axis(logp, ids, axis=1), -1e4)
     return kept
+
+
+def _inverse(mass: np.ndarray, shares: np.ndarray) -> list[int]:
+    """Return where the running sum of ``mass``, ``[V]``, passes shares of its total.
+
+    Summed by blocks first: a running sum over a whole vocabulary is what would take
+    longest here.
+    """
+    starts = np.arange(0, len(mass), BLOCK)
+    upto = np.cumsum(np.add.reduceat(mass, starts, dtype=np.float64))
+    places = []
+    for wanted in shares * upto[-1]:
+        block = min(int(np.searchsorted(upto, wanted, side="right")), len(starts) - 1)
+        before = upto[block - 1] if block else 0.0
+        inside = np.cumsum(mass[starts[block] :][:BLOCK], dtype=np.float64)
+        place = int(np.searchsorted(inside, wanted - before, side="right"))
+        places.append(int(starts[block]) + min(place, len(inside) - 1))
+    return places

@@ -170,7 +170,12 @@ class TrainConfig:
 
 
 # Where the stage recover differs from the others in its defaults.
-RECOVER = {"masker": "dense", "ce_weight": 0.0, "kl_weight": 1.0, "train": "ffn"}
+RECOVER: dict[str, Any] = {
+    "masker": "dense",
+    "ce_weight": 0.0,
+    "kl_weight": 1.0,
+    "train": "ffn",
+}
 RECOVER |= {"watch": "off", "lr": 3e-4}
 
 
