@@ -174,7 +174,7 @@ def build_parser() -> cli.Parser:
         description="Time the compact model beside the dense one and a stock one of "
         "its shape.",
     )
-    cli.add_model_option(parser)
+    cli.add_model_option(parser, shipped=True)
     cli.add_selection_options(parser)
     add = parser.add_argument
     add("--prompt-tokens", type=int, default=128, help="default: %(default)s")

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from .masks import ALLOCATIONS, Selection, find_mask
 from .selectors import SELECTORS
+from .store import SHIPPED
 
 # How often SmolLM2-135M-Instruct, untrained, still chooses the dense model's next
 # token, by keep: the default selection in examples/quality.md.
@@ -59,11 +60,19 @@ def fail(prog: str, message: str) -> NoReturn:
     sys.exit(2)
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``."""
-    parser.add_argument(
-        "--model", required=True, help="a model folder or a Hugging Face Hub id"
-    )
+def add_model_option(parser: argparse.ArgumentParser, *, shipped: bool = False) -> None:
+    """Add ``--model``.
+
+    Args:
+        parser: takes the option.
+        shipped: whether the small checkpoint inside the package is the default.
+    """
+    about = "a model folder or a Hugging Face Hub id"
+    if shipped:
+        about += "; default: the small trained checkpoint inside the package"
+        parser.add_argument("--model", default=str(SHIPPED), help=about)
+    else:
+        parser.add_argument("--model", required=True, help=about)
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:

@@ -315,7 +315,7 @@ def build_parser() -> cli.Parser:
         prog="ifp_mlx.compact",
         description="Write the channels an instruction needs as a plain model folder.",
     )
-    cli.add_model_option(parser)
+    cli.add_model_option(parser, shipped=True)
     cli.add_selection_options(parser)
     cli.add_compensate_option(parser)
     add = parser.add_argument

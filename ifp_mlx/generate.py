@@ -183,7 +183,7 @@ def build_parser() -> cli.Parser:
         prog="ifp_mlx.generate",
         description="Load the channels an instruction needs, and generate.",
     )
-    cli.add_model_option(parser)
+    cli.add_model_option(parser, shipped=True)
     add = parser.add_argument
     add("--prompt", "-p", required=True, help="the user's message; - reads stdin")
     add("--system-prompt", help="system message, put before the prompt")

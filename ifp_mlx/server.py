@@ -28,7 +28,7 @@ def build_parser() -> cli.Parser:
         description="Serve a model over the OpenAI API; each request's instruction, "
         "or the task it names, chooses the channels.",
     )
-    cli.add_model_option(parser)
+    cli.add_model_option(parser, shipped=True)
     cli.add_tasks_folder_option(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to bind; default: %(default)s")

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+# The small trained checkpoint inside the package.
+SHIPPED = Path(__file__).parent / "checkpoint"
+
 # What a model needs, and what says how it may be used. Never code.
 NEEDED = ["*.json", "model*.safetensors", "predictor/*.safetensors", "*.jinja"]
 NEEDED += ["tokenizer.model", "*.tiktoken", "*.txt"]

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "footprint": {"masks", "pruning"},
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
     | {"compensation", "config"},
-    "cli": {"masks", "selectors"},
+    "cli": {"masks", "selectors", "store"},
     "compensation": {"masks", "pruning"},
     "serving.errors": NOTHING,
     "serving.events": NOTHING,

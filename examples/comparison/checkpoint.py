@@ -15,6 +15,7 @@ from ifp_mlx.atomic import new_folder
 from ifp_mlx.data import tokenize
 from ifp_mlx.model import PREDICTOR_FOLDER, IFPConfig
 from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.training.maskers import Budget, PredictorMasker
 
 from .corpus import write_tokenizer
 from .lab import Lab, Scale, Trained, means, overlaps
@@ -110,11 +111,19 @@ def test(folder: Path, per_task: int, seed: int) -> dict[str, Any]:
     return {"accuracy": accuracy} | means(accuracy)
 
 
-def card(lab: Lab, trained: Trained, found: dict[str, Any], per_task: int) -> str:
+def opened(folder: Path) -> Trained:
+    """Return the checkpoint as it ships, for the comparison's measurements."""
+    model, _ = load(folder)
+    assert model.predictor is not None and model.ifp.target_size is not None
+    budget = Budget(model.ifp.target_size, model.ifp.temperature, model.ifp.gates)
+    return Trained(model.dense(), PredictorMasker(model.predictor), budget, 0.0, {})
+
+
+def card(lab: Lab, folder: Path, found: dict[str, Any], per_task: int) -> str:
     """Return the checkpoint's README."""
     from mlx.utils import tree_flatten
 
-    scale = lab.scale
+    scale, trained = lab.scale, opened(folder)
     examples = {e.task: e for e in test_examples(all_tasks(), 1, lab.seed)}
     lines = []
     for number, task in enumerate(all_tasks()):
@@ -141,15 +150,17 @@ def card(lab: Lab, trained: Trained, found: dict[str, Any], per_task: int) -> st
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="must not be there")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="one that is there is only tested"
+    )
     parser.add_argument("--cache", type=Path, default=Path("models/comparison/shipped"))
     parser.add_argument("--per-task", type=int, default=50)
     args = parser.parse_args(arguments)
     lab = Lab(SCALE, SEED, args.cache)
-    trained = ifp(lab)
-    write(args.output, lab, trained)
+    if not args.output.exists():
+        write(args.output, lab, ifp(lab))
     found = test(args.output, args.per_task, SEED)
-    text = card(lab, trained, found, args.per_task)
+    text = card(lab, args.output, found, args.per_task)
     (args.output / "README.md").write_text(text, encoding="utf-8")
     print(json.dumps(found))
 

@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 @cache
 def tokenizer() -> Any:
     """Return the tokenizer: byte-level BPE, learned from the training paraphrases."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = Tokenizer(models.BPE())
     found.pre_tokenizer = pre_tokenizers.Sequence(
@@ -35,7 +35,10 @@ def tokenizer() -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=True),
         ]
     )
-    found.decoder = decoders.ByteLevel()
+    # The space put before every digit and before the text is no part of it.
+    before_digit = decoders.Replace(Regex("^Ġ(?=[0-9])"), "")
+    before_text = decoders.Strip(" ", 1, 0)
+    found.decoder = decoders.Sequence([before_digit, decoders.ByteLevel(), before_text])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(SPECIAL),
