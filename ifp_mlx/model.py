@@ -19,7 +19,14 @@ from .config import CONFIG_FILE, IFPConfig
 from .data import Message, Prompt, as_messages, instruction_of, is_tokens, tokenize
 from .masks import Allocation, Selection
 from .predictor import SparsityPredictor
-from .pruning import cuts_groups, dense_shape, ffn_layers, fill_model, group_sizes
+from .pruning import (
+    cuts_groups,
+    dense_shape,
+    ffn_layers,
+    fill_model,
+    group_sizes,
+    share_core,
+)
 
 PRIOR_FILE, PREDICTOR_FOLDER = "prior.safetensors", "predictor"
 SENSITIVITY_FILE = "sensitivity.safetensors"
@@ -191,6 +198,7 @@ class IFPModel:
         selection: Selection,
         *,
         compensate: Prompt | None = None,
+        beside: nn.Module | None = None,
         progress: Progress = iter,
     ) -> nn.Module:
         """Load the selected channels as an ordinary mlx-lm model.
@@ -200,6 +208,8 @@ class IFPModel:
             compensate: a text, as :meth:`select` takes it, on which the kept channels
                 learn to make up for the dropped ones (:mod:`ifp_mlx.compensation`);
                 the dense model reads it once and is in memory meanwhile.
+            beside: another compact model of this one, whose attention, embeddings
+                and norms are used again instead of read.
             progress: wraps the iteration over layers.
 
         Returns:
@@ -219,6 +229,8 @@ class IFPModel:
             mx.eval(model.parameters())
             return model
         model = self.source.open()
+        if beside is not None:
+            share_core(model, beside)
         fill_model(model, self.source.fill, selection, progress=progress)
         mx.eval(model.parameters())
         return model

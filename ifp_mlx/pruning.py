@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from .masks import Selection, check_multiple
 
@@ -197,6 +198,22 @@ def fill_model(
         mx.eval(ffn.module.parameters())
     if selection.target_size is not None and hasattr(model, "args"):
         model.args.intermediate_size = selection.target_size
+
+
+def share_core(model: nn.Module, other: nn.Module) -> None:
+    """Let ``model`` use the very weights of ``other`` for all but its FFNs, in place.
+
+    Args:
+        model: a stock mlx-lm model.
+        other: the same one, apart from the FFNs.
+    """
+    ffns = [ffn.module.parameters() for ffn in ffn_layers(model)]
+    own = {id(weight) for _, weight in tree_flatten(ffns)}
+    theirs = tree_flatten(other.parameters(), destination={})
+    names = [
+        n for n, weight in tree_flatten(model.parameters()) if id(weight) not in own
+    ]
+    model.update(tree_unflatten([(name, theirs[name]) for name in names]))
 
 
 def slice_ffn(ffn: nn.Module, index: mx.array, *, requantise: bool = True) -> None:

@@ -287,13 +287,29 @@ def test_models_in_use_are_the_last_to_be_let_go(engine, folder):
 
     model, _ = load(folder)
     masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
-    weight = Shelf(model, 1, None).weigh(masks[0])
-    shelf = Shelf(model, 2 * weight, None)
+    shelf = Shelf(model, Shelf(model, 1, None).weigh(*masks[:2]), None)
     shelf.in_use = lambda: masks[:1]
     for mask in masks:
         shelf.load(mask, lambda event: None, CancelToken())
     there = [mask.mask_id in shelf.residents for mask in masks]
     assert there == [True, False, True]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_resident_models_share_everything_but_their_channels(tmp_path, family):
+    from ifp_mlx.serving.shelf import Shelf
+
+    model, _ = load(write_folder(tmp_path / family, family))
+    masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
+    shelf = Shelf(model, 1 << 30, None)
+    tokens = mx.array([[5, 6, 7]])
+    for mask in masks:
+        shared = shelf.load(mask, lambda event: None, CancelToken())
+        assert mx.array_equal(shared(tokens), model.compact(mask)(tokens))
+    assert shelf.residents.nbytes == shelf.weigh(*masks)
+    core = shelf.footprint.core_bytes
+    alone = sum(map(shelf.footprint.compact_bytes, masks))
+    assert shelf.residents.nbytes == alone - 2 * core and core > 0
 
 
 def test_the_first_instructions_mask_stays_through_a_chat(engine):

@@ -94,7 +94,7 @@ def crowd(*, budget=2, batch=2, limit=None):
         opened.append(lane)
         return lane
 
-    return Schedule(open_lane, lambda selection: 1, budget, limit), opened
+    return Schedule(open_lane, lambda *masks: len(masks), budget, limit), opened
 
 
 def request_of(mask, steps, events, kv_bytes=0):

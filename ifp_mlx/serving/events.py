@@ -97,7 +97,8 @@ class Task:
         total_channels: ``L * F``.
         channels: ``F``, the dense width of one layer.
         widths: kept channels of every layer.
-        bytes: of the compact model's weights in memory.
+        bytes: of the compact model's weights in memory; those of attention,
+            embeddings and norms are there once for all tasks.
         resident: whether that model is in memory now.
         info: how the mask was made (selector, allocation, keep, instruction).
         seconds: what preparing took: ``select`` and ``load``; 0 where it was there.

@@ -334,7 +334,7 @@ class Schedule:
 
     Args:
         open_lane: makes the lane of a request, loading its model if need be.
-        weigh: bytes of a selection's compact model.
+        weigh: bytes of the compact models of selections together.
         budget: bytes of the models of all lanes together.
         limit: bytes of models and KV caches together, or ``None``.
     """
@@ -342,7 +342,7 @@ class Schedule:
     def __init__(
         self,
         open_lane: Callable[[Request], Lane],
-        weigh: Callable[[Selection], int],
+        weigh: Callable[..., int],
         budget: int,
         limit: int | None = None,
     ) -> None:
@@ -421,8 +421,8 @@ class Schedule:
 
     def _fits(self, request: Request, *, opening: bool = False) -> bool:
         """Whether there is room for a request; alone, there always is."""
-        models = sum(map(self._weigh, self.selections()))
-        models += self._weigh(request.selection) if opening else 0
+        opened = [request.selection] if opening else []
+        models = self._weigh(*self.selections(), *opened)
         caches = request.kv_bytes + sum(lane.kv_bytes for lane in self.lanes.values())
         fits = self._limit is None or models + caches <= self._limit
         return not self.lanes or (fits and not (opening and models > self._budget))

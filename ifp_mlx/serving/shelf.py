@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..data import Prompt
-from ..footprint import Footprint, model_bytes
+from ..footprint import Footprint
 from ..masks import Selection
 from ..model import IFPModel
 from .errors import Cancelled, OutOfMemory, UnknownTask
@@ -28,7 +29,7 @@ class Shelf:
 
     Args:
         model: the large model.
-        budget: bytes of compact models kept in memory.
+        budget: bytes of compact models kept in memory, what they share once.
         limit: bytes that no request may exceed, or ``None``.
 
     Attributes:
@@ -40,10 +41,10 @@ class Shelf:
 
     def __init__(self, model: IFPModel, budget: int, limit: int | None) -> None:
         self.model, self._limit = model, limit
-        self.residents = Residents(model, budget)
+        self.footprint = Footprint.of(model)
+        self.residents = Residents(model, budget, self.footprint.channel_bytes)
         self.named: dict[str, Selection] = {}
         self._remembered: OrderedDict[Any, Selection] = OrderedDict()
-        self.footprint = Footprint.of(model)
 
     def select(
         self, choice: Choice, messages: Prompt, emit: Emit, stop: CancelToken
@@ -135,9 +136,13 @@ class Shelf:
         self.task(name)
         return np.array(self.named[name].mask())
 
-    def weigh(self, selection: Selection) -> int:
-        """Return the bytes of a selection's compact model, without loading it."""
-        return self.footprint.compact_bytes(selection)
+    def weigh(self, *selections: Selection) -> int:
+        """Return the bytes of the compact models of selections, without loading them.
+
+        They share attention, embeddings and norms.
+        """
+        channels = sum(map(self.footprint.channel_bytes, selections))
+        return self.footprint.core_bytes + channels
 
     def check_limit(self, selection: Selection, tokens: int = 0) -> int:
         """Return the bytes of the KV cache of a request.
@@ -167,10 +172,20 @@ class Shelf:
 
 
 class Residents:
-    """Compact models in memory, the least recently used let go first."""
+    """Compact models in memory, the least recently used let go first.
 
-    def __init__(self, model: IFPModel, budget_bytes: int) -> None:
-        self._model, self._budget = model, budget_bytes
+    Only their channels differ: attention, embeddings and norms are one set of arrays.
+
+    Args:
+        model: the large model.
+        budget: bytes of all of them together.
+        channel_bytes: returns the bytes that a selection adds.
+    """
+
+    def __init__(
+        self, model: IFPModel, budget: int, channel_bytes: Callable[[Selection], int]
+    ) -> None:
+        self._model, self._budget, self._adds = model, budget, channel_bytes
         self._models: OrderedDict[str, nn.Module] = OrderedDict()
 
     def __contains__(self, mask_id: str) -> bool:
@@ -179,18 +194,25 @@ class Residents:
     def get(self, selection: Selection, *, progress: Any = iter) -> nn.Module:
         """Return the selection's compact model."""
         if selection.mask_id not in self._models:
+            self._make_room(self._adds(selection))
+            newest = next(reversed(self._models.values()), None)
             self._models[selection.mask_id] = self._model.compact(
-                selection, progress=progress
+                selection, beside=newest, progress=progress
             )
         self._models.move_to_end(selection.mask_id)
-        while len(self._models) > 1 and self.nbytes > self._budget:
-            self._models.popitem(last=False)
+        self._make_room()
         return self._models[selection.mask_id]
+
+    def _make_room(self, more: int = 0) -> None:
+        """Let models go until ``more`` bytes fit; the newest stays, for its core."""
+        while len(self._models) > 1 and self.nbytes + more > self._budget:
+            self._models.popitem(last=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the models' weights."""
-        return sum(map(model_bytes, self._models.values()))
+        """Bytes of all the models' weights, each array counted once."""
+        models = [model.parameters() for model in self._models.values()]
+        return sum({id(w): w.nbytes for _, w in tree_flatten(models)}.values())
 
     def clear(self) -> None:
         """Let all of them go."""
