@@ -6,13 +6,17 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from convert.from_gguf import unpack_gguf
 from convert.shards import write_shards
 from convert.vocabulary import unpack_sentencepiece
 from ifp_mlx.atomic import new_folder, refuse_existing
+from ifp_mlx.channel_store.writer import fill_store
 from ifp_mlx.cli import Parser, run
 from ifp_mlx.store import (
     LICENCES,
@@ -43,6 +47,7 @@ def convert(
     q_group_size: int | None = None,
     q_mode: str = "affine",
     predictor: str | Path | None = None,
+    channel_store: bool = False,
 ) -> Path:
     """Convert a checkpoint into an MLX model folder.
 
@@ -62,6 +67,8 @@ def convert(
         q_mode: ``affine``, ``mxfp4``, ``nvfp4`` or ``mxfp8``.
         predictor: a sparsity predictor's folder; default: ``predictor`` in ``hf_path``.
             Never quantised: what it picks should not depend on ``quantize``.
+        channel_store: make a channel store (:mod:`ifp_mlx.channel_store`), for which
+            the disk holds the model twice for a while.
 
     Raises:
         FileExistsError: if ``mlx_path``, which is returned, is already there.
@@ -81,14 +88,19 @@ def convert(
             f"{predictor} has no {HEAD}; give a folder that holds a predictor."
         )
     with new_folder(target) as folder:
-        _convert_model(source, folder, dtype, quantization)
+        plain = folder / "plain" if channel_store else folder
+        plain.mkdir(exist_ok=True)
+        _convert_model(source, plain, dtype, quantization)
         if (second / HEAD).exists():
-            inner = folder / "predictor"
+            inner = plain / "predictor"
             inner.mkdir()
             # It may read the model's own tokens, and then has no tokenizer.
             own = any(second.glob("tokenizer*"))
             _convert_model(second, inner, dtype, None, need_tokenizer=own)
             shutil.copyfile(second / HEAD, inner / HEAD)
+        if channel_store:
+            fill_store(plain, folder, progress=partial(tqdm, disable=None, leave=False))
+            shutil.rmtree(plain)
     return target
 
 
@@ -343,6 +355,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--q-mode", choices=MODES, default="affine", help="default: affine"
+    )
+    parser.add_argument(
+        "--channel-store",
+        action="store_true",
+        help="lay the FFN out channel by channel, so that a few are read alone; "
+        "python -m ifp_mlx.channel_store orders them by tasks, too",
     )
     parser.add_argument(
         "--predictor",

@@ -136,7 +136,7 @@ def _check(
         raise ImportError(
             "This needs Core AI's Python package: pip install 'ifp-mlx[coreai]'"
         )
-    family = type(model.dense()).__module__.rpartition(".")[2]
+    family = type(model.source.open()).__module__.rpartition(".")[2]
     if family not in FAMILIES or "quantization" in model.config:
         raise ValueError(
             f"{model.name} ({family}) is not written for Core AI yet; use an "

@@ -162,7 +162,7 @@ def _check_selections(
     """Refuse what cannot work before any weight is read."""
     from convert.coreml_graph import check_family
 
-    check_family(model.dense())
+    check_family(model.source.open())
     for selection in selections.values():
         selection.check_fits(model.layers, model.channels, model.fingerprint)
     how = options.quantisation

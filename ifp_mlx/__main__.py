@@ -21,6 +21,10 @@ VERBS = {
     "visualize": "draw selections",
 }
 SCRIPTS = {
+    "channel-store": (
+        "ifp_mlx.channel_store.__main__",
+        "lay a model out so that few channels are read alone",
+    ),
     "convert": ("convert.from_pytorch", "make a model folder from PyTorch or GGUF"),
     "to-coreml": ("convert.to_coreml", "export to Core ML"),
 }

@@ -28,9 +28,7 @@ class Opened(Protocol):
     config: dict[str, Any]
     ifp: Any
     granularity: int
-
-    def dense(self) -> nn.Module:
-        """Return the stock model, its weights unread."""
+    source: Any
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Footprint:
     def of(model: Opened) -> "Footprint":
         """Weigh an opened model; no weight is read."""
         return Footprint.of_module(
-            model.dense(),
+            model.source.open(),
             model.config,
             granularity=model.granularity,
             shared=model.ifp.shared,

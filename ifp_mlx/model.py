@@ -63,11 +63,13 @@ class IFPModel:
         self.config = config
         self.tokenizer = tokenizer
         self.ifp = IFPConfig.load(path)
-        self.source = store.Folder(path)
-        dense = self.dense()
+        self.source = store.source_of(path)
+        dense = self.source.open()
         self.layers, self.channels = dense_shape(dense)
         self.groups = group_sizes(dense)
-        self.granularity = math.lcm(self.ifp.granularity, *self.groups)
+        self.granularity = math.lcm(
+            self.ifp.granularity, *self.groups, self.source.granularity
+        )
         if self.channels % self.granularity:
             raise ValueError(
                 f"{path / CONFIG_FILE} has granularity {self.ifp.granularity}, which "

@@ -4,14 +4,21 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pruning import slice_ffn
+from .channel_store.layout import AGAIN, CHANNEL_FILE, DTYPES, Layout, read_layout
+from .channel_store.tensors import digest_of, weights_of
+from .pruning import ffn_layers, slice_ffn
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+
+    from .channel_store.reader import ChannelReader
+
+    Classes = Callable[[dict[str, Any]], tuple[Any, Any]]
 
 # The small trained checkpoint inside the package.
 SHIPPED = Path(__file__).parent / "checkpoint"
@@ -91,19 +98,23 @@ def _fetch(repo: str, tqdm_class: type | None) -> Path:
 class Folder:
     """An ordinary model folder as the source of a model's weights.
 
-    Every source has these three: what it reads from, a stock model whose FFN weights
-    are not in memory yet, and a way to put channels into one layer of it.
+    Every source has these: what it reads from, a stock model whose FFN weights are
+    not in memory yet, and a way to put channels into one layer of it.
 
     Attributes:
         path: the folder.
+        granularity: channels that lie, and are best selected, together.
     """
+
+    granularity = 1
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def open(self) -> "nn.Module":
         """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
-        return dense_model(self.path)
+        check_folder(self.path)
+        return _load_lazily(self.path, None)[0]
 
     def fill(
         self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
@@ -123,16 +134,99 @@ class Folder:
             slice_ffn(ffn, index)
 
 
+class ChannelStore(Folder):
+    """A folder whose FFN weights are in a channel file, of which :meth:`fill` reads
+    only the channels it is asked for, at once; :meth:`open` has zeros in their place.
+
+    Attributes:
+        reader: the channel file, and how much of it has been read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        check_folder(path)
+        self.reader = _open_channels(path)
+        self.granularity = self.reader.layout.unit
+
+    def open(self) -> "nn.Module":
+        """See :meth:`Folder.open`."""
+        return _load_lazily(self.path, self.reader.layout)[0]
+
+    def fill(
+        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+    ) -> None:
+        """Read a layer's channels into its FFN; see :meth:`ChannelReader.fill`."""
+        self.reader.fill(ffn, layer, index)
+
+
+def source_of(path: Path) -> Folder:
+    """Return a model folder as a source of weights.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is a channel store that is damaged, or
+            not of the model beside it.
+    """
+    return (ChannelStore if (path / CHANNEL_FILE).exists() else Folder)(path)
+
+
 def dense_model(path: Path) -> "nn.Module":
-    """Return the stock mlx-lm model of a folder; its weights stay on disk till used.
+    """Return the stock mlx-lm model of a folder; its weights stay on disk till used
+    (those of a channel store are read now).
 
     Raises:
         FileNotFoundError, ValueError: as :func:`check_folder`.
     """
-    from mlx_lm.utils import load_model
+    source = source_of(path)
+    model = source.open()
+    if isinstance(source, ChannelStore):
+        for layer, ffn in enumerate(ffn_layers(model)):
+            source.fill(ffn.module, layer)
+    return model
 
-    check_folder(path)
-    return load_model(path, lazy=True)[0]
+
+def _open_channels(path: Path) -> "ChannelReader":
+    from .channel_store.reader import ChannelReader
+
+    reader = ChannelReader(path / CHANNEL_FILE)
+    if digest_of(weights_of(path)) != reader.layout.core:
+        raise ValueError(
+            f"{path / CHANNEL_FILE} was made for another model than the weights beside "
+            f"it; {AGAIN}."
+        )
+    return reader
+
+
+def _load_lazily(
+    path: Path, layout: Layout | None, classes: "Classes | None" = None
+) -> tuple["nn.Module", dict[str, Any]]:
+    """Return mlx-lm's model of a folder and its configuration; no weight is read.
+
+    Args:
+        path: the folder.
+        layout: of its channel file, for whose tensors there are zeros in the model;
+            they take no memory until they are used.
+        classes: stands in for mlx-lm's choice of classes.
+    """
+    import mlx.core as mx
+    from mlx_lm.utils import _get_classes, load_model
+
+    parts = [part for layer in layout.parts for part in layer] if layout else []
+    absent = {p.name: mx.zeros(p.shape, getattr(mx, DTYPES[p.dtype][0])) for p in parts}
+
+    def with_absent(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, args_class = (classes or _get_classes)(config)
+
+        def build(args: Any) -> "nn.Module":
+            model = model_class(args)
+            own = getattr(model, "sanitize", lambda weights: weights)
+            model.sanitize = lambda weights: own(weights | absent)
+            return model
+
+        return build, args_class
+
+    model, config = load_model(path, lazy=True, get_model_classes=with_absent)
+    del model.sanitize
+    return model, config
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -161,12 +255,13 @@ def check_folder(path: Path) -> dict[str, Any]:
         FileNotFoundError: if a file is missing.
         ValueError: if the files contradict themselves or each other.
     """
-    from mlx_lm.utils import _get_classes, load_model
+    from mlx_lm.utils import _get_classes
 
     config = _read_config(path / "config.json")
     if (index := path / "model.safetensors.index.json").exists():
         index_files(index)
     files = _check_headers(path)
+    layout = _layout_of(path, files)
     try:
         model_class, args_class = _get_classes(config)
     except (ValueError, AttributeError) as error:
@@ -183,9 +278,7 @@ def check_folder(path: Path) -> dict[str, Any]:
             problems.append(_mismatch(self, dict(weights), files, path))
 
     try:
-        _, config = load_model(
-            path, lazy=True, get_model_classes=lambda config: (Checked, args_class)
-        )
+        _, config = _load_lazily(path, layout, lambda config: (Checked, args_class))
     except Exception as error:  # whatever mlx-lm's model code trips over
         raise ValueError(
             f"mlx-lm cannot build a {config['model_type']} model from {path} "
@@ -197,6 +290,24 @@ def check_folder(path: Path) -> dict[str, Any]:
             "fetch or convert both again."
         )
     return config
+
+
+def _layout_of(path: Path, files: dict[str, Path]) -> Layout | None:
+    """Return the header of a folder's channel file, if there is one, its tensors added
+    to ``files``.
+    """
+    file = path / CHANNEL_FILE
+    if not file.exists():
+        return None
+    layout = read_layout(file)
+    for part in (part for layer in layout.parts for part in layer):
+        if part.name in files:
+            raise ValueError(
+                f"{part.name} is in both {files[part.name]} and {file}; delete the "
+                "file that does not belong to this model."
+            )
+        files[part.name] = file
+    return layout
 
 
 def _mismatch(

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import settings
 from mlx.utils import tree_flatten
 
-# The same examples in every run: a failure is there for everyone, or for no one.
-settings.register_profile("repeatable", derandomize=True, database=None)
+# The same examples in every run, and no clock: a failure is there for everyone, or for
+# no one.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "ministral3")
