@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import run_command, tiny_model, write_folder
+from conftest import relative_error, run_command, tiny_model, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -196,6 +196,21 @@ def test_the_recovered_folder_is_closer_and_its_card_tells_the_truth(
     assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 32
 
 
+def test_a_recovered_folder_can_be_quantised_and_selected_from(work, capsys):
+    from mlx_lm import convert
+    from mlx_lm import load as stock_load
+
+    assert recover(work, capsys, steps=2)[0] == 0
+    folder, small = work / "run" / "model", work / "small"
+    convert(str(folder), mlx_path=str(small), quantize=True, q_group_size=32, q_bits=8)
+    tokens = mx.array([[5, 9, 77, 200]])
+    whole, quantised = (stock_load(str(path))[0](tokens) for path in (folder, small))
+    assert relative_error(quantised, whole) < 0.05
+    model, _ = load(folder)
+    assert model.channels == 32
+    assert model.compact(model.select("Say", keep=0.5))(tokens).shape == whole.shape
+
+
 def test_only_ffns_and_norms_change_by_default(work, capsys):
     assert recover(work, capsys, "--no-compensate", steps=2)[0] == 0
     selection = Selection.load(work / "mask.safetensors")
@@ -217,6 +232,14 @@ def test_a_recovery_that_is_stopped_goes_on_to_the_same_end(work, capsys, monkey
 
     monkeypatch.setattr(train_module.Step, "__call__", stop)
     assert recover(work, capsys, "--save-every", 2, output="cut", steps=4)[0] == 130
+    model, _ = load(work / "tiny")
+    other = model.select("Anything else", keep=0.5, allocation="uniform")
+    mask = work / "mask.safetensors"
+    kept = mask.read_bytes()
+    other.save(mask)
+    status, _, err = recover(work, capsys, "--save-every", 2, output="cut", steps=4)
+    assert status == 2 and f"not {other.mask_id}" in err
+    mask.write_bytes(kept)
     assert recover(work, capsys, "--save-every", 2, output="cut", steps=4)[0] == 0
     ends = [
         mx.load(str(work / n / "model/model.safetensors")) for n in ("whole", "cut")

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from ..compact import check_can_write, write_plain
+from ..compact import MASK_FILE, check_can_write, write_plain
 from ..compensation import compensate
 from ..data import Batches, Record
 from ..evaluation.rows import Row
@@ -60,6 +60,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     records, rows = read(config, model, tokenizer, say)
     if first:
         same_run(config, output / SETTINGS)
+        _same_mask(selection, output / MASK_FILE)
     parent = open_cache(output / PARENT, config, model, records)
     say(
         f"{len(records)} training examples, {len(rows)} for validation; the dense "
@@ -136,6 +137,17 @@ def _numbered(record: Record, number: int, config: TrainConfig) -> Record:
     """Weigh every token; the task says which record it is, as the cache wants it."""
     weights = np.where(record.loss, 1.0, config.prompt_weight).astype(np.float32)
     return replace(record, loss=weights, task=number)
+
+
+def _same_mask(selection: Selection, path: Path) -> None:
+    """Keep the mask with the run, or hold it against the one that is there."""
+    if not path.is_file():
+        selection.save(path)
+    elif (found := Selection.load(path).mask_id) != selection.mask_id:
+        raise ValueError(
+            f"The run in {path.parent} has the mask {found}, not {selection.mask_id}; "
+            "resume it with its own mask, or choose another output folder."
+        )
 
 
 def _row(record: Record) -> Row:
