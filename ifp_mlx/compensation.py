@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .masks import Selection
-from .pruning import TappedFFN, ffn_layers, slice_ffn
+from .pruning import TappedFFN, ffn_layers, note_width, slice_ffn
 
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
 
@@ -46,8 +46,7 @@ def compensate(model: nn.Module, selection: Selection, tokens: Sequence[int]) ->
         slice_ffn(ffn.module, index)
         ffn.module.down_proj.weight = down
         mx.eval(ffn.module.parameters())
-    if selection.target_size is not None and hasattr(model, "args"):
-        model.args.intermediate_size = selection.target_size
+    note_width(model)
 
 
 def read_channels(model: nn.Module, tokens: Sequence[int]) -> list[mx.array]:

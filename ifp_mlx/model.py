@@ -13,8 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import compensation, masks, selectors, store
+from . import compensation, masks, selectors, store, sweep
 from .atomic import new_file
+from .choice import decide
 from .config import CONFIG_FILE, IFPConfig
 from .data import Message, Prompt, as_messages, instruction_of, is_tokens, tokenize
 from .masks import Allocation, Selection
@@ -30,7 +31,6 @@ from .pruning import (
 
 PRIOR_FILE, PREDICTOR_FOLDER = "prior.safetensors", "predictor"
 SENSITIVITY_FILE = "sensitivity.safetensors"
-DEFAULT_KEEP = 0.5
 
 Progress = Callable[[Iterable], Iterable]
 
@@ -163,7 +163,7 @@ class IFPModel:
                 quantised again; widths stay whole groups.
             seed: of the selector ``random``.
             scores: ``[L, F]``, the selector's own if they are known already.
-            progress: wraps the iteration over calibration texts.
+            progress: wraps the iterations over calibration texts and over layers.
 
         Returns:
             A selection with its making in ``info``.
@@ -171,29 +171,77 @@ class IFPModel:
         Raises:
             ValueError: on a keep, selector or allocation that cannot be had.
         """
-        granularity = self._granularity(granularity)
-        step = math.lcm(granularity, *self.groups)
-        k = self._target_size(keep, target_size, step)
-        selector = self._resolve(selector)
-        sizes, allocation = self._sizes(k, selector, allocation, step)
+        choice = decide(self, keep, target_size, selector, allocation, granularity)
         tokens = self.instruction_tokens(instruction)
-        if k == self.channels:  # nothing to choose
-            selector, scores = "all", mx.zeros((self.layers, self.channels))
+        selector = choice.selector
+        if selector == "all":  # nothing to choose
+            scores = mx.zeros((self.layers, self.channels))
         elif scores is None:
             scores = self.scores(tokens, selector, seed=seed, progress=progress)
         selection = masks.select(
             scores,
-            sizes,
-            granularity=granularity,
+            choice.sizes,
+            granularity=choice.granularity,
             gates=self.ifp.gates if selector == "predictor" else "binary",
             temperature=self.ifp.temperature,
         )
-        share = f"{k / self.channels:.4g}"
-        info = {"selector": selector, "allocation": allocation, "keep": share}
+        share = f"{choice.size / self.channels:.4g}"
+        info = {"selector": selector, "allocation": choice.allocation, "keep": share}
         if not is_tokens(instruction):
             text = instruction_of(as_messages(instruction))[-1]["content"]
             info["instruction"] = text
         return replace(selection, info=info, fingerprint=self.fingerprint)
+
+    def sweep(
+        self,
+        instruction: Prompt,
+        *,
+        keep: float | None = None,
+        target_size: int | None = None,
+        selector: str = "auto",
+        allocation: Allocation | None = None,
+        granularity: int | None = None,
+        seed: int = 0,
+        progress: Progress = iter,
+    ) -> tuple[Selection, nn.Module]:
+        """Select and make the compact model in one pass over the layers.
+
+        With the selectors activation and blend every layer is read once, and about
+        one dense layer is in memory above the compact model. The others need no
+        dense model, and are :meth:`select`, then :meth:`compact`.
+
+        Args:
+            instruction, keep, target_size, selector, allocation, granularity, seed: see
+                :meth:`select`.
+            progress: wraps the iterations over calibration texts and over layers.
+
+        Returns:
+            What :meth:`select` and then :meth:`compact` give.
+        """
+        choice = decide(self, keep, target_size, selector, allocation, granularity)
+        options: dict[str, Any] = {
+            "target_size": choice.size,
+            "selector": selector,
+            "allocation": allocation,
+            "granularity": granularity,
+            "seed": seed,
+        }
+        if choice.selector not in ("activation", "blend"):
+            selection = self.select(instruction, **options, progress=progress)
+            return selection, self.compact(selection, progress=progress)
+        prior = self.known_prior(progress) if choice.selector == "blend" else None
+        rows = [mx.array(0.0)] * self.layers
+
+        def choose(layer: int, scores: mx.array) -> mx.array:
+            row = scores[None]
+            if prior is not None:
+                row = selectors.blend_scores(row, prior[layer : layer + 1])
+            rows[layer] = row[0]
+            return choice.channels_of(layer, row)
+
+        tokens = self.instruction_tokens(instruction)
+        compact = sweep.compact_model(self.source, tokens, choose, progress=progress)
+        return self.select(instruction, **options, scores=mx.stack(rows)), compact
 
     def compact(
         self,
@@ -277,22 +325,27 @@ class IFPModel:
             tokens: of the instruction.
             selector: any but ``auto``.
             seed: of the selector ``random``.
-            dense: a dense model already in memory; else one is opened if needed.
-            progress: wraps the iteration over calibration texts.
+            dense: a dense model already in memory; else the layers of one are read
+                and let go again, one by one, if needed.
+            progress: wraps the iterations over calibration texts and over layers.
         """
         if selector == "predictor":
             return self._predict(tokens)
         if selector == "random":
             return selectors.random_scores(self.layers, self.channels, seed)
-        if selector == "activation":
-            return selectors.activation_scores(dense or self.dense(), tokens)
-        prior = self.prior
-        if prior is None:
-            prior = self.compute_prior(progress=progress)
-        if selector == "prior":
+        prior = None if selector == "activation" else self.known_prior(progress)
+        if prior is not None and selector == "prior":
             return prior
-        local = selectors.activation_scores(dense or self.dense(), tokens)
-        return selectors.blend_scores(local, prior)
+        if dense is None:
+            local = sweep.activation_scores(self.source, tokens, progress=progress)
+        else:
+            local = selectors.activation_scores(dense, tokens)
+        return local if prior is None else selectors.blend_scores(local, prior)
+
+    def known_prior(self, progress: Progress = iter) -> mx.array:
+        """Return the prior, float32 ``[L, F]``, computed now if it is not there yet."""
+        prior = self.prior
+        return self.compute_prior(progress=progress) if prior is None else prior
 
     def compute_prior(self, *, progress: Progress = iter) -> mx.array:
         """Compute the prior over the package's calibration text and keep it with the
@@ -316,59 +369,6 @@ class IFPModel:
             return tokenize(self.tokenizer, chat)
         except ValueError:  # some chat templates know no system message
             return tokenize(self.tokenizer, [m for m in chat if m["role"] != "system"])
-
-    def _granularity(self, wanted: int | None) -> int:
-        if wanted is None:
-            return self.granularity
-        if wanted < 1 or self.channels % wanted:
-            raise ValueError(
-                f"granularity={wanted} does not divide the {self.channels} channels of "
-                f"a layer; use 1, or {self.granularity} as this model has it."
-            )
-        return wanted
-
-    def _target_size(self, keep: float | None, k: int | None, step: int) -> int:
-        if keep is not None and k is not None:
-            raise ValueError(
-                f"keep={keep} and target_size={k} say the same thing; give one of them."
-            )
-        if k is None and keep is None:
-            k = self.ifp.target_size
-        if k is None:
-            share = DEFAULT_KEEP if keep is None else keep
-            return masks.target_size(self.channels, share, step)
-        masks.check_multiple(k, step, self.channels)
-        return k
-
-    def _resolve(self, selector: str) -> str:
-        if selector not in selectors.SELECTORS:
-            raise ValueError(
-                f"selector={selector!r} is unknown; choose one of {', '.join(selectors.SELECTORS)}."
-            )
-        if selector == "predictor" and self.predictor is None:
-            raise ValueError(
-                f"{self.path} carries no trained predictor; use the selector auto."
-            )
-        if selector != "auto":
-            return selector
-        if self.predictor is not None:
-            return "predictor"
-        return "activation" if self.prior is None else "blend"
-
-    def _sizes(
-        self, k: int, selector: str, allocation: Allocation | None, step: int
-    ) -> tuple[list[int], Allocation]:
-        shape = (k, self.layers, self.channels)
-        if allocation is None and selector != "predictor" and k < self.channels:
-            try:
-                sizes = masks.layer_sizes(*shape, "first-layer", step)
-                return sizes, "first-layer"
-            except ValueError:  # too small a budget for a whole first layer
-                pass
-        allocation = allocation or "uniform"
-        costs = self.sensitivity if allocation == "sensitivity" else None
-        sizes = masks.layer_sizes(*shape, allocation, step, costs)
-        return sizes, allocation
 
     def _predict(self, tokens: list[int]) -> mx.array:
         assert self.predictor is not None

@@ -196,8 +196,16 @@ def fill_model(
         if gate is not None:
             scale_channels(ffn.module, gate)
         mx.eval(ffn.module.parameters())
-    if selection.target_size is not None and hasattr(model, "args"):
-        model.args.intermediate_size = selection.target_size
+    note_width(model)
+
+
+def note_width(model: nn.Module) -> None:
+    """Let a sliced model's own arguments say how wide its FFNs are, if they are
+    equally wide.
+    """
+    widths = {ffn.module.gate_proj.weight.shape[0] for ffn in ffn_layers(model)}
+    if len(widths) == 1 and hasattr(model, "args"):
+        model.args.intermediate_size = widths.pop()
 
 
 def share_core(model: nn.Module, other: nn.Module) -> None:

@@ -7,16 +7,18 @@ speaks noise (KL to the dense model about 12 nats per token on SmolLM2-135M).
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .pruning import FFN, TappedFFN, ffn_layers
+from .pruning import TappedFFN, ffn_layers
 
 SELECTORS = ("auto", "predictor", "activation", "prior", "blend", "random")
-PREFILL_STEP = 512
+PREFILL_STEP = 2048  # tokens that go through the model at once, as in mlx-lm
+FFN_STEP = 512
 
 
 def activation_scores(model: nn.Module, tokens: Sequence[int]) -> mx.array:
@@ -92,47 +94,112 @@ def calibration_chats() -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in text.splitlines()]
 
 
-def _energy(model: nn.Module, tokens: Sequence[int]) -> mx.array:
+def read_text(
+    model: nn.Module,
+    tokens: Sequence[int],
+    visit: Callable[[int, mx.array], mx.array],
+) -> None:
+    """Run a text through a dense model, its FFNs computed by ``visit``.
+
+    The forward pass is mlx-lm's own. The output layer is not computed.
+
+    Args:
+        model: as it was, afterwards.
+        tokens: ``T`` ids; they go through in :func:`steps_of`.
+        visit: computes the FFN of a layer, by number, ``[1, T, D]`` to ``[1, T, D]``.
+            It is called layer after layer, :func:`visits_of` times in every step.
+
+    Raises:
+        ValueError: if there are no tokens.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
     if not len(tokens):
         raise ValueError("The instruction has no tokens; give some text.")
-    with _recording(model) as energy:
-        cache = make_prompt_cache(model)
-        for start in range(0, len(tokens), PREFILL_STEP):
-            # The logits are never evaluated, so the output layer costs nothing.
-            step = list(tokens[start : start + PREFILL_STEP])
+    cache = make_prompt_cache(model)
+    with _computed_by(model, visit):
+        for step in steps_of(tokens):
             model(mx.array(step)[None], cache=cache)
-            mx.eval(energy, [layer.state for layer in cache])
-    return mx.stack(energy)
+            mx.eval([layer.state for layer in cache])
+
+
+def visits_of(model: nn.Module) -> list[int]:
+    """Return how often each layer is gone through in one forward pass: once, but for
+    model types that loop over their layers. No weight is read to find out.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    visits = [0] * len(ffn_layers(model))
+
+    def count(layer: int, x: mx.array) -> mx.array:
+        visits[layer] += 1
+        return x
+
+    with _computed_by(model, count):
+        model(mx.array([[0]]), cache=make_prompt_cache(model))
+    return visits
 
 
 @contextmanager
-def _recording(model: nn.Module) -> Iterator[list[mx.array]]:
-    """Collect each channel's energy while the model runs, then leave no trace."""
+def _computed_by(
+    model: nn.Module, visit: Callable[[int, mx.array], mx.array]
+) -> Iterator[None]:
     layers = ffn_layers(model)
-    energy = [mx.zeros(ffn.module.gate_proj.weight.shape[0]) for ffn in layers]
-
-    def tap(layer: int) -> Callable[[mx.array], mx.array]:
-        def record(h: mx.array) -> mx.array:
-            square = mx.square(h.astype(mx.float32))
-            share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
-            energy[layer] = energy[layer] + share.sum(axis=(0, 1))
-            return h
-
-        return record
-
     try:
-        for number, (block, name, module) in enumerate(layers):
-            setattr(block, name, TappedFFN(module, tap(number)))
-        yield energy
+        for number, (block, name, _) in enumerate(layers):
+            setattr(block, name, partial(visit, number))
+        yield
     finally:
-        _restore(layers)
+        for block, name, module in layers:
+            setattr(block, name, module)
 
 
-def _restore(layers: list[FFN]) -> None:
-    for block, name, module in layers:
-        setattr(block, name, module)
+def steps_of(tokens: Sequence[int]) -> list[list[int]]:
+    """Return the parts in which a text goes through the model."""
+    starts = range(0, len(tokens), PREFILL_STEP)
+    return [list(tokens[start : start + PREFILL_STEP]) for start in starts]
+
+
+def read_ffn(ffn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
+    """Compute one FFN, and how strongly each of its channels was used.
+
+    Args:
+        ffn: the stock module; its weights are read if they are still lazy.
+        x: ``[1, T, D]``.
+
+    Returns:
+        The output ``[1, T, D]``, and each channel's energy, float32 ``[F]``; both
+        computed, so that nothing needs the weights any more.
+    """
+    energy = mx.zeros(ffn.gate_proj.weight.shape[0])
+
+    def record(h: mx.array) -> mx.array:
+        nonlocal energy
+        square = mx.square(h.astype(mx.float32))
+        share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
+        energy = energy + share.sum(axis=(0, 1))
+        return h
+
+    outputs = []
+    for start in range(0, x.shape[1], FFN_STEP):  # [T, F] is the largest array of all
+        outputs.append(TappedFFN(ffn, record)(x[:, start : start + FFN_STEP]))
+        mx.eval(outputs[-1], energy)
+    output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+    mx.eval(output)
+    return output, energy
+
+
+def _energy(model: nn.Module, tokens: Sequence[int]) -> mx.array:
+    ffns = [ffn.module for ffn in ffn_layers(model)]
+    energy = [mx.array(0.0)] * len(ffns)
+
+    def visit(layer: int, x: mx.array) -> mx.array:
+        output, more = read_ffn(ffns[layer], x)
+        energy[layer] = energy[layer] + more
+        return output
+
+    read_text(model, tokens, visit)
+    return mx.stack(energy)
 
 
 def _ranks(scores: mx.array) -> mx.array:

@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "channel_store.reader": {"pruning", "channel_store.layout", "channel_store.device"},
     "footprint": {"masks", "pruning"},
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
-    | {"compensation", "config"},
+    | {"choice", "compensation", "config", "sweep"},
+    "choice": {"config", "masks", "selectors"},
+    "sweep": {"pruning", "selectors", "store"},
     "cli": {"masks", "selectors", "store"},
     "compensation": {"masks", "pruning"},
     "serving.errors": NOTHING,
