@@ -234,7 +234,7 @@ class Footprint:
             "everything but the channels": self.core_bytes,
             f"the KV cache of {tokens} tokens": self.kv_bytes(tokens),
             "the predictor": self.predictor_bytes,
-            f"{min(sizes)} channels per layer": self.channel_bytes(sizes),
+            f"a width of {min(sizes)}": self.channel_bytes(sizes),
         }
         summands = ", ".join(
             f"{in_words(n)} for {what}" for what, n in parts.items() if n
@@ -289,6 +289,8 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
             f"mlx-lm cannot build the {config.get('model_type')!r} model of this "
             f"config.json ({type(error).__name__}: {error}); check it."
         ) from error
+    if config.get("tie_word_embeddings"):
+        model.pop("lm_head", None)  # some classes have one until weights are loaded
     # A Hugging Face config names the dtype of its files, under an old or a new key.
     name = config.get("torch_dtype") or config.get("dtype") or "float16"
     dtype = getattr(mx, str(name).removeprefix("torch."), mx.float16)

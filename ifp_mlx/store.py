@@ -257,7 +257,7 @@ def check_folder(path: Path) -> dict[str, Any]:
     """
     from mlx_lm.utils import _get_classes
 
-    config = _read_config(path / "config.json")
+    config = read_config(path / "config.json")
     if (index := path / "model.safetensors.index.json").exists():
         index_files(index)
     files = _check_headers(path)
@@ -347,7 +347,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     ) from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is no model's, or asks to run code.
+    """
     config = _read_json(path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):

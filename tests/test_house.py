@@ -35,6 +35,10 @@ MAY_IMPORT = {
     "channel_store.device": NOTHING,
     "channel_store.reader": {"pruning", "channel_store.layout", "channel_store.device"},
     "footprint": {"masks", "pruning"},
+    "devices": NOTHING,
+    "machine": {"devices"},
+    "roofline": {"devices", "footprint", "pruning"},
+    "tables": NOTHING,
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
     | {"choice", "compensation", "config", "sweep"},
     "choice": {"config", "masks", "selectors"},

@@ -1,0 +1,248 @@
+"""How long a device takes: a model of bytes, operations and kernels started.
+
+A forward pass takes the longer of two times, that of its arithmetic and that of the
+bytes it reads, and something for every layer, however small. Prefill is bound by the
+one, decoding at batch 1 by the other. No constant belongs to a model or to a row.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .devices import Device
+from .footprint import Footprint, Sizes
+from .pruning import PROJECTIONS, ffn_layers
+
+
+@dataclass(frozen=True)
+class Work:
+    """The multiplications of a model, counted from its shapes.
+
+    Attributes:
+        core: per token, in all layers, without FFN and attention itself.
+        channel: per token, of one channel in one layer.
+        head: of the output layer, for one token.
+        attention: of a token and one that it looks at, in each layer.
+        lookup_bytes: of embeddings, of which a token reads one row alone.
+    """
+
+    core: int
+    channel: float
+    head: int
+    attention: tuple[int, ...]
+    lookup_bytes: int
+
+    @staticmethod
+    def of(dense: nn.Module) -> "Work":
+        """Count a stock mlx-lm model's, dense in shape; no weight is read."""
+        linears = {
+            name: _weights(module)
+            for name, module in dense.named_modules()
+            if isinstance(module, nn.Linear | nn.QuantizedLinear)
+        }
+        tables = {
+            name: module
+            for name, module in dense.named_modules()
+            if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+        }
+        head = sum(n for name, n in linears.items() if name.endswith("lm_head"))
+        if not head and tables:  # the embedding is the output layer too
+            head = _weights(tables.pop(next(iter(tables))))
+        ffns = ffn_layers(dense)
+        channels = sum(
+            _weights(ffn.module[name]) for ffn in ffns for name in PROJECTIONS
+        )
+        width = ffns[0].module.gate_proj.weight.shape[0]
+        inside = sum(linears.values()) - channels
+        if any(name.endswith("lm_head") for name in linears):
+            inside -= head
+        return Work(
+            core=inside,
+            channel=channels / width / len(ffns),
+            head=head,
+            attention=tuple(_attention_width(layer) for layer in dense.layers),
+            lookup_bytes=sum(
+                array.nbytes
+                for table in tables.values()
+                for array in table.parameters().values()
+            ),
+        )
+
+    def per_token(self, sizes: Sizes) -> int:
+        """Return the multiplications with weights that a prompt's token takes."""
+        return round(self.core + self.channel * sum(sizes))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each phase; see :func:`predict`.
+
+    Attributes:
+        select: from the instruction to the selection.
+        load: of the channels, from storage; ``None`` where they never are there.
+        load_warm: of the channels, from memory: the system's cache, or all of them.
+        prefill: of the prompt.
+        decode: of all the tokens asked for.
+    """
+
+    select: float
+    load: float | None
+    load_warm: float
+    prefill: float
+    decode: float
+
+    def ttft(self, *, warm: bool = False) -> float:
+        """Return the seconds to the first token."""
+        load = self.load_warm if warm or self.load is None else self.load
+        return self.select + load + self.prefill
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        prompt_tokens: of the prompt, which is read by the compact model.
+        max_tokens: to be decoded.
+        instruction_tokens: of what selects.
+        samples: answers decoded together.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    instruction_tokens: int = 0
+    samples: int = 1
+
+
+def forward_seconds(
+    device: Device,
+    work: Work,
+    footprint: Footprint,
+    sizes: Sizes,
+    tokens: int,
+) -> float:
+    """Return the seconds of one forward pass over a prompt."""
+    multiplications = tokens * work.per_token(sizes) + work.head
+    caches = footprint.caches
+    for layer, width in enumerate(work.attention):
+        window = caches[layer].window if layer < len(caches) else None
+        multiplications += width * _looks(tokens, window)
+    compute = 2 * multiplications / (device.compute.value * device.runtime.prefill)
+    read = _weights_read(work, footprint, sizes) / _decode_bandwidth(device)
+    return max(compute, read) + device.runtime.layer_seconds * footprint.layers
+
+
+def decode_seconds(
+    device: Device, work: Work, footprint: Footprint, sizes: Sizes, job: Job
+) -> float:
+    """Return the seconds of decoding: every token reads all weights and its cache."""
+    middle = job.prompt_tokens + job.max_tokens // 2
+    read = _weights_read(work, footprint, sizes)
+    read += job.samples * footprint.kv_bytes(middle)
+    each = read / _decode_bandwidth(device)
+    return job.max_tokens * (each + device.runtime.layer_seconds * footprint.layers)
+
+
+def load_seconds(device: Device, count: float, *, warm: bool) -> float | None:
+    """Return the seconds until ``count`` bytes are where the model has them.
+
+    Args:
+        device: to load on.
+        count: bytes.
+        warm: they are in memory already, and copied; else read from storage.
+    """
+    if warm:
+        return 2 * count / (device.memory.value * device.runtime.load)
+    return None if device.storage is None else count / device.storage.value
+
+
+def predict(
+    device: Device,
+    work: Work,
+    footprint: Footprint,
+    sizes: Sizes,
+    job: Job,
+    *,
+    select: float = 0.0,
+    loaded: float | None = None,
+) -> Times:
+    """Predict the phases of one request.
+
+    Args:
+        device: it runs on.
+        work: of the large model.
+        footprint: of the large model.
+        sizes: channels kept in every layer.
+        job: what is to be done.
+        select: seconds of the selection.
+        loaded: bytes that are read; default: those of the compact model.
+    """
+    count = footprint.compact_bytes(sizes) if loaded is None else loaded
+    warm = load_seconds(device, count, warm=True)
+    assert warm is not None
+    return Times(
+        select=select,
+        load=load_seconds(device, count, warm=False),
+        load_warm=warm,
+        prefill=forward_seconds(device, work, footprint, sizes, job.prompt_tokens),
+        decode=decode_seconds(device, work, footprint, sizes, job),
+    )
+
+
+def dense_select_seconds(
+    device: Device, work: Work, footprint: Footprint, tokens: int
+) -> float:
+    """Return the seconds of a selection by the dense model's own activations: it is
+    loaded whole, and reads the instruction.
+    """
+    sizes = [footprint.channels] * footprint.layers
+    load = load_seconds(device, footprint.dense_bytes, warm=False) or 0.0
+    return load + forward_seconds(device, work, footprint, sizes, tokens)
+
+
+def predictor_seconds(
+    device: Device, weights: int, count: int, layers: int, tokens: int
+) -> float:
+    """Return the seconds that a predictor takes to read an instruction.
+
+    Args:
+        device: it runs on.
+        weights: of its language model, all of which every token is multiplied with.
+        count: its bytes, the head's included.
+        layers: of its language model.
+        tokens: of the instruction.
+    """
+    compute = 2 * weights * tokens / (device.compute.value * device.runtime.prefill)
+    read = count / _decode_bandwidth(device)
+    return max(compute, read) + device.runtime.layer_seconds * layers
+
+
+def _decode_bandwidth(device: Device) -> float:
+    return device.memory.value * device.runtime.decode
+
+
+def _weights_read(work: Work, footprint: Footprint, sizes: Sizes) -> int:
+    return footprint.compact_bytes(sizes) - work.lookup_bytes
+
+
+def _looks(tokens: int, window: int | None) -> int:
+    """Return how many pairs of a token and one that it looks at there are."""
+    short = min(tokens, window or tokens)
+    return short * (short + 1) // 2 + (tokens - short) * short
+
+
+def _weights(module: nn.Module) -> int:
+    """Return the weights of a linear layer or a table, quantised or not."""
+    weight: mx.array = module.weight
+    return weight.size * 32 // module.bits if "scales" in module else weight.size
+
+
+def _attention_width(layer: nn.Module) -> int:
+    """Return the multiplications of a token with one that it looks at: a product with
+    its key and one with its value, in every head.
+    """
+    for _, module in layer.named_modules():
+        if "q_proj" in module:
+            return 2 * module.q_proj.weight.shape[0]
+    return 0
