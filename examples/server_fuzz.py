@@ -4,8 +4,11 @@
 
 Every request starts as a good one and is spoilt by up to three changes: a field takes
 another type or value, a field appears that nobody knows, the JSON is cut or filled
-with odd bytes, the headers or the path are wrong. Some stay good by chance, and may be
-answered; they are counted apart. Standard library alone. Last line: JSON.
+with odd bytes, the headers or the path are wrong. Whether it is malformed is decided by
+the API's schema, server_schema.json: then only a 4xx will do. What still fits the
+schema may be answered, or refused for a reason that no schema can say; it is counted
+apart. Needs `pip install jsonschema`. Last line: JSON; the exit status is 1 if a
+malformed request was answered, or any request with a 5xx or not at all.
 """
 
 import argparse
@@ -15,8 +18,11 @@ import random
 import string
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from jsonschema import Draft202012Validator
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ODD: list[Any] = [None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, 10**30, "", " ", "x"]
@@ -25,6 +31,34 @@ ODD += [{}, {"type": "text"}, {"": ""}, {"type": "json_schema"}, [{}], [{"role":
 ODD += ["../../etc/passwd", "tiny@", "@", "system", "tool", {"include_usage": 3}]
 RAW = [b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"a":NaN}', b"[" * 20000]
 RAW += [b'{"model":"\\ud800"}', b'{"a":1}{', b"9" * 5000, b'{"model":1e999}', b"\x00"]
+Request = tuple[str, str, bytes, dict[str, str]]  # method, path, body, headers
+
+
+def validators() -> dict[str, Draft202012Validator]:
+    """Return what tells a malformed body, by path."""
+    schema = json.loads(Path(__file__).with_name("server_schema.json").read_text())
+    paths = (CHAT, TEXT)
+    escaped = {path: path.replace("/", "~1") for path in paths}
+    return {
+        path: Draft202012Validator(schema | {"$ref": f"#/$defs/{escaped[path]}"})
+        for path in paths
+    }
+
+
+def is_malformed(
+    request: Request, checks: dict[str, Draft202012Validator], host: str
+) -> bool:
+    """Whether a request breaks a rule that the schema, or HTTP, can say."""
+    method, path, raw, headers = request
+    if method != "POST" or path not in checks or headers.get("Host", host) != host:
+        return True
+    if headers["Content-Type"] != "application/json":
+        return True
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        return True
+    return not checks[path].is_valid(body)
 
 
 def good(model: str, path: str) -> dict[str, Any]:
@@ -84,10 +118,13 @@ def spoil(body: dict[str, Any], rng: random.Random) -> None:
         container[key] = json.loads(json.dumps(rng.choice(ODD)))
 
 
-def malformed(model: str, rng: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
-    """Return method, path, body and headers of one spoilt request."""
+def spoilt(model: str, rng: random.Random) -> Request:
+    """Return one request that most likely is malformed."""
     path = rng.choice([CHAT, TEXT])
-    body = good(model, path)
+    body = good(model, path) | {"n": 1, "tools": [], "stream_options": None}
+    if path == CHAT and rng.random() < 0.3:
+        form = {"name": "x", "strict": True, "schema": {"type": "object"}}
+        body["response_format"] = {"type": "json_schema", "json_schema": form}
     for _ in range(rng.randint(1, 3)):
         spoil(body, rng)
     raw = json.dumps(body).encode()
@@ -111,9 +148,7 @@ def malformed(model: str, rng: random.Random) -> tuple[str, str, bytes, dict[str
     return method, path, raw, headers
 
 
-def send(
-    address: tuple[str, int], request: tuple[str, str, bytes, dict[str, str]], key: str
-) -> tuple[int, bytes]:
+def send(address: tuple[str, int], request: Request, key: str) -> tuple[int, bytes]:
     """Send one request on a connection of its own; return status and answer."""
     method, path, body, headers = request
     connection = http.client.HTTPConnection(*address, timeout=60)
@@ -140,17 +175,25 @@ def main() -> None:
     models = json.loads(send(address, ("GET", "/v1/models", b"", {}), args.api_key)[1])
     model = models["data"][0]["id"]
     rng, counts, failures = random.Random(args.seed), Counter[str](), 0
-    while counts["4xx"] < args.requests:
-        request = malformed(model, rng)
+    checks = validators()
+    for path, check in checks.items():  # the schema, and the server, know good ones
+        check.validate(good(model, path))
+        body = json.dumps(good(model, path)).encode()
+        request = ("POST", path, body, {"Content-Type": "application/json"})
+        assert send(address, request, args.api_key)[0] == 200, path
+    while counts["malformed"] < args.requests:
+        request = spoilt(model, rng)
+        bad = is_malformed(request, checks, url.netloc)
         try:
             status, answer = send(address, request, args.api_key)
         except OSError as error:  # no answer, or none in time
             status, answer = 599, repr(error).encode()
+        counts["malformed" if bad else "fit the schema"] += 1
         counts[f"{status // 100}xx"] += 1
-        if not 200 <= status < 500:
+        if not (400 if bad else 200) <= status < 500:
             failures += 1
-            print(status, request, answer[:300], file=sys.stderr)
-    print(json.dumps({"requests": sum(counts.values()), **counts}))
+            print(status, bad, request, answer[:300], file=sys.stderr)
+    print(json.dumps({**counts, "failures": failures}))
     sys.exit(1 if failures else 0)
 
 

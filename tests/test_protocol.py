@@ -134,3 +134,14 @@ def test_what_is_missing_is_named(field):
     del body[field]
     with pytest.raises(FieldError, match=f"{field} is missing"):
         read_request(body, chat=True, defaults=Defaults())
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [({"name": 5}, "name"), ({"strict": "yes"}, "strict"), ({"title": "x"}, "title")],
+)
+def test_a_json_schema_has_a_name_of_text_and_nothing_unknown(spec, field):
+    form = {"type": "json_schema", "json_schema": {"schema": {}} | spec}
+    where = rf"response_format\.json_schema\.{field}"
+    with pytest.raises(FieldError, match=where):
+        read(response_format=form)

@@ -241,12 +241,20 @@ def _response_format(name: str, value: Any) -> dict[str, Any] | None:
     form = dict(_object(name, value))
     kind = form.pop("type", None)
     if kind == "json_schema":
-        spec = dict(_object(f"{name}.json_schema", form.pop("json_schema", None)))
+        given = _object(f"{name}.json_schema", form.pop("json_schema", None))
+        spec = {key: part for key, part in given.items() if part is not None}
         schema: dict[str, Any] | None = _object(
             f"{name}.json_schema.schema", spec.pop("schema", None)
         )
-        if unknown := spec.keys() - {"name", "strict", "description"}:
-            raise FieldError(f"{name}.json_schema.{min(unknown)}", "is not supported.")
+        checks: dict[str, Check] = {
+            "name": _string,
+            "description": _string,
+            "strict": _flag,
+        }
+        for key, part in spec.items():
+            if key not in checks:
+                raise FieldError(f"{name}.json_schema.{key}", "is not supported.")
+            checks[key](f"{name}.json_schema.{key}", part)
     elif kind in ("text", "json_object"):
         schema = None if kind == "text" else dict(JSON_OBJECT)
     else:
@@ -295,6 +303,12 @@ def _file_name(name: str, value: Any) -> str:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise FieldError(name, "must be a text that is not empty.")
+    return value
+
+
+def _string(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise FieldError(name, "must be a text.")
     return value
 
 
