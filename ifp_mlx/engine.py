@@ -38,6 +38,7 @@ __all__ = [
     "CancelToken",
     "Cancelled",
     "Chat",
+    "Choice",
     "ContextTooLong",
     "Done",
     "Engine",
@@ -49,6 +50,7 @@ __all__ = [
     "ModelNotFound",
     "OutOfMemory",
     "Progress",
+    "Sampling",
     "Task",
     "Token",
     "UnknownTask",
@@ -61,8 +63,8 @@ class Engine:
     """A large model on disk, served from one worker thread; make one with `open`.
 
     Every method may be called from any thread, and the async ones from any event
-    loop. What they hand out is plain Python data. Errors are those of
-    :mod:`ifp_mlx.serving.errors`.
+    loop. What they hand out is plain Python data. Their errors are this module's
+    `IFPError` and the kinds of it.
 
     Requests with one mask decode in one batch; several masks take turns, step by
     step. KV caches are kept for the next turn of a conversation, each for the mask
@@ -177,7 +179,7 @@ class Engine:
             load: ``False`` leaves the loading to the first request.
             progress: called with ``select`` and ``channels``, on the worker thread.
             stop: cancels at the next layer or calibration text.
-            options: the fields of :class:`~ifp_mlx.serving.requests.Choice`.
+            options: the fields of :class:`Choice`.
 
         Raises:
             InvalidRequest: on a choice that cannot be had.
@@ -230,10 +232,10 @@ class Engine:
             stop: cancels within one prefill step or one token; the stream then ends
                 with ``Done("cancelled")``.
             chat_template: ``False`` leaves the chat template out.
-            options: the fields of :class:`~ifp_mlx.serving.requests.Choice` (``task``,
+            options: the fields of :class:`Choice` (``task``,
                 ``instruction``, ``mask_file``, ``keep``, ...; by default the messages
                 up to the first user message select) and of
-                :class:`~ifp_mlx.serving.requests.Sampling` (``max_tokens``, ``temp``, ...).
+                :class:`Sampling` (``max_tokens``, ``temp``, ...).
 
         Yields:
             `Progress` of each stage, a `Token` a step, and `Done` at the end.

@@ -10,9 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from . import cli
-from .engine import Engine
+from .engine import Engine, IFPError
 from .serving.api import LOOPBACK, Policy, make_app
-from .serving.errors import IFPError
 from .serving.protocol import Defaults
 
 

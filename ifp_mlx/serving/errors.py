@@ -11,9 +11,9 @@
     ├── Cancelled                           stopped by its CancelToken
     └── EngineClosed (RuntimeError)         closed, or its worker has died
 
-Every message is a sentence for the user: the fact, the value, the remedy. Each error
-that has a builtin beside it is also that builtin, so that callers of the package's
-plain functions need not change.
+Apps import them from :mod:`ifp_mlx.engine`. Every message is a sentence for the user:
+the fact, the value, the remedy. Each error that has a builtin beside it is also that
+builtin, so that callers of the package's plain functions need not change.
 """
 
 
@@ -50,7 +50,7 @@ class Busy(IFPError):
 
 
 class Cancelled(IFPError):
-    """The work was stopped by its :class:`~ifp_mlx.serving.events.CancelToken`."""
+    """The work was stopped by its :class:`~ifp_mlx.engine.CancelToken`."""
 
 
 class EngineClosed(IFPError, RuntimeError):
