@@ -230,12 +230,24 @@ def test_a_callers_token_survives_a_stream_that_ends_by_itself(engine):
     assert not stop.cancelled
 
 
-def test_preparing_can_be_cancelled(engine):
-    stop = CancelToken()
-    with pytest.raises(Cancelled, match="channels"):
-        engine.prepare(
-            "Something new.", keep=0.7, stop=stop, progress=lambda _: stop.cancel()
-        )
+@pytest.mark.parametrize("stage", ["select", "channels"])
+def test_preparing_can_be_cancelled_between_layers(engine, stage):
+    stop, steps = CancelToken(), []
+
+    def progress(event):
+        steps.append((event.stage, event.done, event.total))
+        if (event.stage, event.done, event.total) == (stage, 1, 3):
+            stop.cancel()
+
+    options = {"keep": 0.7, "selector": "activation", "progress": progress}
+    with pytest.raises(Cancelled, match=f"after 1 of 3: {stage}"):
+        engine.prepare(f"New to {stage}.", name=stage, stop=stop, **options)
+    assert steps[-1] == (stage, 1, 3)
+    assert stage not in [task.name for task in engine.tasks()]
+    engine.prepare(
+        f"New to {stage}.", name=stage, **options | {"progress": steps.append}
+    )
+    assert engine.task(stage).resident
 
 
 def test_a_batch_of_one_mask_answers_as_each_alone(folder):

@@ -13,10 +13,10 @@ class Progress:
     """How far a stage is.
 
     Attributes:
-        stage: ``download`` (bytes), ``load`` (opening the folder), ``select`` (the
-            instruction's pass, or calibration texts), ``channels`` (layers read),
-            ``prefill`` (prompt tokens), ``decode`` (starts; then one :class:`Token`
-            a step).
+        stage: ``download`` (bytes), ``load`` (opening the folder), ``select`` (layers
+            that read the instruction, or calibration texts), ``channels`` (layers
+            read), ``prefill`` (prompt tokens), ``decode`` (starts; then one
+            :class:`Token` a step).
         done: units finished.
         total: units in all; 0 when unknown.
     """

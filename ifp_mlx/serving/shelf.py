@@ -64,11 +64,10 @@ class Shelf:
         tokens = self.model.instruction_tokens(instruction)
         key = (tuple(tokens), *choice.options.values())
         if key not in self._remembered:
-            emit(Progress("select", 0, 1))
+            emit(Progress("select", 0, 0))
             self._remembered[key] = self.model.select(
                 instruction, progress=reporting("select", emit, stop), **choice.options
             )
-            emit(Progress("select", 1, 1))
         self._remembered.move_to_end(key)
         most = REMEMBERED_BYTES // (4 * self.model.layers * self.model.channels)
         while len(self._remembered) > max(16, most):
@@ -227,9 +226,9 @@ def reporting(
     def report(items: Iterable) -> Iterator:
         steps = list(items)
         for number, item in enumerate(steps):
+            emit(Progress(stage, number, len(steps)))
             if stop.cancelled:
                 raise Cancelled(f"Cancelled after {number} of {len(steps)}: {stage}.")
-            emit(Progress(stage, number, len(steps)))
             yield item
         emit(Progress(stage, len(steps), len(steps)))
 
