@@ -61,6 +61,8 @@ class Footprint:
             a fraction where quantisation groups lie across channels.
         caches: of the layers that have a KV cache.
         predictor_bytes: of the predictor and its head; 0 without one.
+        passing_bytes: of what is in memory above that for a while: the dense layer
+            that a sweep reads; 0 without one.
     """
 
     channels: int
@@ -70,6 +72,7 @@ class Footprint:
     layer_bytes: tuple[float, ...]
     caches: tuple[LayerCache, ...]
     predictor_bytes: int = 0
+    passing_bytes: int = 0
 
     @staticmethod
     def of(model: Opened) -> "Footprint":
@@ -157,11 +160,11 @@ class Footprint:
         return sum(cache.bytes(tokens) for cache in self.caches)
 
     def total_bytes(self, sizes: Selection | Sizes, tokens: int) -> int:
-        """Return what stays in memory while decoding: the compact model, the KV cache
-        of ``tokens`` and the predictor.
+        """Return what must be in memory at once: the compact model, the KV cache of
+        ``tokens``, the predictor, and what passes through.
         """
         needed = self.compact_bytes(sizes) + self.kv_bytes(tokens)
-        return needed + self.predictor_bytes
+        return needed + self.predictor_bytes + self.passing_bytes
 
     def largest_size(
         self,
@@ -234,6 +237,7 @@ class Footprint:
             "everything but the channels": self.core_bytes,
             f"the KV cache of {tokens} tokens": self.kv_bytes(tokens),
             "the predictor": self.predictor_bytes,
+            "a dense layer that is being read": self.passing_bytes,
             f"a width of {min(sizes)}": self.channel_bytes(sizes),
         }
         summands = ", ".join(

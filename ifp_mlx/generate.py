@@ -6,15 +6,21 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from tqdm import tqdm
 
 from . import cli
+from .compact_cache import CompactCache
 from .data import Prompt, as_messages, instruction_of, is_tokens, tokenize
+from .fit import fit, sweep_once
 from .masks import Allocation, Selection
 from .model import IFPModel, Progress, load
+
+STOCK_MAX_TOKENS = 256  # mlx-lm's, where the caller names none
 
 
 @dataclass
@@ -51,6 +57,8 @@ class GenerationResponse:
         generation_tokens: tokens generated so far.
         generation_tps: decode speed, tokens per second.
         peak_memory_bytes: MLX's peak since the process started, in bytes.
+        cache: with a memory limit, ``hit`` if the compact model was there already,
+            ``miss`` if it was swept and kept (``select`` is the whole sweep then).
     """
 
     text: str
@@ -63,6 +71,7 @@ class GenerationResponse:
     generation_tokens: int
     generation_tps: float
     peak_memory_bytes: int
+    cache: str | None = None
 
 
 def stream_generate(
@@ -80,6 +89,8 @@ def stream_generate(
     selection: Selection | None = None,
     compensate: bool = False,
     seed: int = 0,
+    memory_bytes: int | None = None,
+    cache: CompactCache | None = None,
     chat_template: bool = True,
     progress: Progress = iter,
     **kwargs: Any,
@@ -99,6 +110,10 @@ def stream_generate(
         selection: use this one and select nothing.
         compensate: let the kept channels make up for the dropped ones, as far as the
             instruction shows how; see :meth:`IFPModel.compact`.
+        memory_bytes: that compact model, KV cache and predictor may take; chooses the
+            largest ``keep`` that fits, or refuses the one that does not. The model is
+            then read in one sweep, a dense layer at a time.
+        cache: where a swept compact model is kept, and taken from the next time.
         chat_template: ``False`` leaves the chat template out.
         progress: wraps iterations over calibration texts and over layers.
         kwargs: passed on to ``mlx_lm.stream_generate`` (``max_tokens``, ``sampler``,
@@ -116,29 +131,66 @@ def stream_generate(
         tokenizer, prompt, system_prompt=system_prompt, chat_template=chat_template
     )
     selecting = selecting if instruction is None else instruction
-    start = time.perf_counter()
-    if selection is None:
-        selection = model.select(
-            selecting,
-            keep=keep,
-            target_size=target_size,
-            selector=selector,
-            allocation=allocation,
-            granularity=granularity,
-            seed=seed,
-            progress=progress,
-        )
-    selected = time.perf_counter()
+    options: dict[str, Any] = {"keep": keep, "target_size": target_size}
+    options |= {"selector": selector, "allocation": allocation}
+    options |= {"granularity": granularity, "seed": seed}
+    context = len(tokens) + kwargs.get("max_tokens", STOCK_MAX_TOKENS)
+    room = None if memory_bytes is None else _Room(memory_bytes, context, cache)
     text = selecting if compensate else None
-    compact = model.compact(selection, compensate=text, progress=progress)
+    ready = _prepare(model, selecting, options, selection, text, room, progress)
+    for step in stock_stream_generate(ready.compact, tokenizer, tokens, **kwargs):
+        yield _response(step, ready)
+
+
+class _Room(NamedTuple):
+    """Memory to fit into: bytes, the tokens of prompt and answer, and a cache."""
+
+    memory_bytes: int
+    context: int
+    cache: CompactCache | None
+
+
+class _Ready(NamedTuple):
+    """What is decoded with, and what it took to get it."""
+
+    selection: Selection
+    compact: nn.Module
+    seconds: Seconds
+    cache: str | None = None
+
+
+def _prepare(
+    model: IFPModel,
+    instruction: Prompt,
+    options: dict[str, Any],
+    selection: Selection | None,
+    compensate: Prompt | None,
+    room: _Room | None,
+    progress: Progress,
+) -> _Ready:
+    """Select and load: one after the other, or in one sweep that fits into memory."""
+    if room is not None:
+        fit(model, options, selection, room.memory_bytes, room.context)
+    start = time.perf_counter()
+    if room is not None and selection is None and compensate is None:
+        cache = room.cache or CompactCache()
+        found = sweep_once(model, instruction, options, cache, progress)
+        spent = time.perf_counter() - start
+        if found.hit:
+            return _Ready(*found[:2], Seconds(load=spent), "hit")
+        return _Ready(*found[:2], Seconds(select=spent), "miss")
+    if selection is None:
+        selection = model.select(instruction, **options, progress=progress)
+    selected = time.perf_counter()
+    compact = model.compact(selection, compensate=compensate, progress=progress)
     loaded = time.perf_counter()
     seconds = Seconds(select=selected - start, load=loaded - selected)
-    for step in stock_stream_generate(compact, tokenizer, tokens, **kwargs):
-        yield _response(step, selection, seconds)
+    return _Ready(selection, compact, seconds)
 
 
-def _response(step: Any, selection: Selection, spent: Seconds) -> GenerationResponse:
+def _response(step: Any, ready: _Ready) -> GenerationResponse:
     """Add our own figures to a response of mlx-lm."""
+    spent = ready.seconds
     prefill = step.prompt_tokens / step.prompt_tps
     seconds = Seconds(
         select=spent.select,
@@ -151,13 +203,14 @@ def _response(step: Any, selection: Selection, spent: Seconds) -> GenerationResp
         text=step.text,
         token=step.token,
         finish_reason=step.finish_reason,
-        selection=selection,
+        selection=ready.selection,
         seconds=seconds,
         prompt_tokens=step.prompt_tokens,
         prompt_tps=step.prompt_tps,
         generation_tokens=step.generation_tokens,
         generation_tps=step.generation_tps,
         peak_memory_bytes=mx.get_peak_memory(),
+        cache=ready.cache,
     )
 
 
@@ -189,6 +242,14 @@ def build_parser() -> cli.Parser:
     add("--system-prompt", help="system message, put before the prompt")
     cli.add_selection_options(parser)
     cli.add_compensate_option(parser)
+    add(
+        "--memory-gb",
+        type=float,
+        help="memory for the compact model and its KV cache, in 10^9 bytes (the process "
+        "takes some more): keeps as many channels as fit, reads the model layer by "
+        "layer, and keeps the result for the next time",
+    )
+    add("--cache-folder", type=Path, help="where that is; default: ~/.cache/ifp_mlx")
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
@@ -218,6 +279,8 @@ def _command(args: Any) -> None:
         instruction=args.instruction,
         selection=selection,
         compensate=args.compensate,
+        memory_bytes=_bytes(args.memory_gb),
+        cache=CompactCache(args.cache_folder),
         chat_template=not args.ignore_chat_template,
         progress=partial(tqdm, disable=None, leave=False),
         max_tokens=args.max_tokens,
@@ -233,6 +296,12 @@ def _command(args: Any) -> None:
     cli.say_slicing(slicing, last.selection)
     if args.json:
         print(json.dumps({"text": text} | report(last) | {"down_proj": slicing}))
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    if gigabytes is not None and not 0 < gigabytes < 1e6:
+        raise ValueError(f"--memory-gb {gigabytes:g} must be more than 0.")
+    return None if gigabytes is None else round(gigabytes * 1e9)
 
 
 def _print_stream(
@@ -265,6 +334,7 @@ def report(last: GenerationResponse) -> dict[str, Any]:
         "generation_tps": last.generation_tps,
         "prompt_tps": last.prompt_tps,
         "peak_memory_bytes": last.peak_memory_bytes,
+        "cache": last.cache,
     }
 
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .atomic import new_file
+from .caches import cache_folder
 from .devices import Device, Figure, Runtime
 
 TURNS = 5
@@ -52,11 +53,10 @@ def cache_file(folder: Path | None) -> Path:
     """Return where this machine's profile is kept, for the disk that ``folder`` is on
     and the MLX that is installed.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     disk = "memory" if folder is None else f"disk-{folder.stat().st_dev}"
     kind = str(mx.default_device()).split(",")[0].removeprefix("Device(")
     name = f"{os.uname().nodename}-{kind}-{version('mlx')}-{disk}.json"
-    return Path(home) / "ifp_mlx" / "devices" / name
+    return cache_folder("devices") / name
 
 
 def measure(folder: Path | None = None) -> Device:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "channel_store.reader": {"pruning", "channel_store.layout", "channel_store.device"},
     "footprint": {"masks", "pruning"},
     "devices": NOTHING,
-    "machine": {"devices"},
+    "machine": {"caches", "devices"},
     "roofline": {"devices", "footprint", "pruning"},
     "tables": NOTHING,
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
@@ -51,7 +51,10 @@ MAY_IMPORT = {
     "serving.requests": {"data", "masks", "selectors", "serving.errors"},
     "serving.lanes": {"masks", "serving.errors", "serving.events"}
     | {"serving.requests", "serving.worker"},
-    "generate": {"masks", "data", "selectors", "model", "cli"},
+    "caches": NOTHING,
+    "compact_cache": {"caches", "masks", "model", "pruning"},
+    "fit": {"choice", "compact_cache", "data", "footprint", "masks", "model"},
+    "generate": {"masks", "data", "selectors", "model", "cli", "compact_cache", "fit"},
     "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"}
     | {"requantisation"},
     "__init__": {"masks", "model", "generate"},

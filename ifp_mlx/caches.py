@@ -1,0 +1,10 @@
+"""Where things that can be made again are kept on this machine."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder(name: str) -> Path:
+    """Return the user's folder for one kind of cached thing; it need not be there."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "ifp_mlx" / name

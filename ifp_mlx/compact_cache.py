@@ -1,0 +1,113 @@
+"""Compact models kept on disk, so that a task that comes again is not swept again.
+
+An entry is a folder with the mask and the FFN channels of a compact model; everything
+else of it is read from the large model's own folder. Entries that were not used for
+longest are deleted when all together are larger than they may be.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .atomic import new_folder
+from .caches import cache_folder
+from .masks import Selection
+from .model import IFPModel
+from .pruning import PROJECTIONS, ffn_layers, note_width
+
+LIMIT_BYTES = 32 << 30
+MASK, CHANNELS = "mask.safetensors", "channels.safetensors"
+
+
+class CompactCache:
+    """Compact models by what they were selected for.
+
+    Args:
+        folder: where entries are; default: in the user's cache folder.
+        limit_bytes: of all entries together; the newest one stays in any case.
+    """
+
+    def __init__(
+        self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES
+    ) -> None:
+        self.folder = folder or cache_folder("compact")
+        self.limit_bytes = limit_bytes
+
+    def key(self, model: IFPModel, tokens: Sequence[int], **options: Any) -> str:
+        """Return what tells a selection from all others: the model, the tokens that
+        select, and the arguments of :meth:`IFPModel.select`.
+        """
+        about = {"config": model.config, "tokens": list(tokens), "options": options}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        digest.update(np.array(model.fingerprint.view(mx.uint16)).tobytes())
+        return digest.hexdigest()[:32]
+
+    def load(self, model: IFPModel, key: str) -> tuple[Selection, nn.Module] | None:
+        """Return a selection and its compact model, or ``None``.
+
+        An entry that cannot be used is deleted.
+        """
+        entry = self.folder / key
+        if not entry.is_dir():
+            return None
+        try:
+            selection = Selection.load(entry / MASK)
+            selection.check_fits(model.layers, model.channels, model.fingerprint)
+            weights = cast(dict[str, mx.array], mx.load(str(entry / CHANNELS)))
+            compact = model.source.open()
+            for layer, ffn in enumerate(ffn_layers(compact)):
+                _put(ffn.module, layer, weights, selection.sizes[layer])
+        except (KeyError, OSError, RuntimeError, ValueError):
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        note_width(compact)
+        mx.eval(compact.parameters())
+        os.utime(entry)
+        return selection, compact
+
+    def save(self, key: str, selection: Selection, compact: nn.Module) -> None:
+        """Keep a compact model; where the folder cannot be written, nothing is kept."""
+        weights = {
+            f"{layer}.{projection}.{name}": array
+            for layer, ffn in enumerate(ffn_layers(compact))
+            for projection in PROJECTIONS
+            for name, array in ffn.module[projection].parameters().items()
+        }
+        try:
+            with new_folder(self.folder / key) as scratch:
+                selection.save(scratch / MASK)
+                mx.save_safetensors(str(scratch / CHANNELS), weights)
+        except OSError:  # full, not writable, or another process was quicker
+            return
+        self._trim(key)
+
+    def _trim(self, newest: str) -> None:
+        entries = [e for e in self.folder.iterdir() if e.name != newest]
+        entries.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
+        used = _size(self.folder / newest)
+        for entry in entries:
+            used += _size(entry)
+            if used > self.limit_bytes:
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _put(ffn: nn.Module, layer: int, weights: dict[str, mx.array], k: int) -> None:
+    """Give an FFN its channels, and check that there are ``k``."""
+    for projection in PROJECTIONS:
+        for name in ffn[projection].parameters():
+            ffn[projection][name] = weights[f"{layer}.{projection}.{name}"]
+    if ffn.gate_proj.weight.shape[0] != k:
+        raise ValueError(f"layer {layer} does not have {k} channels")
+    mx.eval(ffn.parameters())
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*"))

@@ -1,0 +1,90 @@
+"""From an instruction and some memory to a compact model: what fits, swept once."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+
+from .choice import decide
+from .compact_cache import CompactCache
+from .data import Prompt
+from .footprint import Footprint
+from .masks import Selection
+from .model import IFPModel, Progress
+
+
+def fit(
+    model: IFPModel,
+    options: dict[str, Any],
+    selection: Selection | None,
+    memory_bytes: int,
+    context: int,
+) -> None:
+    """Choose how many channels fit into some memory, before anything is loaded.
+
+    Args:
+        model: the large model.
+        options: of :meth:`IFPModel.select`; gets the largest ``target_size`` that
+            fits, unless it says how many channels to keep.
+        selection: that is to be used, or ``None``.
+        memory_bytes: for compact model, KV cache and predictor, and for the dense
+            layer that a sweep holds above them.
+        context: tokens of prompt and answer.
+
+    Raises:
+        ValueError: if what was asked for does not fit, or nothing does.
+    """
+    footprint = Footprint.of(model)
+    if selection is not None:
+        footprint.check_fits(selection, memory_bytes, context)
+        return
+    chosen = decide(model, **_without_seed(options))
+    if chosen.selector in ("activation", "blend"):
+        layer = max(footprint.layer_bytes) * model.channels
+        footprint = replace(footprint, passing_bytes=round(layer))
+    if options["keep"] is not None or options["target_size"] is not None:
+        footprint.check_fits(chosen.sizes, memory_bytes, context)
+        return
+
+    def sizes(k: int) -> list[int]:
+        return decide(model, **_without_seed(options) | {"target_size": k}).sizes
+
+    options["target_size"] = footprint.largest_size(memory_bytes, context, sizes)
+
+
+def _without_seed(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "seed"}
+
+
+class Swept(NamedTuple):
+    """A selection and its compact model, and whether the cache had them."""
+
+    selection: Selection
+    compact: nn.Module
+    hit: bool
+
+
+def sweep_once(
+    model: IFPModel,
+    instruction: Prompt,
+    options: dict[str, Any],
+    cache: CompactCache,
+    progress: Progress,
+) -> Swept:
+    """Return a selection and its compact model from the cache, or by a sweep, which
+    selects and loads at once.
+
+    Args:
+        model: the large model.
+        instruction: what selects.
+        options: of :meth:`IFPModel.sweep`.
+        cache: where they are looked for, and kept.
+        progress: wraps the iterations over calibration texts and over layers.
+    """
+    key = cache.key(model, model.instruction_tokens(instruction), **options)
+    found = cache.load(model, key)
+    if found is not None:
+        return Swept(*found, hit=True)
+    selection, compact = model.sweep(instruction, **options, progress=progress)
+    cache.save(key, selection, compact)
+    return Swept(selection, compact, hit=False)
