@@ -9,14 +9,17 @@ message, and a conversation keeps that mask, as everywhere in this package.
 """
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llm
 from llm.parts import TextPart
 from pydantic import Field
 
-from .engine import Done, Engine, IFPError, Token
+from .engine import Done, Engine, Event, IFPError, Token
+from .masks import find_mask
 
 
 class Options(llm.Options):
@@ -24,6 +27,7 @@ class Options(llm.Options):
 
     model: str | None = Field(None, description="model folder or Hugging Face Hub id")
     instruction: str | None = Field(None, description="what selects the channels")
+    task: str | None = Field(None, description="a task of MODEL/tasks, or of ./tasks")
     mask_file: str | None = Field(None, description="use the selection in this file")
     keep: float | None = Field(None, description="kept share of the FFN channels")
     target_size: int | None = Field(None, description="kept channels per layer")
@@ -55,6 +59,11 @@ def _asked(prompt: llm.Prompt) -> tuple[Engine, list[dict[str, str]], dict[str, 
             "No model: give -o model FOLDER, or set it once with `llm models options "
             "set ifp model FOLDER`."
         )
+    if (task := options.pop("task", None)) is not None:
+        if "mask_file" in options:
+            raise llm.ModelError(f"-o task {task} and -o mask_file: give one of them.")
+        libraries = [Path(folder) / "tasks", Path("tasks")]
+        options["mask_file"] = str(find_mask(task, libraries))
     if prompt.schema is not None:
         options["json_schema"] = prompt.schema
     messages = []
@@ -63,22 +72,30 @@ def _asked(prompt: llm.Prompt) -> tuple[Engine, list[dict[str, str]], dict[str, 
         if len(texts) < len(message.parts):
             raise llm.ModelError("The model ifp reads text only; leave out the rest.")
         messages.append({"role": message.role, "content": "\n".join(texts)})
+    return _engine(folder), messages, options
+
+
+def _heard(event: Event, response: Any) -> str:
+    """Return an event's text; the last event tells the response what it took."""
+    if isinstance(event, Done):
+        response.set_usage(input=event.prompt_tokens, output=event.generation_tokens)
+        response.response_json = {
+            "mask_id": event.mask_id,
+            "kept_channels": event.kept_channels,
+            "total_channels": event.total_channels,
+            "finish_reason": event.finish_reason,
+            "seconds": event.seconds,
+            "tokens_per_second": event.tokens_per_second,
+        }
+    return event.text if isinstance(event, Token) else ""
+
+
+@contextmanager
+def _errors_of_llm() -> Iterator[None]:
     try:
-        return _engine(folder), messages, options
-    except IFPError as error:
+        yield
+    except (IFPError, FileNotFoundError) as error:
         raise llm.ModelError(str(error)) from None
-
-
-def _finish(response: Any, done: Done) -> None:
-    response.set_usage(input=done.prompt_tokens, output=done.generation_tokens)
-    response.response_json = {
-        "mask_id": done.mask_id,
-        "kept_channels": done.kept_channels,
-        "total_channels": done.total_channels,
-        "finish_reason": done.finish_reason,
-        "seconds": done.seconds,
-        "tokens_per_second": done.tokens_per_second,
-    }
 
 
 class _Shared:
@@ -99,15 +116,10 @@ class IFP(_Shared, llm.Model):
         conversation: llm.Conversation | None,
     ) -> Iterator[str]:
         """Yield the answer piece by piece; `llm` calls this."""
-        engine, messages, options = _asked(prompt)
-        try:
+        with _errors_of_llm():
+            engine, messages, options = _asked(prompt)
             for event in engine.stream(messages, **options):
-                if isinstance(event, Token):
-                    yield event.text
-                elif isinstance(event, Done):
-                    _finish(response, event)
-        except IFPError as error:
-            raise llm.ModelError(str(error)) from None
+                yield _heard(event, response)
 
 
 class AsyncIFP(_Shared, llm.AsyncModel):
@@ -121,12 +133,7 @@ class AsyncIFP(_Shared, llm.AsyncModel):
         conversation: llm.AsyncConversation | None,
     ) -> AsyncIterator[str]:
         """Yield the answer piece by piece; `llm` calls this."""
-        engine, messages, options = _asked(prompt)
-        try:
+        with _errors_of_llm():
+            engine, messages, options = _asked(prompt)
             async for event in engine.astream(messages, **options):
-                if isinstance(event, Token):
-                    yield event.text
-                elif isinstance(event, Done):
-                    _finish(response, event)
-        except IFPError as error:
-            raise llm.ModelError(str(error)) from None
+                yield _heard(event, response)

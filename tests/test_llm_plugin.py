@@ -3,6 +3,7 @@
 import asyncio
 import json
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 from conftest import write_folder
@@ -51,7 +52,7 @@ def test_the_answer_is_the_engines_and_says_what_was_selected(folder):
     model = llm_plugin.IFP()
     options = {"model": folder, "keep": 0.5, "max_tokens": 5}
     response = model.prompt("hello", system="You greet.", options=options)
-    pieces = list(response)
+    pieces = [piece for piece in response if piece]
     messages = [
         {"role": "system", "content": "You greet."},
         {"role": "user", "content": "hello"},
@@ -74,6 +75,20 @@ def test_a_conversation_keeps_the_mask_of_its_first_turn(folder):
     alone = llm_plugin.IFP().prompt("now backwards, please", options=options)
     alone.text()
     assert alone.response_json["mask_id"] != first.response_json["mask_id"]
+
+
+def test_a_task_of_the_library_selects(folder):
+    with Engine.open(folder) as engine:
+        task = engine.prepare("You greet.", name="greet", keep=0.25)
+        (Path(folder) / "tasks").mkdir()
+        engine.save("greet", Path(folder) / "tasks" / "greet.safetensors")
+    options = {"model": folder, "task": "greet", "max_tokens": 3}
+    response = llm_plugin.IFP().prompt("hello", options=options)
+    response.text()
+    assert response.response_json["mask_id"] == task.mask_id
+    for more in ({"keep": 0.5}, {"mask_file": "x"}, {"task": "none"}):
+        with pytest.raises(llm.ModelError, match="keep|give one|tasks there are greet"):
+            llm_plugin.IFP().prompt("hello", options=options | more).text()
 
 
 def test_the_async_model_answers_the_same(folder):
