@@ -246,20 +246,14 @@ class Engine:
             Busy: if ``max_queue`` requests are waiting.
             EngineClosed: if the worker has ended, also in the midst of a stream.
         """
-        asking = self._request(messages, stop, chat_template, options)
-        return self._events(asking)
+        options |= {"stop": stop, "chat_template": chat_template}
+        return self._events(self._request(messages, **options))
 
-    def astream(
-        self,
-        messages: Prompt,
-        *,
-        stop: CancelToken | None = None,
-        chat_template: bool = True,
-        **options: Any,
-    ) -> AsyncIterator[Event]:
-        """Generate as :meth:`stream` does, for ``async for``; cancellation cancels."""
-        asking = self._request(messages, stop, chat_template, options)
-        return self._aevents(asking)
+    def astream(self, messages: Prompt, **options: Any) -> AsyncIterator[Event]:
+        """Generate as :meth:`stream` does, with the same options, for ``async for``;
+        cancellation cancels.
+        """
+        return self._aevents(self._request(messages, **options))
 
     def generate(self, messages: Prompt, **options: Any) -> str:
         """Return the whole text of :meth:`stream`, which takes the same options."""
@@ -304,9 +298,10 @@ class Engine:
     def _request(
         self,
         messages: Prompt,
-        stop: CancelToken | None,
-        chat_template: bool,
-        options: dict[str, Any],
+        *,
+        stop: CancelToken | None = None,
+        chat_template: bool = True,
+        **options: Any,
     ) -> Callable[..., Request]:
         if not self.alive:
             raise EngineClosed("The engine is closed; open another one.")
