@@ -21,6 +21,7 @@ from .data import Message, Prompt, as_messages, instruction_of, is_tokens, token
 from .masks import Allocation, Selection
 from .predictor import SparsityPredictor
 from .pruning import (
+    Donor,
     cuts_groups,
     dense_shape,
     ffn_layers,
@@ -248,7 +249,7 @@ class IFPModel:
         selection: Selection,
         *,
         compensate: Prompt | None = None,
-        beside: nn.Module | None = None,
+        beside: tuple[nn.Module, Selection] | None = None,
         progress: Progress = iter,
     ) -> nn.Module:
         """Load the selected channels as an ordinary mlx-lm model.
@@ -258,8 +259,9 @@ class IFPModel:
             compensate: a text, as :meth:`select` takes it, on which the kept channels
                 learn to make up for the dropped ones (:mod:`ifp_mlx.compensation`);
                 the dense model reads it once and is in memory meanwhile.
-            beside: another compact model of this one, whose attention, embeddings
-                and norms are used again instead of read.
+            beside: another compact model of this one, not compensated, and its
+                selection. Attention, embeddings and norms are used again instead of
+                read; so are, from a channel store, channels without gates.
             progress: wraps the iteration over layers.
 
         Returns:
@@ -279,11 +281,27 @@ class IFPModel:
             mx.eval(model.parameters())
             return model
         model = self.source.open()
+        fill: Callable[[nn.Module, int, mx.array], None] = self.source.fill
         if beside is not None:
-            share_core(model, beside)
-        fill_model(model, self.source.fill, selection, progress=progress)
+            share_core(model, beside[0])
+            fill = self._from(*beside)
+        fill_model(model, fill, selection, progress=progress)
         mx.eval(model.parameters())
         return model
+
+    def _from(
+        self, other: nn.Module, its: Selection
+    ) -> Callable[[nn.Module, int, mx.array], None]:
+        """Return ``source.fill`` with the channels of another model to take from."""
+        if its.gates is not None:
+            return self.source.fill
+        donors = [
+            Donor(ffn.module, index)
+            for ffn, index in zip(ffn_layers(other), its.indices, strict=True)
+        ]
+        return lambda ffn, layer, index: self.source.fill(
+            ffn, layer, index, donors[layer]
+        )
 
     def cut_layers(self, selection: Selection) -> list[int]:
         """Return the layers in which a selection cuts quantisation groups, so that

@@ -24,6 +24,18 @@ class FFN(NamedTuple):
     module: nn.Module
 
 
+class Donor(NamedTuple):
+    """An FFN whose channels may be copied instead of read.
+
+    Attributes:
+        ffn: as :meth:`ifp_mlx.store.Folder.fill` left it, no gates folded in.
+        channels: int32 ``[k]``, the channels it holds.
+    """
+
+    ffn: nn.Module
+    channels: mx.array
+
+
 class TappedFFN(nn.Module):
     """A stock gated FFN with a function applied to its channels before ``down_proj``.
 

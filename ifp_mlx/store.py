@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .channel_store.layout import AGAIN, CHANNEL_FILE, DTYPES, Layout, read_layout
 from .channel_store.tensors import digest_of, weights_of
-from .pruning import ffn_layers, slice_ffn
+from .pruning import Donor, ffn_layers, slice_ffn
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -117,7 +117,11 @@ class Folder:
         return _load_lazily(self.path, None)[0]
 
     def fill(
-        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+        self,
+        ffn: "nn.Module",
+        layer: int,
+        index: "mx.array | None" = None,
+        donor: "Donor | None" = None,
     ) -> None:
         """Put a layer's channels into its FFN, in place.
 
@@ -126,6 +130,8 @@ class Folder:
             layer: its number.
             index: int32 ``[k]``, sorted; ``None`` is all channels, which here are
                 read when they are first used.
+            donor: the same layer of another compact model, no gates folded in, whose
+                channels need not be read again; here they are.
 
         Raises:
             ValueError: if a quantised ``down_proj`` would be cut inside a group.
@@ -153,10 +159,14 @@ class ChannelStore(Folder):
         return _load_lazily(self.path, self.reader.layout)[0]
 
     def fill(
-        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+        self,
+        ffn: "nn.Module",
+        layer: int,
+        index: "mx.array | None" = None,
+        donor: "Donor | None" = None,
     ) -> None:
         """Read a layer's channels into its FFN; see :meth:`ChannelReader.fill`."""
-        self.reader.fill(ffn, layer, index)
+        self.reader.fill(ffn, layer, index, donor)
 
 
 def source_of(path: Path) -> Folder:

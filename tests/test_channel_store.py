@@ -27,6 +27,7 @@ from convert import from_pytorch
 from ifp_mlx import load
 from ifp_mlx.channel_store import writer
 from ifp_mlx.channel_store.__main__ import main
+from ifp_mlx.channel_store.device import Device, Range, device_of, pieces, plan
 from ifp_mlx.channel_store.layout import CHANNEL_FILE, START, read_layout
 from ifp_mlx.channel_store.writer import write_folder as write_plain
 from ifp_mlx.channel_store.writer import write_store
@@ -495,3 +496,112 @@ def test_generating_from_a_store_says_the_same(pair, capsys):
         assert status == 0
         answers.append(out)
     assert answers[0] == answers[1]
+
+
+# From one selection to the next
+
+
+@given(data=st.data())
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_switching_is_the_same_as_loading_afresh(pair, quantised_pair, data):
+    for (_, store), channels, unit in ((pair, 64, 1), (quantised_pair, 128, 32)):
+        selection = subset(data.draw, channels, unit)
+        model = store.compact(selection)
+        for _ in range(3):
+            following = subset(data.draw, channels, unit)
+            model = store.compact(following, beside=(model, selection))
+            selection = following
+        assert same_weights(model, store.compact(selection))
+
+
+def test_only_channels_that_change_are_read(tmp_path):
+    changes = {"intermediate_size": 4096, "num_hidden_layers": 2, "hidden_size": 64}
+    folder = write_folder(tmp_path / "plain", **changes)
+    store, _ = load(write_store(folder, tmp_path / "store", granularity=512))
+    one, other = (
+        Selection((mx.array(np.array(row, np.int32)),) * 2, None, 4096)
+        for row in (np.arange(2048), np.arange(512, 2560))
+    )
+    first = store.compact(one)
+    before = store.source.reader.bytes_read
+    second = store.compact(other, beside=(first, one))
+    assert store.source.reader.bytes_read - before == 2 * 512 * 3 * 64 * 4
+    core = tree_flatten(first.model.embed_tokens.parameters())
+    assert core[0][1] is second.model.embed_tokens.weight
+    assert same_weights(second, store.compact(other))
+
+
+def test_gates_and_cut_groups_are_not_taken_over(pair, quantised_pair):
+    _, store = pair
+    scores = mx.array(np.random.default_rng(2).normal(size=(3, 64)))
+    soft, hard = (select(scores, [32] * 3, gates=g) for g in ("soft", "binary"))
+    for one, other in ((soft, hard), (hard, soft), (soft, soft)):
+        switched = store.compact(other, beside=(store.compact(one), one))
+        assert same_weights(switched, store.compact(other))
+    _, store = quantised_pair
+    scores = mx.array(np.random.default_rng(1).random((3, 128)))
+    cut, whole = (select(scores, [64] * 3, granularity=g) for g in (1, 32))
+    for one, other in ((cut, whole), (whole, cut)):
+        switched = store.compact(other, beside=(store.compact(one), one))
+        assert same_weights(switched, store.compact(other))
+
+
+def test_an_error_in_the_middle_leaves_the_model_that_was_there(copied):
+    file = copied / CHANNEL_FILE
+    layout = read_layout(file)
+    place = int(layout.places[2][15])
+    whole = bytearray(file.read_bytes())
+    whole[layout.layer_offsets[2] + place * layout.record_bytes[2]] ^= 1
+    file.write_bytes(whole)
+    store, _ = load(copied)
+    one = Selection((mx.arange(4),) * 3, None, 16)
+    model = store.compact(one)
+    before = np.array(model(TOKENS))
+    bad = Selection((mx.arange(8), mx.arange(8), mx.arange(8, 16)), None, 16)
+    with pytest.raises(ValueError, match="channel 15 in layer 2 fails"):
+        store.compact(bad, beside=(model, one))
+    assert np.array_equal(np.array(model(TOKENS)), before)
+
+
+# How it is read
+
+
+@given(
+    places=st.sets(st.integers(0, 199), min_size=1),
+    latency=st.floats(1e-6, 1e-2),
+    record=st.integers(1, 100_000),
+)
+@settings(max_examples=100)
+def test_a_plan_reads_what_is_wanted_for_the_least_cost(places, latency, record):
+    wanted = np.array(sorted(places))
+    device = Device(latency, 1e9, 1e9)
+
+    def cost(ranges):
+        spans = [int(wanted[b - 1] - wanted[a] + 1) for a, b in ranges]
+        return device.seconds(len(spans), sum(spans) * record)
+
+    ranges = plan(wanted, record, 200, device)
+    assert [r.first for r in ranges] == [0, *(r.last for r in ranges[:-1])]
+    assert ranges[-1].last == len(wanted)
+    runs = np.flatnonzero(np.diff(wanted) > 1) + 1
+    edges = [0, *runs.tolist(), len(wanted)]
+    exact = [Range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    whole = [Range(0, len(wanted))]
+    assert cost(ranges) <= min(cost(exact), cost(whole)) * (1 + 1e-9)
+    cut = list(pieces(ranges, wanted, 7, 2))
+    assert [p.first for p in cut] == [0, *(p.last for p in cut[:-1])]
+    assert cut[-1].last == len(wanted)
+    assert all(wanted[p.last - 1] - wanted[p.first] < 7 for p in cut)
+
+
+def test_a_disk_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "sparse"
+    with file.open("wb") as stream:
+        stream.truncate(300 << 20)
+    reads = []
+    fd = os.open(file, os.O_RDONLY)
+    measured = device_of(fd, reads.append)
+    assert len(reads) == 6 and measured.latency > 0 and measured.bandwidth > 0
+    assert device_of(fd, reads.append) == measured and len(reads) == 6
+    os.close(fd)

@@ -10,13 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..pruning import slice_ffn
-from .device import Device, Range, pieces, plan
+from ..pruning import Donor, slice_ffn
+from .device import CACHED, Device, Range, device_of, pieces, plan
 from .layout import AGAIN, DTYPES, Layout, Part, read_layout
 
 PIECE_BYTES = 4 << 20  # of one read; larger ones are split, to be read in parallel
 BUFFERS = 500  # of one read; the system takes 1024
 THREADS = 8
+JOBS = 4 * THREADS  # of a layer at most: a job costs more than a small read
 
 
 class ChannelReader:
@@ -41,7 +42,7 @@ class ChannelReader:
         self.path = path
         self.layout: Layout = read_layout(path)
         self._fd = os.open(path, os.O_RDONLY)
-        self._device = Device()
+        self._disk: Device | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="channels")
         self._scratch = np.empty(0, np.uint8)
         self.bytes_read = self.bytes_wanted = 0
@@ -52,13 +53,20 @@ class ChannelReader:
         if hasattr(self, "_fd"):
             os.close(self._fd)
 
-    def fill(self, ffn: nn.Module, layer: int, index: mx.array | None = None) -> None:
+    def fill(
+        self,
+        ffn: nn.Module,
+        layer: int,
+        index: mx.array | None = None,
+        donor: Donor | None = None,
+    ) -> None:
         """Put a layer's channels into its FFN, in place, once all of them are read.
 
         Args:
             ffn: the layer's FFN.
             layer: its number.
             index: int32 ``[k]``, sorted; ``None`` is all channels.
+            donor: the same layer filled before; the channels it has are copied.
 
         Raises:
             ValueError: if a record is damaged, or a quantised ``down_proj`` would be
@@ -69,7 +77,7 @@ class ChannelReader:
         channels = None if index is None else np.array(index)
         if channels is not None:
             units = np.unique(channels // size)
-        arrays = self.read(layer, units)
+        arrays = self.read(layer, units, donor)
         for (projection, tensor), array in arrays.items():
             ffn[projection][tensor] = array
         if channels is not None and channels.size < units.size * size:
@@ -77,38 +85,61 @@ class ChannelReader:
             slice_ffn(ffn, mx.array(np.searchsorted(held, channels)))
 
     def read(
-        self, layer: int, units: np.ndarray | None = None
+        self,
+        layer: int,
+        units: np.ndarray | None = None,
+        donor: Donor | None = None,
     ) -> dict[tuple[str, str], mx.array]:
         """Return a layer's tensors by projection and name.
 
         Args:
             layer: its number.
             units: int ``[n]``, sorted: which units they are to hold; default: all.
+            donor: see :meth:`fill`.
         """
         if units is None:
             units = np.arange(self.layout.units)
-        places = self.layout.places[layer][units]
+        ffn, held = self._held(donor)
+        given = np.isin(units, held)
+        places = self.layout.places[layer][units[~given]]
         on_disk = np.sort(places)
         records = self._records(layer, on_disk)
         rows = np.searchsorted(on_disk, places)
-        return {
-            (part.projection, part.tensor): self._tensor(part, offset, records, rows)
-            for part, offset in self.layout.fields(layer)
-        }
+        read, copied = np.flatnonzero(~given), np.flatnonzero(given)
+        arrays = {}
+        for part, offset in self.layout.fields(layer):
+            tensor, into = self._tensor(part, len(units))
+            size = part.unit_bytes(self.layout.units)
+            words = records[:, offset : offset + size].view(into.dtype)
+            into[read] = words.reshape(-1, *into.shape[1:])[rows]
+            if ffn is not None:
+                theirs = self._view(part, ffn[part.projection][part.tensor], len(held))
+                into[copied] = theirs[np.searchsorted(held, units[given])]
+            arrays[part.projection, part.tensor] = tensor
+        return arrays
 
-    def _tensor(
-        self, part: Part, offset: int, records: np.ndarray, rows: np.ndarray
-    ) -> mx.array:
-        """Gather a tensor from records ``[units, record]`` in the order ``rows``."""
+    def _held(self, donor: Donor | None) -> tuple[nn.Module | None, np.ndarray]:
+        """Return the units that a donor can give: none if it cut one."""
+        if donor is not None:
+            channels, size = np.array(donor.channels), self.layout.unit
+            units = np.unique(channels // size)
+            if channels.size == units.size * size:
+                return donor.ffn, units
+        return None, np.empty(0, int)
+
+    def _view(self, part: Part, array: mx.array, units: int) -> np.ndarray:
+        """View a tensor that this reader made unit by unit; see :meth:`Part.split`."""
+        flat = array.reshape(-1).view(mx.uint8)
+        return part.split(np.array(flat, copy=False), units, self.layout.units)
+
+    def _tensor(self, part: Part, units: int) -> tuple[mx.array, np.ndarray]:
+        """Return a tensor of some units, and a view to write them into."""
         dense = self.layout.units
-        size = part.unit_bytes(dense)
-        tensor = mx.zeros(len(rows) * size, mx.uint8)
+        tensor = mx.zeros(units * part.unit_bytes(dense), mx.uint8)
         mx.eval(tensor)
-        into = part.split(np.array(tensor, copy=False), len(rows), dense)
-        words = records[:, offset : offset + size].view(into.dtype)
-        into[...] = words.reshape(into.shape)[rows]
+        into = part.split(np.array(tensor, copy=False), units, dense)
         dtype = getattr(mx, DTYPES[part.dtype][0])
-        return tensor.view(dtype).reshape(part.sliced_shape(len(rows), dense))
+        return tensor.view(dtype).reshape(part.sliced_shape(units, dense)), into
 
     def _records(self, layer: int, places: np.ndarray) -> np.ndarray:
         """Return the records at some places, uint8 ``[len(places), record]``.
@@ -119,15 +150,47 @@ class ChannelReader:
         if self._scratch.size < len(places) * size:
             self._scratch = np.empty(len(places) * size, np.uint8)
         records = self._scratch[: len(places) * size].reshape(-1, size)
-        ranges = plan(places, size, self.layout.units, self._device)
+        device = self._device(layer, places)
+        ranges = plan(places, size, self.layout.units, device)
+        parts = list(pieces(ranges, places, PIECE_BYTES // size, BUFFERS))
         jobs = [
-            self._threads.submit(self._read_range, layer, piece, places, records)
-            for piece in pieces(ranges, places, PIECE_BYTES // size, BUFFERS)
+            self._threads.submit(self._read_ranges, layer, share, places, records)
+            for share in (parts[n::JOBS] for n in range(min(JOBS, len(parts))))
         ]
         wait(jobs)  # all of them, or one that outlives an error writes on
         self.bytes_read += sum(job.result() for job in jobs)
         self.bytes_wanted += records.nbytes
         return records
+
+    def _device(self, layer: int, places: np.ndarray) -> Device:
+        """Return what reading costs: a disk, or the cache if some records are there."""
+        nowait = getattr(os, "RWF_NOWAIT", None)
+        if nowait is not None:
+            sample = places[:: max(1, len(places) // 8)]
+            start, byte = self.layout.layer_offsets[layer], bytearray(1)
+            try:
+                for place in sample:
+                    offset = start + int(place) * self.layout.record_bytes[layer]
+                    os.preadv(self._fd, [byte], offset, nowait)
+                return CACHED
+            except OSError:  # not without waiting for the disk
+                pass
+        if self._disk is None:
+            self._disk = device_of(self._fd, self._read_anywhere)
+        return self._disk
+
+    def _read_anywhere(self, ranges: list[tuple[int, int]]) -> None:
+        """Read ranges, offset and bytes each, for the time it takes."""
+
+        def read(offset: int, nbytes: int) -> None:
+            os.preadv(self._fd, [bytearray(nbytes)], offset)
+
+        wait([self._threads.submit(read, *item) for item in ranges])
+
+    def _read_ranges(
+        self, layer: int, share: list[Range], places: np.ndarray, records: np.ndarray
+    ) -> int:
+        return sum(self._read_range(layer, one, places, records) for one in share)
 
     def _read_range(
         self, layer: int, piece: Range, places: np.ndarray, records: np.ndarray

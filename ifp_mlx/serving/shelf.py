@@ -185,7 +185,7 @@ class Residents:
         self, model: IFPModel, budget: int, channel_bytes: Callable[[Selection], int]
     ) -> None:
         self._model, self._budget, self._adds = model, budget, channel_bytes
-        self._models: OrderedDict[str, nn.Module] = OrderedDict()
+        self._models: OrderedDict[str, tuple[nn.Module, Selection]] = OrderedDict()
 
     def __contains__(self, mask_id: str) -> bool:
         return mask_id in self._models
@@ -194,13 +194,21 @@ class Residents:
         """Return the selection's compact model."""
         if selection.mask_id not in self._models:
             self._make_room(self._adds(selection))
-            newest = next(reversed(self._models.values()), None)
-            self._models[selection.mask_id] = self._model.compact(
-                selection, beside=newest, progress=progress
+            compact = self._model.compact(
+                selection, beside=self._nearest(selection), progress=progress
             )
+            self._models[selection.mask_id] = compact, selection
         self._models.move_to_end(selection.mask_id)
         self._make_room()
-        return self._models[selection.mask_id]
+        return self._models[selection.mask_id][0]
+
+    def _nearest(self, selection: Selection) -> tuple[nn.Module, Selection] | None:
+        """Return the resident that has most of a selection's channels already."""
+        return max(
+            self._models.values(),
+            key=lambda one: common_channels(one[1], selection),
+            default=None,
+        )
 
     def _make_room(self, more: int = 0) -> None:
         """Let models go until ``more`` bytes fit; the newest stays, for its core."""
@@ -210,12 +218,18 @@ class Residents:
     @property
     def nbytes(self) -> int:
         """Bytes of all the models' weights, each array counted once."""
-        models = [model.parameters() for model in self._models.values()]
+        models = [model.parameters() for model, _ in self._models.values()]
         return sum({id(w): w.nbytes for _, w in tree_flatten(models)}.values())
 
     def clear(self) -> None:
         """Let all of them go."""
         self._models.clear()
+
+
+def common_channels(one: Selection, other: Selection) -> int:
+    """Return how many channels both keep, in all layers together."""
+    pairs = zip(one.indices, other.indices, strict=True)
+    return sum(np.intersect1d(np.array(a), np.array(b)).size for a, b in pairs)
 
 
 def reporting(
