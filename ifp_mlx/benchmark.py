@@ -1,165 +1,202 @@
-"""Speed of the compact model beside the dense one and a stock model of its shape.
+"""Speed and memory of the compact model beside the dense one and a stock one.
 
-Three models take turns in one process, so that a machine that is busy or throttles
-slows all of them alike, and ratios are taken within each turn:
-
-- dense: the whole model, as mlx_lm runs it;
-- compact: select, load the channels, prefill, decode;
-- stock: mlx-lm's own class built with the compact model's width, weights random.
-  It is what the compact model's speed should be.
-
-Prefill is bound by arithmetic, decoding at batch 1 by the bytes of the weights, so
-the two are timed apart. The prompt is running text, not one repeated token.
+The rows (:mod:`ifp_mlx.runners`) take turns in one process, each from nothing in
+memory, so that a busy or throttled machine slows all alike, and ratios are taken within
+each turn. Prefill is bound by arithmetic, decoding at batch 1 by the bytes of the
+weights, so the two are timed apart. The prompt is running text, not one repeated token.
 """
 
+import itertools
 import json
+import platform
 import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 from . import cli
+from .atomic import new_file
 from .data import tokenize
-from .masks import Selection
+from .masks import Selection, target_size
 from .model import IFPModel, load
+from .runners import LOADING, ROWS, Contest, Run, forget_files
 from .selectors import calibration_chats
+from .tables import markdown
 
-PHASES = ("select", "load", "prefill", "decode")
+INSTRUCTION = "Answer the question in one sentence."
+PHASES = ("select", "load", "prefill", "decode", "ttft")
 
 
 @dataclass
-class Timings:
-    """Seconds of every turn, per phase of one model."""
+class Case:
+    """What was measured for one keep and one length of the prompt.
 
-    select: list[float] = field(default_factory=list)
-    load: list[float] = field(default_factory=list)
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
+    Attributes:
+        target_size: ``k``.
+        channels: ``F``.
+        prompt_tokens: of the prompt.
+        max_tokens: that were decoded.
+        runs: of each row, one a turn.
+        cold: of each row that loads, its runs with nothing in the system's cache.
+    """
 
-    def median(self, phase: str) -> float:
-        """Return the median of a phase in seconds; 0 where it does not happen."""
-        return statistics.median(getattr(self, phase) or [0.0])
+    target_size: int
+    channels: int
+    prompt_tokens: int
+    max_tokens: int
+    runs: dict[str, list[Run]]
+    cold: dict[str, list[Run]]
+
+    @property
+    def keep(self) -> float:
+        """Share of the channels."""
+        return self.target_size / self.channels
+
+    def values(self, row: str, name: str) -> list[float]:
+        """Return a figure of a row, turn by turn."""
+        return [float(getattr(run, name)) for run in self.runs[row]]
+
+    def median(self, row: str, name: str) -> float:
+        """Return the median of a figure of a row."""
+        return statistics.median(self.values(row, name))
+
+    def tokens_per_second(self, row: str) -> float:
+        """Return the median decoding speed of a row."""
+        return (self.max_tokens - 1) / self.median(row, "decode")
+
+    def ratios(self) -> dict[str, list[float]]:
+        """Return, turn by turn, how the compact model compares with the others."""
+
+        def pairs(name: str, row: str) -> list[float]:
+            found = zip(
+                self.values(row, name), self.values("compact", name), strict=True
+            )
+            return [other / own for other, own in found]
+
+        result = {
+            f"{name} speed, compact / {row}": pairs(name, row)
+            for name in ("prefill", "decode")
+            for row in ("stock", "dense")
+        }
+        result["time to first token, dense loaded / compact"] = pairs("ttft", "dense")
+        ready = zip(self.runs["compact"], self.runs["dense"], strict=True)
+        result["select and load, compact / prefill, dense"] = [
+            (own.select + own.load) / dense.prefill for own, dense in ready
+        ]
+        return result
+
+    def report(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        names = (*PHASES, "peak_bytes", "read_bytes")
+        return {
+            "keep": self.keep,
+            "target_size": self.target_size,
+            "channels": self.channels,
+            "prompt_tokens": self.prompt_tokens,
+            "max_tokens": self.max_tokens,
+            "seconds": {
+                row: {name: [getattr(run, name) for run in runs] for name in names}
+                for row, runs in self.runs.items()
+            },
+            "cold_seconds": {
+                row: [run.select + run.load for run in runs]
+                for row, runs in self.cold.items()
+            },
+            "ratios": self.ratios(),
+        }
 
 
 def measure(
-    model: IFPModel,
-    choose: Callable[[], Selection],
-    prompt: list[int],
+    contest: Contest,
     *,
-    max_tokens: int,
     turns: int,
-    progress: Callable = iter,
-) -> dict[str, Timings]:
-    """Time the three models in turns, after one turn that is not counted.
+    cold: bool = False,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Case:
+    """Let the rows take turns, after one turn that is not counted.
 
     Args:
-        model: from :func:`ifp_mlx.load`.
-        choose: makes the selection; called, and timed, in every turn.
-        prompt: token ids.
-        max_tokens: tokens to decode, whatever they are.
+        contest: what they have in common.
         turns: how many to count.
+        cold: also time loading with nothing in the system's cache.
         progress: wraps the iteration over turns.
+    """
+    runs: dict[str, list[Run]] = {row: [] for row in ROWS}
+    forgotten: dict[str, list[Run]] = {row: [] for row in LOADING} if cold else {}
+    for turn in progress(range(turns + 1)):
+        for row in ROWS[:: 1 if turn % 2 else -1]:  # none is always first
+            run = contest.run(row)
+            if turn:
+                runs[row].append(run)
+        for row in forgotten if turn else ():
+            forgotten[row].append(contest.run(row, cold=True))
+    channels, tokens = contest.model.channels, len(contest.prompt)
+    return Case(contest.size, channels, tokens, contest.max_tokens, runs, forgotten)
 
-    Returns:
-        Timings of ``dense``, ``compact`` and ``stock``.
+
+def table(cases: Sequence[Case]) -> str:
+    """Return the medians as a Markdown table."""
+    head = ["keep", "prompt", "row", "select s", "load s", "cold s", "prefill s"]
+    head += ["TTFT s", "tokens/s", "peak MB", "read MB"]
+    rows = []
+    for case, row in ((case, row) for case in cases for row in ROWS):
+        loads = row in LOADING
+        cold = [run.select + run.load for run in case.cold.get(row, [])]
+        read = case.runs[row][0].read_bytes
+        seconds = [case.median(row, name) for name in PHASES]
+        select, load, prefill, _, ttft = (f"{value:.3f}" for value in seconds)
+        cells = [f"{case.keep:.3g}", str(case.prompt_tokens), row]
+        cells += [select, load] if loads else ["", ""]
+        cells += [f"{statistics.median(cold):.3f}" if cold else "", prefill]
+        cells += [ttft if loads else "", f"{case.tokens_per_second(row):.1f}"]
+        cells += [f"{case.median(row, 'peak_bytes') / 1e6:.0f}"]
+        cells += [f"{read / 1e6:.0f}" if loads and read is not None else ""]
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def draw(cases: Sequence[Case], path: Path) -> None:
+    """Draw time to first token and decoding speed against keep.
 
     Raises:
-        ValueError: if the selection has no single width per layer.
+        ImportError: if matplotlib is not installed.
     """
-    dense = model.dense()
-    mx.eval(dense.parameters())
-    times = {name: Timings() for name in ("dense", "compact", "stock")}
-    stock = _stock_of_shape(model, choose())
-    for turn in progress(range(turns + 1)):
-        if turn == 1:  # the first one filled caches and is forgotten
-            times.update({name: Timings() for name in times})
-        compact = times["compact"]
-        selection = _timed(compact.select, choose)
-        small = _timed(compact.load, partial(model.compact, selection))
-        runners = [("compact", small), ("stock", stock), ("dense", dense)]
-        for name, runner in runners[:: 1 if turn % 2 else -1]:  # none is always first
-            prefill, decode = _generate(runner, prompt, max_tokens)
-            times[name].prefill.append(prefill)
-            times[name].decode.append(decode)
-    return times
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("--plot needs: pip install 'ifp_mlx[plot]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-
-def _timed(seconds: list[float], action: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = action()
-    seconds.append(time.perf_counter() - start)
-    return result
-
-
-def _generate(
-    model: nn.Module, prompt: list[int], max_tokens: int
-) -> tuple[float, float]:
-    """Return seconds to the first token, and from there to the last."""
-    from mlx_lm.generate import generate_step
-
-    start = time.perf_counter()
-    # One step below the text level: no end-of-sequence token cuts a run short.
-    steps = generate_step(mx.array(prompt), model, max_tokens=max_tokens)
-    next(steps)
-    first = time.perf_counter()
-    for _ in steps:
-        pass
-    return first - start, time.perf_counter() - first
-
-
-def _stock_of_shape(model: IFPModel, selection: Selection) -> nn.Module:
-    from mlx_lm.utils import _get_classes
-
-    k = selection.target_size
-    if k is None:
-        raise ValueError(
-            "No stock model has different widths per layer; benchmark with "
-            "--allocation uniform."
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4))
+    lengths = sorted({case.prompt_tokens for case in cases})
+    for length, row in itertools.product(lengths, ROWS):
+        shown = sorted(
+            (case for case in cases if case.prompt_tokens == length),
+            key=lambda case: case.keep,
         )
-    config = {**model.config, "intermediate_size": k}
-    model_class, args_class = _get_classes(config)
-    stock = model_class(args_class.from_dict(config))
-    names = dict(tree_flatten(model.dense().parameters()))
-    dtype = next(w.dtype for name, w in names.items() if name.endswith("norm.weight"))
-    stock.update(tree_map(lambda w: w.astype(dtype), stock.parameters()))
-    if quantisation := model.config.get("quantization"):
-        how = {key: quantisation[key] for key in ("group_size", "bits")}
-        nn.quantize(stock, **how, mode=quantisation.get("mode", "affine"))
-    mx.eval(stock.parameters())
-    return stock
-
-
-def table(times: dict[str, Timings], max_tokens: int) -> str:
-    """Return the medians as a Markdown table, a row per model."""
-    head = "| model | select s | load s | prefill s | decode s | decode tokens/s |"
-    rows = [head, "|---|---|---|---|---|---|"]
-    for name, timings in times.items():
-        phases = " | ".join(f"{timings.median(phase):.3f}" for phase in PHASES)
-        speed = (max_tokens - 1) / timings.median("decode")
-        rows.append(f"| {name} | {phases} | {speed:.1f} |")
-    return "\n".join(rows)
-
-
-def ratios(times: dict[str, Timings]) -> dict[str, list[float]]:
-    """Return, turn by turn, how much faster than the others the compact model decodes
-    and prefills; above 1 is faster.
-    """
-    result = {}
-    for phase in ("prefill", "decode"):
-        compact = getattr(times["compact"], phase)
-        for other in ("stock", "dense"):
-            pairs = zip(getattr(times[other], phase), compact, strict=True)
-            result[f"{phase} speed, compact / {other}"] = [o / c for o, c in pairs]
-    return result
+        keeps = [case.keep for case in shown]
+        label, style = f"{row}, {length} tokens", "-" if length == lengths[0] else "--"
+        color = f"C{ROWS.index(row)}"
+        speeds = [case.tokens_per_second(row) for case in shown]
+        panels[1].plot(keeps, speeds, style, marker="o", color=color, label=label)
+        if row in LOADING:
+            times = [case.median(row, "ttft") for case in shown]
+            panels[0].plot(keeps, times, style, marker="o", color=color, label=label)
+    for panel, name in zip(panels, ("time to first token, s", "tokens/s"), strict=True):
+        panel.set(xlabel="kept share of the channels", ylabel=name, ylim=(0, None))
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    with new_file(path) as scratch:
+        figure.savefig(scratch, dpi=100)
+    pyplot.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -172,70 +209,97 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="ifp_mlx.benchmark",
         description="Time the compact model beside the dense one and a stock one of "
-        "its shape.",
+        "its shape, and weigh them.",
     )
     cli.add_model_option(parser, shipped=True)
-    cli.add_selection_options(parser)
     add = parser.add_argument
-    add("--prompt-tokens", type=int, default=128, help="default: %(default)s")
+    many: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    add("--keep", type=float, default=[0.5], **many, help="kept shares; default: 0.5")
+    add("--mask-file", help="time this selection of equal widths, instead of a keep")
+    add("--instruction", default=INSTRUCTION, help="what selects for the row compact")
+    add("--prompt-tokens", type=int, default=[128], **many, help="default: 128")
     add("--max-tokens", "-m", type=int, default=64, help="default: %(default)s")
     add("--turns", type=int, default=5, help="counted turns, default: %(default)s")
+    add("--cold", action="store_true", help="also load with nothing in the file cache")
+    add("--plot", type=Path, metavar="FILE", help="draw it, as .png or .svg")
     add("--json", action="store_true", help="end with one line of JSON on stdout")
     return parser
 
 
 def _command(args: Any) -> None:
-    if min(args.prompt_tokens, args.max_tokens - 1, args.turns) < 1:
+    if min(*args.prompt_tokens, args.max_tokens - 1, args.turns) < 1:
         raise ValueError(
-            f"--prompt-tokens {args.prompt_tokens} and --turns {args.turns} must be at "
-            f"least 1, --max-tokens {args.max_tokens} at least 2."
+            f"--prompt-tokens {min(args.prompt_tokens)} and --turns {args.turns} must "
+            f"be at least 1, --max-tokens {args.max_tokens} at least 2."
         )
-    options = cli.selection_options(args)
-    options["allocation"] = options["allocation"] or "uniform"
     model, tokenizer = load(args.model)
-    if args.mask_file:
-        choose = partial(Selection.load, args.mask_file)
-    else:
-        instruction = args.instruction or "Answer the question in one sentence."
-        choose = partial(model.select, instruction, **options)
+    if args.cold:
+        forget_files(model.path)  # or it says now that it cannot
     texts = (tokenize(tokenizer, chat[-2:]) for chat in calibration_chats())
-    prompt = [token for text in texts for token in text][: args.prompt_tokens]
-    times = measure(
-        model,
-        choose,
-        prompt,
-        max_tokens=args.max_tokens,
-        turns=args.turns,
-        progress=partial(tqdm, disable=None, leave=False),
-    )
-    _print(args, choose(), times, len(prompt))
+    text = [token for tokens in texts for token in tokens]
+    progress = partial(tqdm, disable=None, leave=False)
+    masks = [Selection.load(args.mask_file)] if args.mask_file else _masks(model, args)
+    cases = []
+    for mask, length in itertools.product(masks, args.prompt_tokens):
+        contest = _contest(model, args, mask, text[:length])
+        cases.append(
+            measure(contest, turns=args.turns, cold=args.cold, progress=progress)
+        )
+    _print(args, model, cases)
 
 
-def _print(
-    args: Any, selection: Selection, times: dict[str, Timings], prompt_tokens: int
-) -> None:
+def _masks(model: IFPModel, args: Any) -> list[Selection]:
+    """Return a selection for each keep: the predictor's, or the prior's, whose choice
+    costs no pass of the dense model.
+    """
+    selector = "prior" if model.predictor is None else "predictor"
+    sizes = [target_size(model.channels, keep, model.granularity) for keep in args.keep]
+    options: dict[str, Any] = {"selector": selector, "allocation": "uniform"}
+    return [
+        model.select(args.instruction, target_size=size, **options) for size in sizes
+    ]
+
+
+def _contest(model: IFPModel, args: Any, mask: Selection, prompt: list[int]) -> Contest:
+    size = mask.target_size
+    if size is None:
+        raise ValueError(
+            f"{args.mask_file} keeps different widths per layer, and no stock model "
+            "does; make the mask with the allocation uniform."
+        )
+    options: dict[str, Any] = {"target_size": size, "allocation": "uniform"}
+    if args.mask_file:
+        choose: Callable[[], Selection] = partial(Selection.load, args.mask_file)
+    else:
+        selector = mask.info["selector"]
+        selector = "auto" if selector == "all" else selector
+        choose = partial(model.select, args.instruction, selector=selector, **options)
+    sweep = options | {"selector": "activation"}
+    return Contest(model, choose, sweep, prompt, args.max_tokens, size)
+
+
+def _print(args: Any, model: IFPModel, cases: Sequence[Case]) -> None:
     about = {
         "model": args.model,
-        "mask_id": selection.mask_id,
-        "target_size": selection.target_size,
-        "channels": selection.channels,
-        "prompt_tokens": prompt_tokens,
-        "max_tokens": args.max_tokens,
         "turns": args.turns,
+        "max_tokens": args.max_tokens,
         "device": str(mx.default_device()),
+        "machine": f"{platform.system()} {platform.machine()}",
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
-    print(table(times, args.max_tokens), end="\n\n")
-    compared = ratios(times)
-    for name, values in compared.items():
-        spread = f"{min(values):.3f} to {max(values):.3f}"
-        print(f"{name}: median {statistics.median(values):.3f} ({spread})")
+    print(table(cases), end="\n\n")
+    for case in cases:
+        print(f"keep {case.keep:.3g}, {case.prompt_tokens} prompt tokens:")
+        for name, values in case.ratios().items():
+            spread = f"{min(values):.3f} to {max(values):.3f}"
+            print(f"- {name}: median {statistics.median(values):.3f} ({spread})")
+    if args.plot is not None:
+        draw(cases, args.plot)
     if args.json:
-        seconds = {name: timings.__dict__ for name, timings in times.items()}
-        print(json.dumps(about | {"seconds": seconds, "ratios": compared}))
+        print(json.dumps(about | {"cases": [case.report() for case in cases]}))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "machine": {"caches", "devices"},
     "roofline": {"devices", "footprint", "pruning"},
     "tables": NOTHING,
+    "runners": {"masks", "model"},
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
     | {"choice", "compensation", "config", "sweep"},
     "choice": {"config", "masks", "selectors"},

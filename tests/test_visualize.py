@@ -147,9 +147,15 @@ EVALUATION = {
     ]
 }
 BENCHMARK = {
-    "ratios": {}, "max_tokens": 11, "prompt_tokens": 7, "target_size": 16,
-    "channels": 64, "seconds": {"compact": {"decode": [1, 2, 4]}, "dense": {"decode": [5]}},
-}  # fmt: skip
+    "cases": [
+        {
+            "max_tokens": 11,
+            "prompt_tokens": 7,
+            "keep": 0.25,
+            "seconds": {"compact": {"decode": [1, 2, 4]}, "dense": {"decode": [5]}},
+        }
+    ]
+}
 
 
 def test_quality_and_speed_by_keep_come_from_their_reports(folder, tmp_path, capsys):

@@ -63,7 +63,7 @@ def read_evaluation(path: Path) -> list[Point]:
 
 
 def read_benchmarks(paths: Sequence[Path]) -> list[Point]:
-    """Return the speeds of benchmarks, one file each.
+    """Return the speeds of benchmarks, a point for each case in them.
 
     Args:
         paths: what ``benchmark --json`` printed.
@@ -71,19 +71,21 @@ def read_benchmarks(paths: Sequence[Path]) -> list[Point]:
     Raises:
         ValueError, OSError: if one is not that, naming the file.
     """
-    return [_speed(path) for path in paths]
+    return [
+        _speed(case)
+        for path in paths
+        for case in _read(path, "cases", "python -m ifp_mlx.benchmark --json")["cases"]
+    ]
 
 
-def _speed(path: Path) -> Point:
-    found = _read(path, "ratios", "python -m ifp_mlx.benchmark --json")
-    tokens = found["max_tokens"] - 1
+def _speed(case: dict[str, Any]) -> Point:
+    tokens = case["max_tokens"] - 1
     speed, dense = (
-        tokens / statistics.median(found["seconds"][name]["decode"])
+        tokens / statistics.median(case["seconds"][name]["decode"])
         for name in ("compact", "dense")
     )
-    keep = found["target_size"] / found["channels"]
-    line = f"benchmark, {found['prompt_tokens']} prompt tokens"
-    return Point(line, keep, speed=speed, dense_speed=dense)
+    line = f"benchmark, {case['prompt_tokens']} prompt tokens"
+    return Point(line, case["keep"], speed=speed, dense_speed=dense)
 
 
 def _read(path: Path, key: str, command: str) -> dict[str, Any]:
