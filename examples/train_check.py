@@ -3,7 +3,7 @@
     python examples/train_check.py --model models/smollm2 [--tokens 128] [--turns 5]
 
 Both train every weight of the same model with AdamW on the same batch, and take turns in
-one process; IFP also trains a predictor (a copy of the model's first two layers, by
+one process (seconds are the processor's, which a busy machine does not stretch); IFP also trains a predictor (a copy of the model's first two layers, by
 default) and computes its masks. The plain step is mlx's own loop on the stock model.
 Memory is MLX's peak of each alone, weights and optimiser included. Last line: JSON.
 """
@@ -90,10 +90,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in moves}
     for turn in tqdm(range(args.turns + 1), disable=None, leave=False):
         for name, move in moves.items():
-            start = time.perf_counter()
+            start = time.process_time()
             move()
             if turn:  # the first is not counted
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
     ratios = [m / p for m, p in zip(seconds["masked"], seconds["plain"], strict=True)]
     report = {
         "model": args.model,
