@@ -1,4 +1,5 @@
-# For people and CI alike. `make demo` shows the thing; `make test check` before a commit.
+# For people and CI alike. `make demo` shows the thing, `make smollm2` on a real model;
+# `make test check` before a commit.
 # PYTHON makes the virtual environment (3.11 or newer), VENV is where it goes.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ ifeq ($(shell uname),Linux)
   TEST_RUN = MLX_DISABLE_COMPILE=1 $(RUN)
 endif
 
-.PHONY: setup demo test quick check fix sizes
+.PHONY: setup demo smollm2 test quick check fix sizes
 
 setup: $(VENV)/.setup
 
@@ -32,6 +33,10 @@ $(VENV)/.dev: $(VENV)/.setup
 	@touch $@
 
 demo: setup
+	$(RUN) $(VENV)/bin/python -m ifp_mlx.generate --prompt "What is Germany called in French?"
+	$(RUN) $(VENV)/bin/python -m ifp_mlx.generate --prompt "Tell me the currency code of Japan."
+
+smollm2: setup
 	$(HINT)
 	$(RUN) $(VENV)/bin/python examples/smollm2.py
 

@@ -3,9 +3,10 @@
     python examples/train_check.py --model models/smollm2 [--tokens 128] [--turns 5]
 
 Both train every weight of the same model with AdamW on the same batch, and take turns in
-one process (seconds are the processor's, which a busy machine does not stretch); IFP also trains a predictor (a copy of the model's first two layers, by
-default) and computes its masks. The plain step is mlx's own loop on the stock model.
-Memory is MLX's peak of each alone, weights and optimiser included. Last line: JSON.
+one process; seconds are the processor's, which a busy machine does not stretch. IFP also
+trains a predictor (by default a copy of the model's first two layers) and computes its
+masks. The plain step is mlx's own loop on the stock model. Memory is MLX's peak of each
+alone, weights and optimiser included. Last line: JSON.
 """
 
 import argparse

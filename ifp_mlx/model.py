@@ -397,13 +397,14 @@ class IFPModel:
         return self.predictor(mx.array(tokens)[None])[0]
 
 
-def load(model: str | os.PathLike[str]) -> tuple[IFPModel, Any]:
+def load(model: str | os.PathLike[str] = store.SHIPPED) -> tuple[IFPModel, Any]:
     """Open a checkpoint: an IFP checkpoint, or any stock folder of a supported type.
 
     Only headers are read; weights stay on disk until a selection needs them.
 
     Args:
-        model: a local folder or a Hugging Face Hub id.
+        model: a local folder or a Hugging Face Hub id; default: the small trained
+            checkpoint inside the package.
 
     Returns:
         The model and mlx-lm's tokenizer.
