@@ -293,8 +293,12 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
             f"mlx-lm cannot build the {config.get('model_type')!r} model of this "
             f"config.json ({type(error).__name__}: {error}); check it."
         ) from error
-    if config.get("tie_word_embeddings"):
-        model.pop("lm_head", None)  # some classes have one until weights are loaded
+    # Gemma 3's class has an output layer until it is given weights without one, and its
+    # config.json seldom says that there is none: Hugging Face takes that for granted.
+    gemma = str(config.get("model_type")).startswith("gemma3")
+    if config.get("tie_word_embeddings", gemma):
+        for module in model.modules():
+            module.pop("lm_head", None)
     # A Hugging Face config names the dtype of its files, under an old or a new key.
     name = config.get("torch_dtype") or config.get("dtype") or "float16"
     dtype = getattr(mx, str(name).removeprefix("torch."), mx.float16)

@@ -110,6 +110,14 @@ def test_a_config_alone_is_enough():
     assert Footprint.of_config(config) == Footprint.of_module(model, config)
 
 
+def test_gemmas_output_layer_is_its_embedding_though_its_config_does_not_say_so():
+    silent = tiny_config("gemma3_text", torch_dtype="float32")
+    del silent["tie_word_embeddings"]
+    found = Footprint.of_config(silent)
+    apart = Footprint.of_config(silent | {"tie_word_embeddings": False})
+    assert apart.core_bytes - found.core_bytes == 259 * 32 * 4
+
+
 def test_the_papers_model_is_weighed_without_being_made():
     mx.reset_peak_memory()
     footprint = Footprint.of_config(PAPER_9B, shared=1024)
