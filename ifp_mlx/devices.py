@@ -52,7 +52,8 @@ class Runtime:
 # MLX and the Neural Accelerators in the M5 GPU", as applemust.com and particle.news
 # report it): 4096 tokens through Qwen3-14B at 4 bits in about 36 s and 8 to 10 s are
 # 0.85 and 0.65 to 0.8 of the peaks below. Decoding: locara.dev finds 0.70 to 0.85 of
-# the memory's peak usual. That the prompt had 4096 tokens has not been checked. The other two are guesses: --device here measures them.
+# the memory's peak usual. That the prompt had 4096 tokens has not been checked. The
+# other two are guesses: --device here measures them.
 MLX = Runtime(
     prefill=0.75,
     decode=0.75,
