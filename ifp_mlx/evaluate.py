@@ -116,6 +116,8 @@ def build_parser() -> cli.Parser:
         default=["compact"],
         help="which model reads the prompt, or both in turn; default: compact",
     )
+    add("--quantize", "-q", action="store_true", help="quantise the compact models")
+    add("--q-bits", type=int, default=4, help="default: %(default)s")
     add("--output", type=Path, metavar="FOLDER", help="keep results here, and go on")
     add(
         "--no-alternatives",
@@ -141,11 +143,14 @@ def _command(args: Any) -> None:
     model, tokenizer = load(args.model)
     files = _files(args, tokenizer)
     choices = itertools.product(args.prefill, args.selector, args.keep, args.allocation)
+    bits = args.q_bits if args.quantize else None
+    if bits is not None and args.prefill != ["compact"]:
+        raise ValueError("With -q the prompt is read by the compact model alone.")
     kept = args.output is not None
     arms = evaluate(
         model,
         files,
-        [Setting(s, keep, a, prefill) for prefill, s, keep, a in choices],
+        [Setting(s, keep, a, prefill, bits) for prefill, s, keep, a in choices],
         folder=args.output,
         alternatives=kept and args.alternatives,
         smaller_model=args.smaller_model,

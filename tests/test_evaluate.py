@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from ifp_mlx import load
 from ifp_mlx.evaluate import Evaluator, Row, Setting, evaluate, main, read_rows
 from ifp_mlx.evaluation import statistics, sweep
+from ifp_mlx.evaluation.quantised import QuantisedCompact
 from ifp_mlx.evaluation.report import summary
 from ifp_mlx.evaluation.rivals import quantised, quantised_bytes, weight_bytes
 from ifp_mlx.evaluation.rows import retokenize, same_tokens
@@ -260,3 +261,29 @@ def test_intervals_hold_what_is_known():
     assert statistics.binomial_interval(10, 10)[1] == 1
     assert statistics.mcnemar(1, 6) == pytest.approx(16 / 128)
     assert statistics.mcnemar(0, 0) == statistics.mcnemar(3, 3) == 1
+
+
+def test_a_quantised_compact_model_is_the_one_that_compact_writes(opened, tmp_path):
+    from mlx_lm.utils import load_model
+
+    from ifp_mlx.compact import Quantisation, write_compact
+
+    model, _ = opened
+    selection = model.select(ROW.prompt, keep=0.5, allocation="uniform")
+    how = Quantisation(4, 32)
+    folder = write_compact(model, selection, tmp_path / "out", quantisation=how)
+    written, _ = load_model(folder)
+    small = QuantisedCompact(model, 4)
+    small.of(model.select([7, 8], keep=0.5, allocation="uniform").mask())
+    made = small.of(selection.mask())  # the second mask, from whole weights again
+    tokens = mx.array([ROW.prompt])
+    assert mx.allclose(made(tokens), written(tokens), atol=1e-5)
+    setting = Setting("random", 0.5, "uniform", bits=4)
+    (_, arm) = sweep.arms_of(model, [setting], [], ROW)
+    assert arm.bytes == weight_bytes(written)
+
+
+def test_widths_that_cannot_be_quantised_are_named(opened, data, capsys):
+    given = ["--model", opened[0].path, "--data", data, "--keep", "0.6", "-q"]
+    status, _, err = run_command(main, capsys, *given)
+    assert status == 2 and "keeps 38 channels, no multiple" in err and "32 or 64" in err

@@ -65,7 +65,8 @@ def _panel(panel: Any, arms: Sequence[Arm], place: Any) -> None:
             _whole(panel, arm.name, at, kl)
         elif at is not None:
             s = arm.setting
-            label = f"{s.selector}, {s.allocation}, {s.prefill} prompt"
+            bits = "" if s.bits is None else f", {s.bits} bits"
+            label = f"{s.selector}, {s.allocation}{bits}, {s.prefill} prompt"
             lines.setdefault(label, []).append((at, kl))
     for label, points in lines.items():
         dashed = "--" if label.endswith("dense prompt") else "-"

@@ -103,11 +103,7 @@ def _table(arms: Sequence[Arm], first: Arm, foreign: bool) -> str:
 
 
 def _label(arm: Arm) -> str:
-    if arm.setting is None:
-        return f"**{arm.name}**"
-    return (
-        f"{arm.setting.selector}, keep {arm.setting.keep:g}, {arm.setting.allocation}"
-    )
+    return f"**{arm.name}**" if arm.setting is None else arm.setting.label
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -63,21 +63,31 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(map(_bytes, dict(tree_flatten(model.parameters())).values()))
 
 
-def compact_bytes(model: nn.Module, selection: Selection) -> int:
+def compact_bytes(
+    model: nn.Module, selection: Selection, bits: int | None = None
+) -> int:
     """Return :func:`weight_bytes` of the compact model.
 
     Args:
         model: the dense one.
         selection: made for it.
+        bits: that the compact model is quantised to, if it is.
     """
     share = sum(selection.sizes) / (selection.channels * len(selection.sizes))
-    ffns = sum(weight_bytes(ffn.module) for ffn in ffn_layers(model))
-    return weight_bytes(model) - round((1 - share) * ffns)
+    group = group_of(model)
+
+    def size(part: nn.Module) -> int:
+        if bits is None:
+            return weight_bytes(part)
+        return quantised_bytes(part, bits, group)
+
+    ffns = sum(size(ffn.module) for ffn in ffn_layers(model))
+    return size(model) - round((1 - share) * ffns)
 
 
-def quantised_bytes(model: nn.Module, bits: int) -> int:
+def quantised_bytes(model: nn.Module, bits: int, group: int | None = None) -> int:
     """Return what :func:`weight_bytes` of :func:`quantised` will be."""
-    group, total = _group(model), 0
+    group, total = group or group_of(model), 0
     for name, module in model.named_modules():
         for key, array in module.items():
             if not isinstance(array, mx.array):
@@ -118,7 +128,7 @@ def quantised(model: IFPModel, bits: int) -> Rival:
 
     dense = unquantised(model)
     config = {k: v for k, v in model.config.items() if "quantization" not in k}
-    group = _group(dense)
+    group = group_of(dense)
     with redirect_stdout(sys.stderr):  # it prints what it did
         small, _ = quantize_model(dense, config, group, bits)
     mx.eval(small.parameters())
@@ -152,8 +162,8 @@ def _can_quantise(module: nn.Module, group: int) -> bool:
     return hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0
 
 
-def _group(model: nn.Module) -> int:
-    """Return the largest group that fits every weight there is to quantise."""
+def group_of(model: nn.Module) -> int:
+    """Return the largest quantisation group that fits every weight of a model."""
     modules = [m for _, m in model.named_modules() if hasattr(m, "to_quantized")]
     for group in GROUPS:
         if all(_can_quantise(module, group) for module in modules):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +9,7 @@ import mlx.nn as nn
 from ..model import IFPModel
 from .cost import decode_speeds
 from .log import Line, Log
+from .quantised import QuantisedCompact
 from .rivals import (
     Rival,
     choose_bits,
@@ -20,7 +20,7 @@ from .rivals import (
     weight_bytes,
 )
 from .rows import Row, answer_text
-from .teacher import Evaluator, Setting, metrics
+from .teacher import Evaluator, Setting, log_probabilities, metrics
 
 DENSE = "dense"
 KEY = ("arm", "file", "row")
@@ -74,7 +74,9 @@ def arms_of(
             selector="random",
             allocation=setting.allocation,
         )
-        arms.append(Arm(setting.name, setting, compact_bytes(dense, selection)))
+        arms.append(
+            Arm(setting.name, setting, compact_bytes(dense, selection, setting.bits))
+        )
     arms += [Arm(rival.name, bytes=weight_bytes(rival.model)) for rival in rivals]
     return arms
 
@@ -113,12 +115,14 @@ def measure(
         progress: wraps the iteration over rows.
     """
     rows = [(file, row) for file, rows in files.items() for row in rows]
+    bits = {arm.setting.bits for arm in arms if arm.setting is not None} - {None}
+    small = {number: QuantisedCompact(model, number) for number in bits if number}
     evaluator: Evaluator | None = None
     for file, row in progress(rows):
         todo = [arm for arm in arms if (arm.name, file, row.key) not in log]
         if todo:
             evaluator = evaluator or Evaluator(model)
-            found = _measure_row(evaluator, row, todo, rivals, seed)
+            found = _measure_row(evaluator, row, todo, rivals, small, seed)
             log.add(*({"file": file, "row": row.key} | line for line in found))
     for arm in arms:
         for file, of_file in files.items():
@@ -131,6 +135,7 @@ def _measure_row(
     row: Row,
     arms: Sequence[Arm],
     rivals: Sequence[Rival],
+    small: Mapping[int, QuantisedCompact],
     seed: int,
 ) -> list[Line]:
     names = {arm.name for arm in arms}
@@ -143,7 +148,11 @@ def _measure_row(
     if DENSE in names:
         found[DENSE] = row, metrics(row, truth, truth)
     for setting, mask in evaluator.masks(row, settings, seed):
-        values = evaluator.measure(row, mask, reference, setting.prefill)
+        if setting.bits is None:
+            values = evaluator.measure(row, mask, reference, setting.prefill)
+        else:
+            model = small[setting.bits].of(mask)
+            values = metrics(row, log_probabilities(model, row), truth)
         found[setting.name] = row, values
     for rival in rivals:
         if rival.name in names:
@@ -186,10 +195,10 @@ def time_arms(
     for arm in arms:
         shape[arm.name] = arm.name
         if arm.setting is not None:
-            keep, allocation = arm.setting.keep, arm.setting.allocation
-            shape[arm.name] = name = f"{keep:g} {allocation}"
+            s = arm.setting
+            shape[arm.name] = name = f"{s.keep:g} {s.allocation} {s.bits}"
             if name not in models:
-                models[name] = _compact(model, row, keep, allocation)
+                models[name] = _compact(model, row, s)
     mx.eval(models[DENSE].parameters())
     prompt = row.prompt[:SPEED_PROMPT]
     speeds = decode_speeds(models, prompt, tokens, progress=progress)
@@ -197,6 +206,13 @@ def time_arms(
         arm.tokens_per_second = speeds[shape[arm.name]]
 
 
-def _compact(model: IFPModel, row: Row, keep: float, allocation: Any) -> nn.Module:
-    how: dict[str, Any] = {"keep": keep, "allocation": allocation}
-    return model.compact(model.select(row.prompt, selector="random", **how))
+def _compact(model: IFPModel, row: Row, setting: Setting) -> nn.Module:
+    selection = model.select(
+        row.prompt,
+        keep=setting.keep,
+        selector="random",
+        allocation=setting.allocation,
+    )
+    if setting.bits is None:
+        return model.compact(selection)
+    return QuantisedCompact(model, setting.bits).of(selection.mask())

@@ -28,18 +28,25 @@ class Setting:
         keep: kept share of the channels.
         allocation: how they are spread over the layers.
         prefill: which model reads the prompt.
+        bits: that the compact model is quantised to, or ``None``.
     """
 
     selector: str
     keep: float
     allocation: Allocation
     prefill: Prefill = "compact"
+    bits: int | None = None
 
     @property
     def name(self) -> str:
         """What tables and logs call it."""
+        return f"{self.label}, {self.prefill} prompt"
+
+    @property
+    def label(self) -> str:
+        """The same without the prompt."""
         parts = f"{self.selector}, keep {self.keep:g}, {self.allocation}"
-        return f"{parts}, {self.prefill} prompt"
+        return parts if self.bits is None else f"{parts}, {self.bits} bits"
 
 
 class Reference(NamedTuple):
