@@ -127,22 +127,19 @@ def plan(
 
 
 def pieces(
-    ranges: list[Range], places: np.ndarray, records: int, runs: int
+    ranges: list[Range], places: np.ndarray, span: int, most: int
 ) -> Iterator[Range]:
     """Split ranges so that each can be one call, and large ones are read in parallel.
 
     Args:
         ranges: of ``places``, sorted.
-        records: that a piece may span at most.
-        runs: of records without a gap that a piece may hold at most.
+        span: records from a piece's first to its last at most, gaps included.
+        most: records that a piece holds at most.
     """
     for first, last in ranges:
         start = first
         while start < last:
-            stop = int(np.searchsorted(places, places[start] + max(1, records)))
-            stop = min(stop, last)
-            gaps = np.flatnonzero(np.diff(places[start:stop]) > 1)
-            if len(gaps) >= runs:
-                stop = start + int(gaps[runs - 1]) + 1
+            stop = int(np.searchsorted(places, places[start] + max(1, span)))
+            stop = min(stop, last, start + most)
             yield Range(start, stop)
             start = stop

@@ -44,7 +44,7 @@ class ChannelReader:
         self._fd = os.open(path, os.O_RDONLY)
         self._disk: Device | None = None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="channels")
-        self._scratch = np.empty(0, np.uint8)
+        self._scratch = self._waste = np.empty(0, np.uint8)
         self.bytes_read = self.bytes_wanted = 0
         if hasattr(os, "posix_fadvise"):  # reading ahead would read what nobody wants
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -102,17 +102,18 @@ class ChannelReader:
         ffn, held = self._held(donor)
         given = np.isin(units, held)
         places = self.layout.places[layer][units[~given]]
-        on_disk = np.sort(places)
-        records = self._records(layer, on_disk)
-        rows = np.searchsorted(on_disk, places)
+        records = self._records(layer, places)
         read, copied = np.flatnonzero(~given), np.flatnonzero(given)
         arrays = {}
         for part, offset in self.layout.fields(layer):
             tensor, into = self._tensor(part, len(units))
             size = part.unit_bytes(self.layout.units)
             words = records[:, offset : offset + size].view(into.dtype)
-            into[read] = words.reshape(-1, *into.shape[1:])[rows]
-            if ffn is not None:
+            words = words.reshape(-1, *into.shape[1:])
+            if ffn is None:
+                into[...] = words
+            else:
+                into[read] = words
                 theirs = self._view(part, ffn[part.projection][part.tensor], len(held))
                 into[copied] = theirs[np.searchsorted(held, units[given])]
             arrays[part.projection, part.tensor] = tensor
@@ -144,17 +145,20 @@ class ChannelReader:
     def _records(self, layer: int, places: np.ndarray) -> np.ndarray:
         """Return the records at some places, uint8 ``[len(places), record]``.
 
-        They are in a buffer that the next call uses again.
+        They are in a buffer that the next call uses again, as they are asked for,
+        which need not be how they lie.
         """
         size = self.layout.record_bytes[layer]
         if self._scratch.size < len(places) * size:
             self._scratch = np.empty(len(places) * size, np.uint8)
         records = self._scratch[: len(places) * size].reshape(-1, size)
+        rows = np.argsort(places)
+        places = places[rows]
         device = self._device(layer, places)
         ranges = plan(places, size, self.layout.units, device)
         parts = list(pieces(ranges, places, PIECE_BYTES // size, BUFFERS))
         jobs = [
-            self._threads.submit(self._read_ranges, layer, share, places, records)
+            self._threads.submit(self._read_ranges, layer, share, places, rows, records)
             for share in (parts[n::JOBS] for n in range(min(JOBS, len(parts))))
         ]
         wait(jobs)  # all of them, or one that outlives an error writes on
@@ -188,30 +192,43 @@ class ChannelReader:
         wait([self._threads.submit(read, *item) for item in ranges])
 
     def _read_ranges(
-        self, layer: int, share: list[Range], places: np.ndarray, records: np.ndarray
+        self,
+        layer: int,
+        share: list[Range],
+        places: np.ndarray,
+        rows: np.ndarray,
+        records: np.ndarray,
     ) -> int:
-        return sum(self._read_range(layer, one, places, records) for one in share)
+        total = 0
+        for first, last in share:
+            part = slice(first, last)
+            into = [records[row] for row in rows[part]]
+            total += self._read_range(layer, places[part], into)
+        return total
 
     def _read_range(
-        self, layer: int, piece: Range, places: np.ndarray, records: np.ndarray
+        self, layer: int, places: np.ndarray, into: list[np.ndarray]
     ) -> int:
-        """Read a range into its rows of ``records``, what is between them nowhere."""
+        """Read the range of some places, each record into its array, and check them;
+        what lies between them goes nowhere.
+        """
         size = self.layout.record_bytes[layer]
-        wanted = places[piece.first : piece.last]
-        breaks = np.flatnonzero(np.diff(wanted) > 1) + 1
-        starts = [0, *map(int, breaks), len(wanted)]
-        buffers: list[memoryview] = []
-        for start, stop in zip(starts, starts[1:], strict=False):
-            if start:
-                gap = int(wanted[start] - wanted[start - 1] - 1)
-                buffers.append(memoryview(bytearray(gap * size)))
-            rows = records[piece.first + start : piece.first + stop]
-            buffers.append(rows.reshape(-1).data)
-        total = sum(buffer.nbytes for buffer in buffers)
-        offset = self.layout.layer_offsets[layer] + int(wanted[0]) * size
+        buffers = [into[0].data]
+        gaps = (np.diff(places) - 1).tolist()
+        for gap, record in zip(gaps, into[1:], strict=True):
+            if gap:
+                buffers.append(self._nowhere(gap * size))
+            buffers.append(record.data)
+        offset = self.layout.layer_offsets[layer] + int(places[0]) * size
         self._read_exactly(buffers, offset)
-        self._check(layer, wanted, records[piece.first : piece.last])
-        return total
+        self._check(layer, places, into)
+        return size * int(places[-1] - places[0] + 1)
+
+    def _nowhere(self, nbytes: int) -> memoryview:
+        """Return a buffer whose content nobody needs; all threads write into it."""
+        if self._waste.size < nbytes:
+            self._waste = np.empty(nbytes, np.uint8)
+        return self._waste[:nbytes].data
 
     def _read_exactly(self, buffers: Sequence[memoryview], offset: int) -> None:
         left = list(buffers)
@@ -225,9 +242,9 @@ class ChannelReader:
             if got:
                 left[0] = left[0][got:]
 
-    def _check(self, layer: int, places: np.ndarray, records: np.ndarray) -> None:
+    def _check(self, layer: int, places: np.ndarray, records: list[np.ndarray]) -> None:
         for place, record in zip(places, records, strict=True):
-            if zlib.crc32(record) != self.layout.checksums[layer, place]:
+            if zlib.crc32(record.data) != self.layout.checksums[layer, place]:
                 channel = int(self.layout.order[layer, place]) * self.layout.unit
                 raise ValueError(
                     f"{self.path} is damaged: the record of channel {channel} in layer "
