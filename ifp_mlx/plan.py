@@ -1,7 +1,7 @@
 """What fits, and how long it will take, before anything is loaded.
 
 Bytes are those of the files and shapes (:mod:`ifp_mlx.footprint`). Times are predicted
-from a device's bandwidths and arithmetic (:mod:`ifp_mlx.roofline`): good for choosing,
+from a device's bandwidths and arithmetic (:mod:`ifp_mlx.planning.roofline`): good for choosing,
 not for quoting. ``examples/plan.md`` holds them against what the paper measured.
 
 Exit status: 0 if it fits or no memory was named, 1 if it does not, 2 on a mistake.
@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cli, devices, machine, masks, roofline, store
+from . import cli, masks, store
 from .choice import DEFAULT_KEEP
-from .devices import Device
 from .footprint import Footprint, in_words, model_of_config
 from .model import PREDICTOR_FOLDER, load
+from .planning import devices, machine, roofline
+from .planning.devices import Device
+from .planning.roofline import Job, Times, Work
 from .pruning import dense_shape
-from .roofline import Job, Times, Work
 from .tables import markdown
 
 DOES_NOT_FIT = 1

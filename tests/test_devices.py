@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 from conftest import write_folder
 
-from ifp_mlx import devices, machine
-from ifp_mlx.devices import DEVICES
+from ifp_mlx.planning import devices, machine
+from ifp_mlx.planning.devices import DEVICES
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=list(DEVICES))

@@ -7,11 +7,12 @@ from conftest import run_command, tiny_config, tiny_model, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifp_mlx import devices, plan, roofline
-from ifp_mlx.devices import Device, Figure, Runtime
+from ifp_mlx import plan
 from ifp_mlx.footprint import Footprint, model_bytes
+from ifp_mlx.planning import devices, roofline
+from ifp_mlx.planning.devices import Device, Figure, Runtime
+from ifp_mlx.planning.roofline import Job, Work
 from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.roofline import Job, Work
 
 ROUND = Device(  # figures that can be multiplied by heart
     "round",

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..footprint import Footprint, Sizes
+from ..pruning import PROJECTIONS, ffn_layers
 from .devices import Device
-from .footprint import Footprint, Sizes
-from .pruning import PROJECTIONS, ffn_layers
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .atomic import new_file
-from .caches import cache_folder
+from ..atomic import new_file
+from ..caches import cache_folder
 from .devices import Device, Figure, Runtime
 
 TURNS = 5
