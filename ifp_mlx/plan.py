@@ -219,11 +219,7 @@ def build_parser() -> cli.Parser:
         "that fits",
     )
     add("--prompt-tokens", type=int, default=512, help="default: %(default)s")
-    add(
-        "--instruction-tokens",
-        type=int,
-        help="tokens of what selects; default: the prompt's",
-    )
+    add("--instruction-tokens", type=int, help="that select; default: the prompt's")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     add(
         "--channel-store",
