@@ -298,6 +298,8 @@ def limited(folder: Path, scratch: Path, mask: str) -> dict[str, Any]:
     dense = ["mlx_lm.generate", "--model", folder, "--prompt", PROMPT]
     dense += ["--max-tokens", 24]
     fails, _ = child(*dense, limit=limit)
+    works, _ = child(*dense)
+    assert works == 0, "the dense model does not even run without a limit"
     status, inside = generate(scratch / "store", mask, limit)
     _, outside = generate(folder, mask)
     return {
