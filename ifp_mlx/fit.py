@@ -8,7 +8,7 @@ import mlx.nn as nn
 from .choice import decide
 from .compact_cache import CompactCache
 from .data import Prompt
-from .footprint import Footprint
+from .footprint import Footprint, physical_memory
 from .masks import Selection
 from .model import IFPModel, Progress
 
@@ -54,6 +54,24 @@ def fit(
 
 def _without_seed(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name != "seed"}
+
+
+def check_machine(
+    model: IFPModel,
+    options: dict[str, Any],
+    selection: Selection | None,
+    context: int,
+) -> None:
+    """Refuse what this machine's memory cannot hold, before anything is loaded.
+
+    Args:
+        model, options, selection, context: see :func:`fit`.
+
+    Raises:
+        ValueError: naming what is needed and what would fit.
+    """
+    sizes = selection or decide(model, **_without_seed(options)).sizes
+    Footprint.of(model).check_fits(sizes, physical_memory(), context)
 
 
 class Swept(NamedTuple):

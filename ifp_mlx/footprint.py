@@ -5,6 +5,7 @@ opened, or one that mlx-lm builds from a config.json alone, can be weighed for f
 """
 
 import math
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,11 @@ class Footprint:
             f"needs {in_words(least)} ({summands}); allow {in_words(least)}, or take a "
             "shorter context or a smaller or more strongly quantised model."
         )
+
+
+def physical_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def in_words(count: int) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import cli
 from .compact_cache import CompactCache
 from .data import Prompt, as_messages, instruction_of, is_tokens, tokenize
-from .fit import fit, sweep_once
+from .fit import check_machine, fit, sweep_once
 from .masks import Allocation, Selection
 from .model import IFPModel, Progress, load
 
@@ -135,6 +135,8 @@ def stream_generate(
     options |= {"selector": selector, "allocation": allocation}
     options |= {"granularity": granularity, "seed": seed}
     context = len(tokens) + kwargs.get("max_tokens", STOCK_MAX_TOKENS)
+    if memory_bytes is None:
+        check_machine(model, options, selection, context)
     room = None if memory_bytes is None else _Room(memory_bytes, context, cache)
     text = selecting if compensate else None
     ready = _prepare(model, selecting, options, selection, text, room, progress)

@@ -60,6 +60,17 @@ def test_what_does_not_fit_is_refused_with_what_would(model):
         fit(model, dict(NOTHING), model.select("Hi", keep=0.9), 150_000, context=32)
 
 
+def test_what_the_machine_cannot_hold_is_refused_before_loading(
+    tiny_folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("ifp_mlx.fit.physical_memory", lambda: 150_000)
+    command = ("--model", tiny_folder, "--prompt", "Hello", "--max-tokens", 2)
+    status, _, err = run_command(main, capsys, *command, "--keep", 0.9)
+    assert status == 2
+    assert "150 kB are allowed; --keep 0." in err and "fits" in err
+    assert run_command(main, capsys, *command, "--keep", 0.3)[0] == 0
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_second_time_comes_from_the_cache_with_the_same_bits(
     tiny_folder, tmp_path, stored

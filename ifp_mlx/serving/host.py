@@ -1,7 +1,6 @@
 """The engine's worker side: the model, what is prepared of it, and who is served."""
 
 import io
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from .. import store
 from ..data import Prompt, as_messages, instruction_of, is_tokens, tokenize
+from ..footprint import physical_memory
 from ..model import load
 from .errors import (
     Busy,
@@ -294,4 +294,4 @@ def download_bars(report: Callable[[Progress], None]) -> type:
 
 def half_the_memory() -> int:
     """Return half of the machine's memory, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return physical_memory() // 2
