@@ -153,3 +153,29 @@ def test_the_command_writes_a_checkpoint_that_slices_as_it_was_masked(tmp_path, 
         "--output", tmp_path / "other",
     )  # fmt: skip
     assert status == 2 and "train.jsonl line 1" in err and "completion" in err
+
+
+def test_a_loss_that_is_no_number_names_its_rows_and_loses_nothing(tmp_path):
+    class Rows:
+        bad = True
+
+        def __call__(self, number: int) -> Batch:
+            found = batch(number)
+            if number == 3 and self.bad:
+                found = found._replace(loss_mask=found.loss_mask * float("nan"))
+            return found
+
+        def places(self, number: int) -> list[str]:
+            return [f"train.jsonl line {number * 4 + row}" for row in range(1, 5)]
+
+    config = TrainConfig(steps=5, lr=1e-2, save_every=100, log_every=1, compile=False)
+    rows, model, own = Rows(), tiny_model("llama"), masker()
+    with pytest.raises(ValueError) as caught:
+        train(model, own, rows, config, folder=tmp_path)
+    said = str(caught.value)
+    assert "step 4, which was not made" in said and "train.jsonl line 13" in said
+    assert "line 16" in said and "line 12" not in said
+    rows.bad = False
+    resumed = train(tiny_model("llama"), masker(), rows, config, folder=tmp_path)
+    whole = train(tiny_model("llama"), masker(), batch, config)
+    assert resumed == whole
