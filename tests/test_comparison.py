@@ -12,7 +12,13 @@ pytest.importorskip("reasoning_gym")
 from examples.comparison import report
 from examples.comparison.corpus import Corpus, describe, tokenizer
 from examples.comparison.lab import Lab, Scale, Trained, means, overlaps
-from examples.comparison.rows import ROWS, task_random, warm_predictor
+from examples.comparison.rows import (
+    ROWS,
+    kmeans,
+    nearest,
+    task_random,
+    warm_predictor,
+)
 from examples.comparison.run import run_row
 from examples.comparison.tasks import all_tasks, examples
 from examples.comparison.tasks import test_examples as draw_tests
@@ -127,14 +133,15 @@ def test_a_warm_predictor_gives_a_task_described_one_mask_of_its_own(lab):
     assert found["between"] < 0.5
 
 
-@pytest.mark.parametrize("row", ["ifp", "static_distil", "activation"])
+@pytest.mark.parametrize("row", ["ifp", "static_distil", "activation", "ifp_clusters"])
 def test_a_row_runs_and_its_report_can_be_tabulated(row, lab, tmp_path):
     found = run_row(lab, row)
     assert set(found["accuracy"]) == {task.name for task in TASKS}
     assert all(0 <= a <= 1 for a in found["accuracy"].values())
     (tmp_path / f"{row}-0.json").write_text(json.dumps(found))
-    table = report.main_table(report.load_results(tmp_path))
-    line = next(part for part in table.splitlines() if report.ABOUT[row] in part)
+    about = report.ABOUT | report.CONTROLS
+    table = report.main_table(report.load_results(tmp_path), about)
+    line = next(part for part in table.splitlines() if about[row] in part)
     assert f"{found['mean']:.3f}" in line
     assert table.count("not run") >= len(ROWS) - 2
 
@@ -146,3 +153,13 @@ def test_the_picture_has_a_square_for_every_layer(lab, tmp_path):
     report.draw_overlap(found, tmp_path / "p.svg")
     text = (tmp_path / "p.svg").read_text()
     assert text.count("layer ") >= 2 and "reverse" in text
+
+
+def test_clusters_find_groups_that_lie_apart():
+    rng = np.random.default_rng(0)
+    middles = rng.normal(0, 10, (4, 5))
+    group = np.repeat(np.arange(4), 25)
+    points = middles[group] + rng.normal(0, 0.1, (100, 5))
+    found = nearest(points, kmeans(points, 4, seed=1))
+    assert all(len(set(found[group == g])) == 1 for g in range(4))
+    assert len(set(found)) == 4

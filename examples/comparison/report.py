@@ -32,6 +32,10 @@ ABOUT = {
     "ifp_per_task": "IFP, one mask per task from a description",
     "ifp_both_stages": "IFP, pretrain then sft, same steps",
 }
+CONTROLS = {
+    "ifp_clusters": "IFP, warm start without the names of tasks",
+    "dense_small_long": "dense of the kept size, three times the examples",
+}
 COLUMNS = ("mean", "facts", "skills", "held_out")
 
 
@@ -57,13 +61,15 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
-def main_table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return accuracy, compute and overlap of every row as markdown."""
+def main_table(
+    results: dict[str, list[dict[str, Any]]], rows: dict[str, str] = ABOUT
+) -> str:
+    """Return accuracy, compute and overlap of every one of ``rows`` as markdown."""
     lines = [
         "| row | seeds | mean | facts | skills | unseen family | compute | within / between |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row, about in ABOUT.items():
+    for row, about in rows.items():
         runs = results.get(row, [])
         if not runs:
             lines.append(f"| {about} | not run | | | | | | |")
@@ -158,6 +164,15 @@ def main(arguments: list[str] | None = None) -> None:
         parts.append(margins(results))
         draw_overlap(results["ifp"][0], args.results / PICTURE)
     parts.append(task_table(results, ["dense_full", "dense_small", "static", "ifp"]))
+    tuning = load_results(args.results / "tuning")
+    if tuning:
+        rows = {
+            row: about for row, about in (ABOUT | CONTROLS).items() if row in tuning
+        }
+        seeds = {run["seed"] for runs in tuning.values() for run in runs}
+        names = ", ".join(str(seed) for seed in sorted(seeds))
+        parts.append(f"Seed {names}, on which the recipe was chosen, and two controls:")
+        parts.append(main_table(tuning, rows))
     text = "\n\n".join(parts)
     print(text)
     if args.write:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ifp_mlx.atomic import new_file
 
 from .lab import Clock, Lab, Scale, measure, report
-from .rows import ROWS
+from .rows import CONTROLS, ROWS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -16,7 +16,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    rows = [row for row in ROWS if row not in CONTROLS]
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=rows)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path("models/comparison"))
     parser.add_argument(
