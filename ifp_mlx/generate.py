@@ -4,10 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,10 +16,12 @@ from tqdm import tqdm
 from . import cli
 from .compact_cache import CompactCache
 from .data import Prompt, as_messages, instruction_of, is_tokens, tokenize
+from .dense_prefill import dense_cache
 from .fit import check_machine, fit, sweep_once
 from .masks import Allocation, Selection
 from .model import IFPModel, Progress, load
 
+Prefill = Literal["compact", "dense"]
 STOCK_MAX_TOKENS = 256  # mlx-lm's, where the caller names none
 
 
@@ -91,6 +93,7 @@ def stream_generate(
     seed: int = 0,
     memory_bytes: int | None = None,
     cache: CompactCache | None = None,
+    prefill: Prefill = "compact",
     chat_template: bool = True,
     progress: Progress = iter,
     **kwargs: Any,
@@ -114,10 +117,11 @@ def stream_generate(
             largest ``keep`` that fits, or refuses the one that does not. The model is
             then read in one sweep, a dense layer at a time.
         cache: where a swept compact model is kept, and taken from the next time.
+        prefill: which model reads the prompt, all but its last token: ``compact``, or
+            the whole ``dense`` one (better, slower; see :mod:`ifp_mlx.dense_prefill`).
         chat_template: ``False`` leaves the chat template out.
         progress: wraps iterations over calibration texts and over layers.
-        kwargs: passed on to ``mlx_lm.stream_generate`` (``max_tokens``, ``sampler``,
-            ``logits_processors``, ...).
+        kwargs: passed on to ``mlx_lm.stream_generate`` (``max_tokens``, ...).
 
     Yields:
         The text as it comes, with what it took.
@@ -135,11 +139,11 @@ def stream_generate(
     options |= {"selector": selector, "allocation": allocation}
     options |= {"granularity": granularity, "seed": seed}
     context = len(tokens) + kwargs.get("max_tokens", STOCK_MAX_TOKENS)
-    if memory_bytes is None:
-        check_machine(model, options, selection, context)
-    room = None if memory_bytes is None else _Room(memory_bytes, context, cache)
-    text = selecting if compensate else None
+    room, text = _Room(memory_bytes, context, cache), selecting if compensate else None
     ready = _prepare(model, selecting, options, selection, text, room, progress)
+    if prefill == "dense":
+        ready, kwargs["prompt_cache"] = _read_densely(model, ready, tokens[:-1])
+        tokens = tokens[-1:]
     for step in stock_stream_generate(ready.compact, tokenizer, tokens, **kwargs):
         yield _response(step, ready)
 
@@ -147,7 +151,7 @@ def stream_generate(
 class _Room(NamedTuple):
     """Memory to fit into: bytes, the tokens of prompt and answer, and a cache."""
 
-    memory_bytes: int
+    memory_bytes: int | None
     context: int
     cache: CompactCache | None
 
@@ -159,6 +163,7 @@ class _Ready(NamedTuple):
     compact: nn.Module
     seconds: Seconds
     cache: str | None = None
+    read: int = 0  # tokens of the prompt, in seconds.prefill
 
 
 def _prepare(
@@ -167,14 +172,17 @@ def _prepare(
     options: dict[str, Any],
     selection: Selection | None,
     compensate: Prompt | None,
-    room: _Room | None,
+    room: _Room,
     progress: Progress,
 ) -> _Ready:
     """Select and load: one after the other, or in one sweep that fits into memory."""
-    if room is not None:
+    if room.memory_bytes is None:
+        check_machine(model, options, selection, room.context)
+    else:
         fit(model, options, selection, room.memory_bytes, room.context)
     start = time.perf_counter()
-    if room is not None and selection is None and compensate is None:
+    swept = room.memory_bytes is not None and compensate is None
+    if swept and selection is None:
         cache = room.cache or CompactCache()
         found = sweep_once(model, instruction, options, cache, progress)
         spent = time.perf_counter() - start
@@ -190,10 +198,21 @@ def _prepare(
     return _Ready(selection, compact, seconds)
 
 
+def _read_densely(
+    model: IFPModel, ready: _Ready, tokens: list[int]
+) -> tuple[_Ready, list[Any]]:
+    """Return what is decoded with, and the cache of a prompt the dense model read."""
+    start = time.perf_counter()
+    cache = dense_cache(model, tokens)
+    seconds = replace(ready.seconds, prefill=time.perf_counter() - start)
+    return ready._replace(seconds=seconds, read=len(tokens)), cache
+
+
 def _response(step: Any, ready: _Ready) -> GenerationResponse:
     """Add our own figures to a response of mlx-lm."""
     spent = ready.seconds
-    prefill = step.prompt_tokens / step.prompt_tps
+    prefill = spent.prefill + step.prompt_tokens / step.prompt_tps
+    prompt_tokens = ready.read + step.prompt_tokens
     seconds = Seconds(
         select=spent.select,
         load=spent.load,
@@ -207,8 +226,8 @@ def _response(step: Any, ready: _Ready) -> GenerationResponse:
         finish_reason=step.finish_reason,
         selection=ready.selection,
         seconds=seconds,
-        prompt_tokens=step.prompt_tokens,
-        prompt_tps=step.prompt_tps,
+        prompt_tokens=prompt_tokens,
+        prompt_tps=prompt_tokens / prefill,
         generation_tokens=step.generation_tokens,
         generation_tps=step.generation_tps,
         peak_memory_bytes=mx.get_peak_memory(),
@@ -251,6 +270,13 @@ def build_parser() -> cli.Parser:
         "takes some more): keeps as many channels as fit, reads the model layer by "
         "layer, and keeps the result for the next time",
     )
+    add(
+        "--prefill",
+        choices=("compact", "dense"),
+        default="compact",
+        help="which model reads the prompt; dense is nearer to the whole model, and has "
+        "it in memory meanwhile; default: %(default)s",
+    )
     add("--cache-folder", type=Path, help="where that is; default: ~/.cache/ifp_mlx")
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
@@ -269,6 +295,11 @@ def _command(args: Any) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
+    if args.prefill == "dense" and args.memory_gb is not None:
+        raise ValueError(
+            "--prefill dense has the whole model in memory, and --memory-gb is there to "
+            "avoid that; leave one of them out."
+        )
     as_messages(prompt)  # an empty prompt is refused before anything is loaded
     model, tokenizer = load(args.model)
     mx.random.seed(args.seed)
@@ -283,6 +314,7 @@ def _command(args: Any) -> None:
         compensate=args.compensate,
         memory_bytes=_bytes(args.memory_gb),
         cache=CompactCache(args.cache_folder),
+        prefill=args.prefill,
         chat_template=not args.ignore_chat_template,
         progress=partial(tqdm, disable=None, leave=False),
         max_tokens=args.max_tokens,

@@ -247,3 +247,41 @@ def test_a_config_without_a_gated_ffn_is_a_mistake(capsys, tmp_path):
     status, _, err = run_command(main, capsys, "--model", folder, "-p", "Hello")
     assert status == 2 and "gpt2.Model has no plain gated FFN" in err
     assert "llama, mistral, ministral3, qwen2, qwen3, gemma2, gemma3_text" in err
+
+
+def test_a_dense_prefill_leaves_the_answer_alone_where_nothing_is_dropped(tiny_folder):
+    model, tokenizer = load(tiny_folder)
+    options = {"max_tokens": 6, "keep": 1.0}
+    plain = list(stream_generate(model, tokenizer, "Hello there", **options))
+    dense = list(
+        stream_generate(model, tokenizer, "Hello there", prefill="dense", **options)
+    )
+    assert [r.token for r in dense] == [r.token for r in plain]
+    assert dense[-1].prompt_tokens == plain[-1].prompt_tokens
+    assert dense[-1].seconds.prefill > 0
+
+
+def test_a_dense_prefill_is_the_dense_models_reading_of_all_but_the_last_token(
+    tiny_folder,
+):
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, tokenizer = load(tiny_folder)
+    tokens = list(range(40, 52))
+    selection = model.select(tokens, keep=0.25)
+    (found,) = stream_generate(
+        model, tokenizer, tokens, selection=selection, prefill="dense", max_tokens=1
+    )
+    dense, compact = model.dense(), model.compact(selection)
+    cache = make_prompt_cache(dense)
+    dense(mx.array([tokens[:-1]]), cache=cache)
+    expected = compact(mx.array([tokens[-1:]]), cache=cache)[0, -1].argmax()
+    assert found.token == int(expected)
+
+
+def test_a_dense_prefill_and_a_memory_limit_exclude_each_other(tiny_folder, capsys):
+    status, _, err = run_command(
+        main, capsys, "--model", tiny_folder, "--prompt", "Hi", "--prefill", "dense",
+        "--memory-gb", 1,
+    )  # fmt: skip
+    assert status == 2 and "leave one of them out" in err

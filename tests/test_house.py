@@ -55,7 +55,9 @@ MAY_IMPORT = {
     "caches": NOTHING,
     "compact_cache": {"caches", "masks", "model", "pruning"},
     "fit": {"choice", "compact_cache", "data", "footprint", "masks", "model"},
-    "generate": {"masks", "data", "selectors", "model", "cli", "compact_cache", "fit"},
+    "dense_prefill": {"model", "selectors"},
+    "generate": {"masks", "data", "selectors", "model", "cli", "compact_cache", "fit"}
+    | {"dense_prefill"},
     "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"}
     | {"requantisation"},
     "__init__": {"masks", "model", "generate"},
