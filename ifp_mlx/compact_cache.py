@@ -8,8 +8,10 @@ longest are deleted when all together are larger than they may be.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +21,11 @@ import numpy as np
 
 from .atomic import new_folder
 from .caches import cache_folder
+from .choice import decide
 from .masks import Selection
 from .model import IFPModel
 from .pruning import PROJECTIONS, ffn_layers, note_width
+from .store import CHANNEL_FILE
 
 LIMIT_BYTES = 32 << 30
 MASK, CHANNELS = "mask.safetensors", "channels.safetensors"
@@ -42,12 +46,26 @@ class CompactCache:
         self.limit_bytes = limit_bytes
 
     def key(self, model: IFPModel, tokens: Sequence[int], **options: Any) -> str:
-        """Return what tells a selection from all others: the model, the tokens that
-        select, and the arguments of :meth:`IFPModel.select`.
+        """Return what tells a selection from all others: the model's files, the tokens
+        that select, and what is decided of the arguments of :meth:`IFPModel.select`.
+
+        A model that was copied elsewhere with new times is another one: that costs a
+        sweep, where a mix of two models would answer nonsense.
         """
-        about = {"config": model.config, "tokens": list(tokens), "options": options}
+        seed = options.pop("seed", 0)
+        choice = decide(model, **options)
+        about = {
+            "config": model.config,
+            "ifp": asdict(model.ifp),
+            "files": _stamps(model.path),
+            "tokens": list(tokens),
+            "choice": asdict(choice),
+            "seed": seed if choice.selector == "random" else None,
+        }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         digest.update(np.array(model.fingerprint.view(mx.uint16)).tobytes())
+        if choice.selector in ("prior", "blend") and model.prior is not None:
+            digest.update(np.array(model.prior).tobytes())
         return digest.hexdigest()[:32]
 
     def load(self, model: IFPModel, key: str) -> tuple[Selection, nn.Module] | None:
@@ -74,7 +92,10 @@ class CompactCache:
         return selection, compact
 
     def save(self, key: str, selection: Selection, compact: nn.Module) -> None:
-        """Keep a compact model; where the folder cannot be written, nothing is kept."""
+        """Keep a compact model; where the folder cannot be written, nothing is kept.
+
+        Entries that were not used for longest go, until the rest is small enough.
+        """
         weights = {
             f"{layer}.{projection}.{name}": array
             for layer, ffn in enumerate(ffn_layers(compact))
@@ -85,18 +106,35 @@ class CompactCache:
             with new_folder(self.folder / key) as scratch:
                 selection.save(scratch / MASK)
                 mx.save_safetensors(str(scratch / CHANNELS), weights)
-        except OSError:  # full, not writable, or another process was quicker
+        except (OSError, RuntimeError):  # full, not writable, or another was quicker
             return
         self._trim(key)
 
     def _trim(self, newest: str) -> None:
-        entries = [e for e in self.folder.iterdir() if e.name != newest]
-        entries.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
+        # The folder may be one of the user's: only what is surely ours is deleted.
+        entries = [
+            e for e in self.folder.iterdir() if _is_entry(e) and e.name != newest
+        ]
+        entries.sort(key=_last_use, reverse=True)
         used = _size(self.folder / newest)
         for entry in entries:
             used += _size(entry)
             if used > self.limit_bytes:
                 shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_entry(folder: Path) -> bool:
+    """Whether a folder was made by :meth:`CompactCache.save`."""
+    named = re.fullmatch(r"[0-9a-f]{32}", folder.name) is not None
+    return named and {file.name for file in folder.glob("*")} == {MASK, CHANNELS}
+
+
+def _stamps(model: Path) -> list[tuple[str, int, int]]:
+    """Return the name, size and time of change of each file that holds weights."""
+    patterns = ("model*.safetensors", CHANNEL_FILE, "predictor/*.safetensors")
+    files = sorted(file for pattern in patterns for file in model.glob(pattern))
+    states = [(str(file.relative_to(model)), file.stat()) for file in files]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def _put(ffn: nn.Module, layer: int, weights: dict[str, mx.array], k: int) -> None:
@@ -110,4 +148,15 @@ def _put(ffn: nn.Module, layer: int, weights: dict[str, mx.array], k: int) -> No
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*"))
+    return sum(_state(file, "st_size") for file in folder.glob("*"))
+
+
+def _last_use(folder: Path) -> int:
+    return _state(folder, "st_mtime_ns")
+
+
+def _state(path: Path, name: str) -> int:
+    try:
+        return getattr(path.stat(), name)
+    except FileNotFoundError:  # another process deleted it meanwhile
+        return 0

@@ -3,14 +3,21 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .choice import decide
 from .compact_cache import CompactCache
 from .data import Prompt
-from .footprint import Footprint, physical_memory
+from .footprint import Footprint, in_words, physical_memory
 from .masks import Selection
 from .model import IFPModel, Progress
+from .selectors import FFN_STEP
+
+# Arrays [T, F] that are in memory at once while an FFN is read in float32; in 16 bits
+# it is the room of 3.6.
+READ_FLOATS = 5
+CACHE_STEP = 256  # tokens by which mlx-lm lengthens its caches
 
 
 def fit(
@@ -19,6 +26,7 @@ def fit(
     selection: Selection | None,
     memory_bytes: int,
     context: int,
+    reading: int = 0,
 ) -> None:
     """Choose how many channels fit into some memory, before anything is loaded.
 
@@ -28,8 +36,9 @@ def fit(
             fits, unless it says how many channels to keep.
         selection: that is to be used, or ``None``.
         memory_bytes: for compact model, KV cache and predictor, and for the dense
-            layer that a sweep holds above them.
+            layer and its activations that a sweep holds above them.
         context: tokens of prompt and answer.
+        reading: tokens of the instruction.
 
     Raises:
         ValueError: if what was asked for does not fit, or nothing does.
@@ -39,9 +48,15 @@ def fit(
         footprint.check_fits(selection, memory_bytes, context)
         return
     chosen = decide(model, **_without_seed(options))
+    if chosen.selector in ("prior", "blend") and model.prior is None:
+        _check_dense(model, footprint, chosen.selector, memory_bytes)
     if chosen.selector in ("activation", "blend"):
-        layer = max(footprint.layer_bytes) * model.channels
-        footprint = replace(footprint, passing_bytes=round(layer))
+        layer = round(max(footprint.layer_bytes) * model.channels)
+        tokens = min(reading, FFN_STEP)
+        activations = READ_FLOATS * tokens * model.channels * mx.float32.size
+        rounded = -(-context // CACHE_STEP) * CACHE_STEP
+        spare = footprint.kv_bytes(rounded) - footprint.kv_bytes(context)
+        footprint = replace(footprint, passing_bytes=layer + activations + spare)
     if options["keep"] is not None or options["target_size"] is not None:
         footprint.check_fits(chosen.sizes, memory_bytes, context)
         return
@@ -50,6 +65,19 @@ def fit(
         return decide(model, **_without_seed(options) | {"target_size": k}).sizes
 
     options["target_size"] = footprint.largest_size(memory_bytes, context, sizes)
+
+
+def _check_dense(
+    model: IFPModel, footprint: Footprint, selector: str, memory_bytes: int
+) -> None:
+    """Refuse to compute the prior where the dense model, which does it, has no room."""
+    if footprint.dense_bytes > memory_bytes:
+        raise ValueError(
+            f"The selector {selector} needs the prior of {model.path}, which is not "
+            f"there; the dense model computes it, with {in_words(footprint.dense_bytes)} "
+            f"of weights, and {in_words(memory_bytes)} are allowed; use the selector "
+            "activation."
+        )
 
 
 def _without_seed(options: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +127,8 @@ def sweep_once(
         cache: where they are looked for, and kept.
         progress: wraps the iterations over calibration texts and over layers.
     """
+    if decide(model, **_without_seed(options)).selector in ("prior", "blend"):
+        model.known_prior(progress)  # a part of the key
     key = cache.key(model, model.instruction_tokens(instruction), **options)
     found = cache.load(model, key)
     if found is not None:

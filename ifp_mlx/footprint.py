@@ -63,7 +63,7 @@ class Footprint:
         caches: of the layers that have a KV cache.
         predictor_bytes: of the predictor and its head; 0 without one.
         passing_bytes: of what is in memory above that for a while: the dense layer
-            that a sweep reads; 0 without one.
+            that a sweep reads, and what it computes with it; 0 without one.
     """
 
     channels: int

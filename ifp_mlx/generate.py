@@ -179,7 +179,8 @@ def _prepare(
     if room.memory_bytes is None:
         check_machine(model, options, selection, room.context)
     else:
-        fit(model, options, selection, room.memory_bytes, room.context)
+        reading = len(model.instruction_tokens(instruction))
+        fit(model, options, selection, room.memory_bytes, room.context, reading)
     start = time.perf_counter()
     swept = room.memory_bytes is not None and compensate is None
     if swept and selection is None:

@@ -97,6 +97,7 @@ class _Sweep:
     def _visit(self, layer: int, x: mx.array) -> mx.array:
         """Compute the FFN of a layer, ``[1, T, D]``, and let go of its weights."""
         next(self._ticks, None)
+        mx.eval(x)  # attention's arrays go before the FFN's come
         self._visits[layer] -= 1
         last = self._visits[layer] == 0
         ffn = self.ffns[layer] if last else self._passing_ffn(layer)

@@ -53,8 +53,9 @@ MAY_IMPORT = {
     "serving.lanes": {"masks", "serving.errors", "serving.events"}
     | {"serving.requests", "serving.worker"},
     "caches": NOTHING,
-    "compact_cache": {"caches", "masks", "model", "pruning"},
-    "fit": {"choice", "compact_cache", "data", "footprint", "masks", "model"},
+    "compact_cache": {"caches", "choice", "masks", "model", "pruning", "store"},
+    "fit": {"choice", "compact_cache", "data", "footprint", "masks", "model"}
+    | {"selectors"},
     "dense_prefill": {"model", "selectors"},
     "generate": {"masks", "data", "selectors", "model", "cli", "compact_cache", "fit"}
     | {"dense_prefill"},

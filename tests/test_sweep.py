@@ -76,8 +76,8 @@ def in_memory(model, instruction, **options):
     return selection, dense
 
 
-def add_prior(model):
-    rng = np.random.default_rng(5)
+def add_prior(model, seed=5):
+    rng = np.random.default_rng(seed)
     prior = rng.random((model.layers, model.channels)).astype(np.float32)
     mx.save_safetensors(
         str(model.path / "prior.safetensors"), {"scores": mx.array(prior)}
