@@ -10,8 +10,13 @@ from ifp_mlx import load
 from ifp_mlx.evaluate import Evaluator, Row, Setting, evaluate, main, read_rows
 from ifp_mlx.evaluation import statistics, sweep
 from ifp_mlx.evaluation.quantised import QuantisedCompact
-from ifp_mlx.evaluation.report import summary
-from ifp_mlx.evaluation.rivals import quantised, quantised_bytes, weight_bytes
+from ifp_mlx.evaluation.report import report, summary
+from ifp_mlx.evaluation.rivals import (
+    choose_bits,
+    quantised,
+    quantised_bytes,
+    weight_bytes,
+)
 from ifp_mlx.evaluation.rows import retokenize, same_tokens
 
 ROW = Row([5, 9, 77, 200], [13, 40, 41])
@@ -20,7 +25,10 @@ HALF = Setting("activation", 0.5, "uniform")
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    return load(write_folder(tmp_path_factory.mktemp("evaluate") / "tiny"))
+    folder = write_folder(tmp_path_factory.mktemp("evaluate") / "tiny")
+    prior = mx.array(np.random.default_rng(0).random((3, 64), dtype=np.float32))
+    mx.save_safetensors(str(folder / "prior.safetensors"), {"scores": prior})
+    return load(folder)
 
 
 def log_softmax(logits):
@@ -287,3 +295,27 @@ def test_widths_that_cannot_be_quantised_are_named(opened, data, capsys):
     given = ["--model", opened[0].path, "--data", data, "--keep", "0.6", "-q"]
     status, _, err = run_command(main, capsys, *given)
     assert status == 2 and "keeps 38 channels, no multiple" in err and "32 or 64" in err
+
+
+def test_bits_are_the_nearest_and_the_most_that_fit(opened):
+    dense = opened[0].dense()
+    can = {bits: quantised_bytes(dense, bits) for bits in (8, 6, 5, 4, 3, 2)}
+    assert choose_bits(dense, [can[4] + 1]) == [4]
+    assert choose_bits(dense, [can[3] - 1]) == [3, 2]  # the nearest is a bit too large
+    assert choose_bits(dense, [can[8] * 2, can[8] * 3]) == [8]
+    assert choose_bits(dense, [can[8]], below=4) == [3]
+    assert choose_bits(dense, [can[2] // 2]) == [2]  # the nearest, and none fits
+
+
+def test_the_page_says_how_many_selections_a_whole_model_beats():
+    def arm(name, kl, size, setting=None):
+        line = {"kl": kl, "nll": 1.0, "nll_per_byte": 0.5, "agreement": 0.5}
+        return sweep.Arm(name, setting, size, None, {"a": [line]})
+
+    arms = [arm("dense", 0, 100)]
+    arms += [arm(f"s{n}", kl, 50, HALF) for n, kl in enumerate((0.5, 2.0))]
+    arms += [arm("tiny", 3.0, 10, HALF), arm("4 bits", 1.0, 49)]
+    about = {"model": "m", "rows": {"a": 1}, "tokens": 0}
+    assert "Of the 2 selections" in report(arms, about)
+    assert "1 are further" in report(arms, about)
+    assert "No whole model that is no larger" in report(arms[:-1], about)

@@ -140,22 +140,22 @@ def _notes(
 
 
 def _verdict(arms: Sequence[Arm]) -> str:
-    """Say where a whole model of at most the same size is closer to the dense one."""
+    """Say which selections a whole model of at most their size is better than."""
     compact = [arm for arm in arms if arm.setting is not None]
-    whole = [arm for arm in arms[1:] if arm.setting is None]
-    losses = []
-    for arm in compact:
-        ours = arm.values("kl")
-        for rival in whole:
-            theirs = rival.values("kl")
-            if theirs is None or ours is None or rival.bytes > arm.bytes:
-                continue
-            if macro_mean(theirs) < macro_mean(ours):
-                losses.append(arm)
-                break
-    if not whole:
-        return "No whole model was measured beside the selections."
+    whole = [arm for arm in arms[1:] if arm.setting is None and arm.values("kl")]
+    best = {
+        arm.name: min(macro_mean(r.values("kl") or {}) for r in rivals)
+        for arm in compact
+        if (rivals := [rival for rival in whole if rival.bytes <= arm.bytes])
+    }
+    if not best:
+        return "No whole model that is no larger was measured beside a selection."
+    worse = sum(
+        best[arm.name] < macro_mean(arm.values("kl") or {})
+        for arm in compact
+        if arm.name in best
+    )
     return (
-        f"A whole model that is no larger is closer to the dense one than "
-        f"{len(losses)} of the {len(compact)} selections."
+        f"Of the {len(best)} selections that a whole model of no more bytes was "
+        f"measured beside, {worse} are further from the dense model than it."
     )

@@ -102,7 +102,7 @@ def quantised_bytes(model: nn.Module, bits: int, group: int | None = None) -> in
 
 def choose_bits(model: nn.Module, sizes: Sequence[int], below: int = 16) -> list[int]:
     """Return the bits whose quantisation of the dense model comes nearest to each
-    size, most first, none twice.
+    size, and the most bits that do not exceed it; most first, none twice.
 
     Args:
         model: dense, not quantised.
@@ -110,8 +110,10 @@ def choose_bits(model: nn.Module, sizes: Sequence[int], below: int = 16) -> list
         below: bits of the source: more would add nothing.
     """
     can = {bits: quantised_bytes(model, bits) for bits in BITS if bits < below}
-    nearest = {min(can, key=lambda b: abs(can[b] - size)) for size in sizes if can}
-    return sorted(nearest, reverse=True)
+    chosen = {min(can, key=lambda b: abs(can[b] - size)) for size in sizes if can}
+    for size in sizes:
+        chosen |= set([bits for bits in can if can[bits] <= size][:1])
+    return sorted(chosen, reverse=True)
 
 
 def unquantised(model: IFPModel) -> nn.Module:
