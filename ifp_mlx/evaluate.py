@@ -15,6 +15,7 @@ With `--output` everything measured is kept row by row, and a stopped run goes o
 
 import itertools
 import json
+import sys
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from . import cli
 from .atomic import new_file
+from .evaluation import answers, sandbox, shares
 from .evaluation.log import Log
 from .evaluation.picture import draw
 from .evaluation.report import first_setting, report, summary
@@ -37,6 +39,8 @@ __all__ = ["METRICS", "Evaluator", "Row", "Setting", "evaluate", "main", "read_r
 
 PAGE, DATA, PICTURE = "report.md", "results.json", "quality.png"
 SPEED_TOKENS = 16
+MANY: dict[str, Any] = {"nargs": "+", "metavar": "X"}
+PROGRESS = partial(tqdm, disable=None, leave=False)
 
 
 def evaluate(
@@ -70,13 +74,7 @@ def evaluate(
     Raises:
         ValueError: if ``folder`` was begun with other settings.
     """
-    about = {
-        "model": model.name,
-        "fingerprint": [round(float(x), 4) for x in model.fingerprint[:8]],
-        "seed": seed,
-        "versions": {name: version(name) for name in ("ifp_mlx", "mlx", "mlx-lm")},
-    }
-    log = Log(folder, about, KEY)
+    log = Log(folder, _about(model, seed), KEY)
     row = next(iter(files.values()))[0]
     arms = arms_of(model, settings, [], row)
     sizes = {arm.bytes for arm in arms[1:]} if alternatives else ()
@@ -101,13 +99,26 @@ def build_parser() -> cli.Parser:
         "be checked.",
     )
     cli.add_model_option(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    add: Any = what.add_argument
+    add("--data", **MANY, help="JSONL files, one per family of tasks")
+    add("--harness", **MANY, help="tasks of lm-evaluation-harness")
+    add("--answers", **MANY, help="sets of questions: files, or names in a folder")
     add = parser.add_argument
-    many: dict[str, Any] = {"nargs": "+", "metavar": "X"}
-    add("--data", required=True, **many, help="JSONL files, one per family of tasks")
-    add("--keep", type=float, default=[0.75, 0.5], **many, help="default: 0.75 0.5")
-    add("--selector", default=["activation", "random"], **many)
-    add("--allocation", default=["uniform", "first-layer"], **many)
-    add("--limit", type=int, help="rows per file; default: all")
+    add("--keep", type=float, **MANY, help="default: 0.75 0.5; else than --data: 0.5")
+    add("--selector", **MANY, help="default: activation, and random with --data")
+    add("--allocation", **MANY, help="default: first-layer, and uniform with --data")
+    add("--limit", type=int, help="rows per file, documents or questions; default: all")
+    add("--output", type=Path, metavar="FOLDER", help="keep results here, and go on")
+    add("--seed", type=int, default=0, help="of the selector random")
+    add("--json", action="store_true", help="end with one line of JSON on stdout")
+    _add_data_options(parser)
+    _add_task_options(parser)
+    return parser
+
+
+def _add_data_options(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("with --data").add_argument
     add("--answer-tokens", type=int, help="compare so many of an answer at most")
     add(
         "--prefill",
@@ -118,7 +129,6 @@ def build_parser() -> cli.Parser:
     )
     add("--quantize", "-q", action="store_true", help="quantise the compact models")
     add("--q-bits", type=int, default=4, help="default: %(default)s")
-    add("--output", type=Path, metavar="FOLDER", help="keep results here, and go on")
     add(
         "--no-alternatives",
         dest="alternatives",
@@ -132,20 +142,60 @@ def build_parser() -> cli.Parser:
         default=SPEED_TOKENS,
         help="with --output: decode so many to time it, 0 for none; default %(default)s",
     )
-    add("--seed", type=int, default=0, help="of the selector random")
-    add("--json", action="store_true", help="end with one line of JSON on stdout")
-    return parser
+
+
+def _add_task_options(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("with --harness or --answers").add_argument
+    add(
+        "--max-tokens", "-m", type=int, help="of an answer; default: the task's, or 128"
+    )
+    add(
+        "--select-by",
+        choices=("input", "task"),
+        default="input",
+        help="--harness: a mask for each request, or one for a task, from examples it "
+        "does not evaluate or its description; default: %(default)s",
+    )
+    add("--num-shots", type=int, help="--harness: examples in the prompt")
+    add("--harness-path", type=Path, metavar="FOLDER", help="with YAML files of tasks")
+    add(
+        "--answers-folder",
+        type=Path,
+        default=Path("models/answers"),
+        help="of the sets; default: %(default)s, where examples/answer_sets.py puts them",
+    )
+    add(
+        "--run-generated-code",
+        action="store_true",
+        help="--answers: programs that the model wrote may be run here",
+    )
 
 
 def _command(args: Any) -> None:
-    if "auto" in args.selector:
+    if "auto" in (args.selector or []):
         raise ValueError("--selector auto is no setting; name those to compare.")
-    model, tokenizer = load(args.model)
-    files = _files(args, tokenizer)
-    choices = itertools.product(args.prefill, args.selector, args.keep, args.allocation)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} leaves nothing; give at least 1.")
+    if args.data:
+        _sweep(args)
+    elif args.harness:
+        _harness(args)
+    else:
+        _answers(args)
+
+
+def _sweep(args: Any) -> None:
     bits = args.q_bits if args.quantize else None
     if bits is not None and args.prefill != ["compact"]:
         raise ValueError("With -q the prompt is read by the compact model alone.")
+    model, tokenizer = load(args.model)
+    files = _files(args, tokenizer)
+    choices = itertools.product(
+        args.prefill,
+        args.selector or ["activation", "random"],
+        args.keep or [0.75, 0.5],
+        args.allocation or ["uniform", "first-layer"],
+    )
     kept = args.output is not None
     arms = evaluate(
         model,
@@ -156,7 +206,7 @@ def _command(args: Any) -> None:
         smaller_model=args.smaller_model,
         speed_tokens=args.speed_tokens if kept else 0,
         seed=args.seed,
-        progress=partial(tqdm, disable=None, leave=False),
+        progress=PROGRESS,
     )
     about = {
         "model": model.name,
@@ -166,7 +216,11 @@ def _command(args: Any) -> None:
         "answer_tokens": args.answer_tokens,
         "seed": args.seed,
     }
-    _publish(arms, about, args)
+    first = first_setting(arms)
+    results = [summary(arm, first) | {"rows": arm.rows} for arm in arms]
+    if kept:
+        draw(arms, args.output / PICTURE)
+    _publish(args, report(arms, about), about | {"results": results})
 
 
 def _files(args: Any, tokenizer: Any) -> dict[str, list[Row]]:
@@ -182,18 +236,113 @@ def _files(args: Any, tokenizer: Any) -> dict[str, list[Row]]:
     return files
 
 
-def _publish(arms: list[Arm], about: dict[str, Any], args: Any) -> None:
-    page = report(arms, about)
-    first = first_setting(arms)
-    found = about | {
-        "results": [summary(arm, first) | {"rows": arm.rows} for arm in arms]
+def _task_settings(args: Any) -> list[Setting]:
+    choices = itertools.product(
+        args.selector or ["activation"],
+        args.keep or [0.5],
+        args.allocation or ["first-layer"],
+    )
+    return [Setting(*choice) for choice in choices]
+
+
+def _harness(args: Any) -> None:
+    try:
+        from .evaluation import harness
+    except ImportError as error:
+        raise ImportError(
+            f"--harness needs lm-eval ({error}): pip install 'ifp_mlx[evaluate]'."
+        ) from error
+    model, _ = load(args.model)
+    tasks = harness.open_tasks(args.harness, args.harness_path)
+    options: dict[str, Any] = {
+        "by": args.select_by,
+        "limit": args.limit,
+        "shots": args.num_shots,
+        "max_tokens": args.max_tokens,
     }
+    about = _about(model, args.seed) | options
+    log = Log(args.output, about, harness.KEY)
+    settings = _task_settings(args)
+    harness.measure(model, tasks, settings, log, **options, seed=args.seed)
+    found = harness.compare(tasks, settings, log, args.select_by)
+    levels = {f"{name}, acc": harness.chance(task) for name, task in tasks.items()}
+    how = {"input": "each request", "task": "each task"}[args.select_by]
+    parts = [
+        f"{model.name}; tasks of lm-evaluation-harness, a mask for {how}, the prompt "
+        "read by the compact model",
+        shares.table(found),
+        *_chance_notes(found, levels),
+    ]
+    _publish(args, "\n\n".join(parts), about | {"results": found})
+
+
+def _answers(args: Any) -> None:
+    paths = [answers.find_set(name, args.answers_folder) for name in args.answers]
+    sets = {path.stem: answers.read_questions(path, args.limit) for path in paths}
+    if empty := [name for name, questions in sets.items() if not questions]:
+        raise ValueError(f"{', '.join(empty)} hold no question; give other sets.")
+    if answers.runs_programs(sets):
+        _allow_programs(args.run_generated_code)
+    model, _ = load(args.model)
+    max_tokens = args.max_tokens or answers.MAX_TOKENS
+    about = _about(model, args.seed) | {"max_tokens": max_tokens}
+    log = Log(args.output, about, answers.KEY)
+    settings = _task_settings(args)
+    options: dict[str, Any] = {"seed": args.seed, "progress": PROGRESS}
+    answers.measure(model, sets, settings, log, max_tokens=max_tokens, **options)
+    found = answers.compare(sets, settings, log)
+    counts = ", ".join(f"{name} {len(questions)}" for name, questions in sets.items())
+    parts = [
+        f"{model.name}; questions: {counts}; greedy, at most {max_tokens} tokens, each "
+        "question selects and is read by the compact model. An answer in which none "
+        "can be found is wrong.",
+        shares.table(found, extra=("found",)),
+        *_chance_notes(found, answers.chances(sets)),
+    ]
+    _publish(args, "\n\n".join(parts), about | {"results": found})
+
+
+def _allow_programs(allowed: bool) -> None:
+    if not allowed:
+        raise ValueError(
+            "These answers are judged by running programs that the model wrote; give "
+            "--run-generated-code if they may run here, best in a container."
+        )
+    net = "without a network" if sandbox.can_cut_off() else "WITH YOUR NETWORK"
+    print(
+        f"Warning: programs that the model wrote are run here, {net}, with limits of "
+        "time and memory; they can read what you can read.",
+        file=sys.stderr,
+    )
+
+
+def _chance_notes(
+    found: dict[str, dict[str, Any]], chances: dict[str, float | None]
+) -> list[str]:
+    notes = []
+    for what, arms in found.items():
+        level = chances.get(what)
+        note = None if level is None else shares.at_chance(what, arms["dense"], level)
+        notes += [note] if note else []
+    return notes
+
+
+def _about(model: IFPModel, seed: int) -> dict[str, Any]:
+    """Return what decides every result of a folder."""
+    return {
+        "model": model.name,
+        "fingerprint": [round(float(x), 4) for x in model.fingerprint[:8]],
+        "seed": seed,
+        "versions": {name: version(name) for name in ("ifp_mlx", "mlx", "mlx-lm")},
+    }
+
+
+def _publish(args: Any, page: str, found: dict[str, Any]) -> None:
     print(page)
     if args.output is not None:
         for name, text in ((PAGE, page), (DATA, json.dumps(found, indent=1))):
             with new_file(args.output / name) as scratch:
                 scratch.write_text(text + "\n", encoding="utf-8")
-        draw(arms, args.output / PICTURE)
     if args.json:
         print(json.dumps(found))
 

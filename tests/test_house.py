@@ -66,7 +66,7 @@ MAY_IMPORT = {
 # Who may take parts out of a room of the package.
 ENTRANCES = {"engine", "evaluate", "plan", "server", "store", "train", "visualize"}
 LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
-LATE |= {"starlette", "uvicorn", "llguidance"}
+LATE |= {"starlette", "uvicorn", "llguidance", "lm_eval"}
 
 
 def imports_of(tree: ast.AST, home: str = "ifp_mlx") -> set[str]:
