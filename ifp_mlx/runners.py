@@ -134,7 +134,9 @@ def stock_of_width(model: IFPModel, k: int) -> nn.Module:
     config = {**model.config, "intermediate_size": k}
     model_class, args_class = _get_classes(config)
     stock = model_class(args_class.from_dict(config))
-    names = dict(tree_flatten(model.source.open().parameters()))
+    names = tree_flatten(model.source.open().parameters(), destination={})
+    if hasattr(stock, "sanitize"):
+        stock.sanitize(dict(names))  # as loading does: some classes then tie their head
     dtype = next(w.dtype for name, w in names.items() if name.endswith("norm.weight"))
     stock.update(tree_map(lambda w: w.astype(dtype), stock.parameters()))
     if quantisation := model.config.get("quantization"):

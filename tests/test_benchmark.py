@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from conftest import run_command, write_folder
+from conftest import FAMILIES, run_command, write_folder
+from mlx.utils import tree_flatten
 
 from ifp_mlx import Selection, load
 from ifp_mlx.benchmark import Case, main, table
 from ifp_mlx.channel_store.writer import write_store
-from ifp_mlx.runners import ROWS, Run
+from ifp_mlx.runners import ROWS, Run, stock_of_width
 
 
 def case():
@@ -92,3 +93,23 @@ def test_mistakes_are_one_line_and_exit_status_2(tmp_path, capsys):
     ):
         status, _, err = run_command(main, capsys, "--model", folder, *mistake)
         assert status == 2 and sentence in err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stock_model_has_the_weights_of_the_compact_one(tmp_path, family):
+    from mlx_lm.utils import load_model, save_model
+
+    folder = write_folder(tmp_path / "m", family)
+    if family.startswith("gemma"):  # as real folders have it: no head of their own
+        weights = load_model(folder)[0]
+        weights.pop("lm_head", None)
+        (folder / "model.safetensors").unlink()
+        save_model(folder, weights)
+    model, _ = load(folder)
+    compact = model.compact(model.select([1, 2], target_size=16, selector="random",
+                                         allocation="uniform"))  # fmt: skip
+    shapes = [
+        {name: weight.shape for name, weight in tree_flatten(found.parameters())}
+        for found in (stock_of_width(model, 16), compact)
+    ]
+    assert shapes[0] == shapes[1]
