@@ -25,6 +25,7 @@ from .atomic import new_file
 from .data import tokenize
 from .masks import Selection, target_size
 from .model import IFPModel, load
+from .plotting import pyplot
 from .runners import LOADING, ROWS, Contest, Run, forget_files
 from .selectors import calibration_chats
 from .tables import markdown
@@ -167,14 +168,9 @@ def draw(cases: Sequence[Case], path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--plot needs: pip install 'ifp_mlx[plot]'.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    plt = pyplot()
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4))
     lengths = sorted({case.prompt_tokens for case in cases})
     for length, row in itertools.product(lengths, ROWS):
         shown = sorted(
@@ -196,7 +192,7 @@ def draw(cases: Sequence[Case], path: Path) -> None:
     figure.tight_layout()
     with new_file(path) as scratch:
         figure.savefig(scratch, dpi=100)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

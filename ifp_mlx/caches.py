@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def cache_folder(name: str) -> Path:
-    """Return the user's folder for one kind of cached thing; it need not be there."""
+def cache_place(name: str) -> Path:
+    """Return the user's folder or file for one kind of cached thing; it need not be there."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "ifp_mlx" / name

@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .atomic import new_folder
-from .caches import cache_folder
+from .caches import cache_place
 from .choice import decide
 from .masks import Selection
 from .model import IFPModel
@@ -42,7 +42,7 @@ class CompactCache:
     def __init__(
         self, folder: Path | None = None, limit_bytes: int = LIMIT_BYTES
     ) -> None:
-        self.folder = folder or cache_folder("compact")
+        self.folder = folder or cache_place("compact")
         self.limit_bytes = limit_bytes
 
     def key(self, model: IFPModel, tokens: Sequence[int], **options: Any) -> str:

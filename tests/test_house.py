@@ -32,7 +32,7 @@ MAY_IMPORT = {
     | {"channel_store.tensors"},
     "channel_store.layout": NOTHING,
     "channel_store.tensors": NOTHING,
-    "channel_store.device": NOTHING,
+    "channel_store.device": {"caches"},
     "channel_store.reader": {"pruning", "channel_store.layout", "channel_store.device"},
     "footprint": {"masks", "pruning"},
     "planning.devices": NOTHING,
@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "serving.lanes": {"masks", "serving.errors", "serving.events"}
     | {"serving.requests", "serving.worker"},
     "caches": NOTHING,
+    "plotting": NOTHING,
     "compact_cache": {"caches", "choice", "masks", "model", "pruning", "store"},
     "fit": {"choice", "compact_cache", "data", "footprint", "masks", "model"}
     | {"selectors"},

@@ -5,12 +5,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..atomic import new_file
+from ..caches import cache_place
 
 SMALL, LARGE = 16 << 10, 1 << 20  # bytes of the reads that are timed
 MEASURED_BYTES = 256 << 20  # a file smaller than this tells too little
@@ -52,8 +52,7 @@ def device_of(fd: int, read: Callable[[list[tuple[int, int]]], None]) -> Device:
     about = os.fstat(fd)
     if about.st_size < MEASURED_BYTES or not hasattr(os, "posix_fadvise"):
         return Device()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = folder / "ifp_mlx" / "disks.json"
+    file = cache_place("disks.json")
     try:
         known = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import new_file
+from ..plotting import pyplot
 from .report import MEGA
 from .statistics import macro_mean
 from .sweep import Arm
@@ -23,15 +24,10 @@ def draw(arms: Sequence[Arm], path: Path) -> Path:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("Pictures need: pip install 'ifp_mlx[plot]'.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    plt = pyplot()
 
     shown = [arm for arm in arms if arm.values("kl") is not None]
-    figure, panels = pyplot.subplots(1, 3, figsize=(12, 4), sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
     axes = {
         "kept share of the channels": _keep,
         "weights, MB": lambda arm: arm.bytes / MEGA,
@@ -49,7 +45,7 @@ def draw(arms: Sequence[Arm], path: Path) -> Path:
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.055 * lines))
     with new_file(path) as scratch:
         figure.savefig(scratch, dpi=110)
-    pyplot.close(figure)
+    plt.close(figure)
     return path
 
 

@@ -7,28 +7,13 @@ from typing import Any
 import numpy as np
 
 from ..atomic import new_file
+from ..plotting import pyplot
 from .measured import Point
 from .tally import Tally
 
 COLOURS = {"none": "#eef1f3", "all": "#1d4e63", "some": "#3f9c93", "own": "#d9572f"}
 TURNING = ["#c4472b", "#fafafa", "#12706a"]  # at none, chance, all
 INK, CHANCE = "#1f2a30", "#a3154f"
-
-
-def pyplot() -> Any:
-    """Return matplotlib's pyplot, set to draw files.
-
-    Raises:
-        ImportError: without matplotlib, saying how to get it.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("Pictures need: pip install 'ifp_mlx[plot]'.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
 
 
 def draw_all(

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..atomic import new_file
-from ..caches import cache_folder
+from ..caches import cache_place
 from .devices import Device, Figure, Runtime
 
 TURNS = 5
@@ -56,7 +56,7 @@ def cache_file(folder: Path | None) -> Path:
     disk = "memory" if folder is None else f"disk-{folder.stat().st_dev}"
     kind = str(mx.default_device()).split(",")[0].removeprefix("Device(")
     name = f"{os.uname().nodename}-{kind}-{version('mlx')}-{disk}.json"
-    return cache_folder("devices") / name
+    return cache_place("devices") / name
 
 
 def measure(folder: Path | None = None) -> Device:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..atomic import new_file
+from ..plotting import pyplot
 
 
 def draw_curve(lines: Sequence[dict[str, float]], path: Path) -> None:
@@ -16,14 +17,10 @@ def draw_curve(lines: Sequence[dict[str, float]], path: Path) -> None:
     Raises:
         ImportError: without matplotlib, saying how to get it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(
-            "the curve needs matplotlib: pip install matplotlib"
-        ) from None
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
+    plt = pyplot()
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(7, 5), layout="constrained", sharex=True
+    )
     panels = {
         above: {"loss": "training", "valid_loss": "validation, hard mask"},
         below: {
@@ -45,3 +42,4 @@ def draw_curve(lines: Sequence[dict[str, float]], path: Path) -> None:
     below.set_xlabel("step")
     with new_file(path) as scratch:
         figure.savefig(scratch)
+    plt.close(figure)
