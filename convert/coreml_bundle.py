@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ifp_mlx.companions import copy_companions, licence_of
 from ifp_mlx.masks import Selection
 from ifp_mlx.model import IFPModel
-from ifp_mlx.store import copy_companions, licence_of
 
 VERSIONED = ("ifp-mlx", "mlx", "mlx-lm", "coremltools")
 

@@ -18,14 +18,8 @@ from convert.vocabulary import unpack_sentencepiece
 from ifp_mlx.atomic import new_folder, refuse_existing
 from ifp_mlx.channel_store.writer import fill_store
 from ifp_mlx.cli import Parser, run
-from ifp_mlx.store import (
-    LICENCES,
-    check_folder,
-    copy_companions,
-    dense_model,
-    index_files,
-    resolve,
-)
+from ifp_mlx.companions import LICENCES, copy_companions
+from ifp_mlx.store import check_folder, dense_model, index_files, resolve
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -30,10 +30,10 @@ from convert.from_pytorch import convert
 from ifp_mlx import load
 from ifp_mlx.channel_store.__main__ import main as make_store
 from ifp_mlx.channel_store.layout import CHANNEL_FILE
+from ifp_mlx.companions import copy_companions
 from ifp_mlx.masks import Selection, select
 from ifp_mlx.model import IFPModel
 from ifp_mlx.pruning import ffn_layers
-from ifp_mlx.store import copy_companions
 
 KEEP = 1 / 3
 # The last two are related; the store's order is learned from the others.
@@ -118,7 +118,7 @@ def check(folder: Path, scratch: Path, turns: int, large: bool) -> dict[str, Any
     if large:
         note(limited(folder, scratch, file))
     note(memory(store, folder, scratch, file, one))
-    note(cold(store, one, turns))
+    note(cold(store, folder, one, turns))
     note(switching(store, one, other, turns))
     note(warm(store, model, scratch / "masks" / "9.safetensors", turns))
     note(grouped(folder, scratch))
@@ -167,7 +167,7 @@ def in_turns(turns: int, *jobs: Callable[[], Any]) -> list[float]:
     return [statistics.median(column) for column in zip(*times[1:], strict=True)]
 
 
-def cold(store: IFPModel, mask: Selection, turns: int) -> dict[str, Any]:
+def cold(store: IFPModel, folder: Path, mask: Selection, turns: int) -> dict[str, Any]:
     file = store.path / CHANNEL_FILE
     reader: Any = store.source.reader  # type: ignore[attr-defined]
     ffns = [ffn.module for ffn in ffn_layers(store.source.open())]
@@ -180,10 +180,20 @@ def cold(store: IFPModel, mask: Selection, turns: int) -> dict[str, Any]:
             while stream.read(8 << 20):
                 pass
 
+    names = {part.name for layer in reader.layout.parts for part in layer}
+
+    def stock() -> None:
+        """Read the same weights, all of them, as mlx does from the plain folder."""
+        for shard in folder.glob("model*.safetensors"):
+            drop_cache(shard)
+        for shard in sorted(folder.glob("model*.safetensors")):
+            weights: Any = mx.load(str(shard))
+            mx.eval([weights[name] for name in names & weights.keys()])
+
     def fill(selection: Selection) -> None:
         drop_cache(file)
-        for layer, (ffn, index) in enumerate(zip(ffns, selection.indices, strict=True)):
-            store.source.fill(ffn, layer, index)
+        for _ in store.source.fill_all(ffns, selection.indices):
+            pass
 
     def third() -> None:
         fill(mask)
@@ -192,12 +202,15 @@ def cold(store: IFPModel, mask: Selection, turns: int) -> dict[str, Any]:
     reader.bytes_read = reader.bytes_wanted = 0
     third()
     ratio = reader.bytes_read / reader.bytes_wanted
-    some, whole, swept = in_turns(turns, third, lambda: fill(all_of_it), sweep)
+    jobs = third, lambda: fill(all_of_it), sweep, stock
+    some, whole, swept, loaded = in_turns(turns, *jobs)
     return {
         "cold, keep 1/3: bytes read / selected": ratio,
         "cold, keep 1/3: seconds": some,
         "cold, keep 1/3 / reading the file": some / swept,
         "cold, keep 1 / reading the file": whole / swept,
+        "cold, keep 1/3 / mlx loading all FFNs of the folder": some / loaded,
+        "cold, keep 1 / mlx loading all FFNs of the folder": whole / loaded,
     }
 
 

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from . import cli
 from .atomic import new_folder, refuse_existing
+from .companions import copy_companions, licence_of
 from .data import Prompt
 from .masks import Selection, check_multiple
 from .model import IFPModel, Progress, load
 from .pruning import dense_shape, ffn_layers, pad_ffn
 from .requantisation import requantisation_cost
-from .store import copy_companions, licence_of
 
 # Safetensors inside; not in name, for some loaders take every such file for weights,
 # those of subfolders too (mlx-swift-lm 3.31.4).

@@ -80,10 +80,7 @@ class IFPModel:
 
     def dense(self) -> nn.Module:
         """Return the whole stock mlx-lm model; each weight is read when first used."""
-        model = self.source.open()
-        for layer, ffn in enumerate(ffn_layers(model)):
-            self.source.fill(ffn.module, layer)
-        return model
+        return store.dense_of(self.source)
 
     @cached_property
     def predictor(self) -> SparsityPredictor | None:
@@ -281,27 +278,15 @@ class IFPModel:
             mx.eval(model.parameters())
             return model
         model = self.source.open()
-        fill: Callable[[nn.Module, int, mx.array], None] = self.source.fill
+        donors = None
         if beside is not None:
             share_core(model, beside[0])
-            fill = self._from(*beside)
-        fill_model(model, fill, selection, progress=progress)
+            donors = _donors(*beside)
+        ffns = [ffn.module for ffn in ffn_layers(model)]
+        fills = self.source.fill_all(ffns, selection.indices, donors)
+        fill_model(model, fills, selection, progress=progress)
         mx.eval(model.parameters())
         return model
-
-    def _from(
-        self, other: nn.Module, its: Selection
-    ) -> Callable[[nn.Module, int, mx.array], None]:
-        """Return ``source.fill`` with the channels of another model to take from."""
-        if its.gates is not None:
-            return self.source.fill
-        donors = [
-            Donor(ffn.module, index)
-            for ffn, index in zip(ffn_layers(other), its.indices, strict=True)
-        ]
-        return lambda ffn, layer, index: self.source.fill(
-            ffn, layer, index, donors[layer]
-        )
 
     def cut_layers(self, selection: Selection) -> list[int]:
         """Return the layers in which a selection cuts quantisation groups, so that
@@ -420,6 +405,14 @@ def load(model: str | os.PathLike[str] = store.SHIPPED) -> tuple[IFPModel, Any]:
     tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     name = path.resolve().name if Path(model).exists() else str(model)
     return IFPModel(path, name, config, tokenizer), tokenizer
+
+
+def _donors(other: nn.Module, its: Selection) -> list[Donor] | None:
+    """Return the FFNs of another model to take channels from: none if it has gates."""
+    if its.gates is not None:
+        return None
+    layers = zip(ffn_layers(other), its.indices, strict=True)
+    return [Donor(ffn.module, index) for ffn, index in layers]
 
 
 def _fingerprint(model: nn.Module) -> mx.array:

@@ -28,7 +28,7 @@ class Donor(NamedTuple):
     """An FFN whose channels may be copied instead of read.
 
     Attributes:
-        ffn: as :meth:`ifp_mlx.store.Folder.fill` left it, no gates folded in.
+        ffn: as :meth:`ifp_mlx.store.Folder.fill_all` left it, no gates folded in.
         channels: int32 ``[k]``, the channels it holds.
     """
 
@@ -182,12 +182,19 @@ def slice_model(model: nn.Module, selection: Selection) -> None:
     Raises:
         ValueError: as :func:`slice_ffn`.
     """
-    fill_model(model, lambda ffn, _, index: slice_ffn(ffn, index), selection)
+
+    def fills() -> Iterator[int]:
+        layers = zip(ffn_layers(model), selection.indices, strict=True)
+        for layer, (ffn, index) in enumerate(layers):
+            slice_ffn(ffn.module, index)
+            yield layer
+
+    fill_model(model, fills(), selection)
 
 
 def fill_model(
     model: nn.Module,
-    fill: Callable[[nn.Module, int, mx.array], None],
+    fills: Iterable[int],
     selection: Selection,
     *,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -196,15 +203,16 @@ def fill_model(
 
     Args:
         model: a stock mlx-lm model, dense in shape; stays one.
-        fill: puts the channels ``[k]`` of a layer, by number, into its FFN.
+        fills: by giving its next item, puts the channels of the next layer into its
+            FFN; see :meth:`ifp_mlx.store.Folder.fill_all`.
         selection: made for this model.
         progress: wraps the iteration over layers, for a progress bar.
     """
     layers = ffn_layers(model)
     gates = selection.gates or (None,) * len(layers)
-    parts = list(zip(layers, selection.indices, gates, strict=True))
-    for number, (ffn, index, gate) in enumerate(progress(parts)):
-        fill(ffn.module, number, index)
+    fills = iter(fills)
+    for ffn, gate in progress(list(zip(layers, gates, strict=True))):
+        next(fills)
         if gate is not None:
             scale_channels(ffn.module, gate)
         mx.eval(ffn.module.parameters())

@@ -3,8 +3,7 @@
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +26,6 @@ SHIPPED = Path(__file__).parent / "checkpoint"
 NEEDED = ["*.json", "model*.safetensors", "predictor/*.safetensors", "*.jinja"]
 NEEDED += ["tokenizer.model", "*.tiktoken", "*.txt"]
 DOCUMENTS = ["LICENSE*", "README.md"]
-
-# What belongs to a model besides its weights and config.json.
-TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZER += ["vocab.json", "merges.txt", "chat_template*", "generation_config.json"]
-LICENCES = ["LICENSE*", "NOTICE*", "USE_POLICY*", "*TERMS*"]
 
 
 def resolve(model: str | os.PathLike[str], tqdm_class: type | None = None) -> Path:
@@ -117,11 +111,7 @@ class Folder:
         return _load_lazily(self.path, None)[0]
 
     def fill(
-        self,
-        ffn: "nn.Module",
-        layer: int,
-        index: "mx.array | None" = None,
-        donor: "Donor | None" = None,
+        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
     ) -> None:
         """Put a layer's channels into its FFN, in place.
 
@@ -130,14 +120,30 @@ class Folder:
             layer: its number.
             index: int32 ``[k]``, sorted; ``None`` is all channels, which here are
                 read when they are first used.
-            donor: the same layer of another compact model, no gates folded in, whose
-                channels need not be read again; here they are.
 
         Raises:
             ValueError: if a quantised ``down_proj`` would be cut inside a group.
         """
         if index is not None:
             slice_ffn(ffn, index)
+
+    def fill_all(
+        self,
+        ffns: Sequence["nn.Module"],
+        indices: "Sequence[mx.array] | None" = None,
+        donors: "Sequence[Donor] | None" = None,
+    ) -> Iterator[int]:
+        """Fill layer after layer as :meth:`fill` does, and yield the number of each.
+
+        Args:
+            ffns: of all layers of a model from :meth:`open`.
+            indices: for each layer, as for :meth:`fill`; default: all channels.
+            donors: for each layer, the same one of another compact model, no gates
+                folded in, whose channels need not be read again; here they are.
+        """
+        for layer, ffn in enumerate(ffns):
+            self.fill(ffn, layer, indices[layer] if indices else None)
+            yield layer
 
 
 class ChannelStore(Folder):
@@ -159,14 +165,19 @@ class ChannelStore(Folder):
         return _load_lazily(self.path, self.reader.layout)[0]
 
     def fill(
-        self,
-        ffn: "nn.Module",
-        layer: int,
-        index: "mx.array | None" = None,
-        donor: "Donor | None" = None,
+        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
     ) -> None:
         """Read a layer's channels into its FFN; see :meth:`ChannelReader.fill`."""
-        self.reader.fill(ffn, layer, index, donor)
+        self.reader.fill(ffn, layer, index)
+
+    def fill_all(
+        self,
+        ffns: Sequence["nn.Module"],
+        indices: "Sequence[mx.array] | None" = None,
+        donors: "Sequence[Donor] | None" = None,
+    ) -> Iterator[int]:
+        """See :meth:`Folder.fill_all`; while a layer is put in place, the next is read."""
+        return self.reader.fill_all(ffns, indices, donors)
 
 
 def source_of(path: Path) -> Folder:
@@ -186,11 +197,14 @@ def dense_model(path: Path) -> "nn.Module":
     Raises:
         FileNotFoundError, ValueError: as :func:`check_folder`.
     """
-    source = source_of(path)
+    return dense_of(source_of(path))
+
+
+def dense_of(source: Folder) -> "nn.Module":
+    """Return the whole stock mlx-lm model of an open source; see :func:`dense_model`."""
     model = source.open()
-    if isinstance(source, ChannelStore):
-        for layer, ffn in enumerate(ffn_layers(model)):
-            source.fill(ffn.module, layer)
+    for _ in source.fill_all([ffn.module for ffn in ffn_layers(model)]):
+        pass
     return model
 
 
@@ -237,22 +251,6 @@ def _load_lazily(
     model, config = load_model(path, lazy=True, get_model_classes=with_absent)
     del model.sanitize
     return model, config
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy a model's tokenizer, chat template, generation settings and licence."""
-    for pattern in TOKENIZER + LICENCES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
-
-
-def licence_of(path: Path) -> str | None:
-    """Return the licence that the card of a model folder states, or ``None``."""
-    from huggingface_hub import ModelCard
-
-    readme = path / "README.md"
-    return ModelCard.load(readme).data.license if readme.is_file() else None
 
 
 def check_folder(path: Path) -> dict[str, Any]:

@@ -588,10 +588,13 @@ def test_a_plan_reads_what_is_wanted_for_the_least_cost(places, latency, record)
     exact = [Range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
     whole = [Range(0, len(wanted))]
     assert cost(ranges) <= min(cost(exact), cost(whole)) * (1 + 1e-9)
-    cut = list(pieces(ranges, wanted, 7, 2))
+    groups = list(pieces(ranges, wanted, 7))
+    cut = [piece for group in groups for piece in group]
     assert [p.first for p in cut] == [0, *(p.last for p in cut[:-1])]
     assert cut[-1].last == len(wanted)
-    assert all(wanted[p.last - 1] - wanted[p.first] < 7 for p in cut)
+    assert {r.last for r in ranges} <= {p.last for p in cut}
+    for group in groups:
+        assert sum(wanted[p.last - 1] - wanted[p.first] + 1 for p in group) <= 7
 
 
 def test_a_disk_is_measured_once(tmp_path, monkeypatch):

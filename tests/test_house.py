@@ -23,6 +23,7 @@ NOTHING: set[str] = set()
 MAY_IMPORT = {
     "atomic": NOTHING,
     "config": NOTHING,
+    "companions": NOTHING,
     "masks": NOTHING,
     "predictor": NOTHING,
     "data": NOTHING,
@@ -33,7 +34,9 @@ MAY_IMPORT = {
     "channel_store.layout": NOTHING,
     "channel_store.tensors": NOTHING,
     "channel_store.device": {"caches"},
-    "channel_store.reader": {"pruning", "channel_store.layout", "channel_store.device"},
+    "channel_store.arriving": {"pruning", "channel_store.layout"},
+    "channel_store.reader": {"pruning", "channel_store.layout", "channel_store.device"}
+    | {"channel_store.arriving"},
     "footprint": {"masks", "pruning"},
     "planning.devices": NOTHING,
     "planning.machine": {"caches", "planning.devices"},
@@ -60,7 +63,7 @@ MAY_IMPORT = {
     "dense_prefill": {"model", "selectors"},
     "generate": {"masks", "data", "selectors", "model", "cli", "compact_cache", "fit"}
     | {"dense_prefill"},
-    "compact": {"masks", "data", "pruning", "selectors", "store", "model", "cli"}
+    "compact": {"masks", "data", "pruning", "selectors", "companions", "model", "cli"}
     | {"requantisation"},
     "__init__": {"masks", "model", "generate"},
 }

@@ -290,10 +290,10 @@ def test_progress_sees_every_layer():
 
     selection = select(mx.zeros((3, 64)), layer_sizes(8, 3, 64, "uniform"))
 
-    def fill(ffn, layer, index):
-        slice_ffn(ffn, index)
-
-    fill_model(tiny_model("llama"), fill, selection, progress=progress)
+    model = tiny_model("llama")
+    layers = zip(ffn_layers(model), selection.indices, strict=True)
+    fills = (slice_ffn(ffn.module, index) for ffn, index in layers)
+    fill_model(model, fills, selection, progress=progress)
     assert len(seen) == 3
 
 

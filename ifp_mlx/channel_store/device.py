@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -36,7 +37,7 @@ class Device:
 
 
 # What is in the system's cache: a call each, and memory's bandwidth.
-CACHED = Device(latency=8e-6, bandwidth=3e9, sweep=3e9)
+CACHED = Device(latency=4e-6, bandwidth=3e9, sweep=3e9)
 
 
 def device_of(fd: int, read: Callable[[list[tuple[int, int]]], None]) -> Device:
@@ -85,7 +86,7 @@ def _measure(
     sweep = [(start + n * 4 * LARGE, 4 * LARGE) for n in range(16)]
     per_small = min(seconds(small[n::3]) for n in range(3)) / 64
     per_large = min(seconds(large[n::2]) for n in range(2)) / 16
-    bandwidth = (LARGE - SMALL) / max(per_large - per_small, 1e-6)
+    bandwidth = LARGE / per_large
     latency = max(per_small - SMALL / bandwidth, 1e-6)
     return Device(latency, bandwidth, 64 * LARGE / seconds(sweep))
 
@@ -125,20 +126,26 @@ def plan(
     return ranges
 
 
-def pieces(
-    ranges: list[Range], places: np.ndarray, span: int, most: int
-) -> Iterator[Range]:
-    """Split ranges so that each can be one call, and large ones are read in parallel.
+def pieces(ranges: list[Range], places: np.ndarray, span: int) -> Iterator[list[Range]]:
+    """Cut and group ranges so that each group is about as much as is read at a time.
 
     Args:
         ranges: of ``places``, sorted.
-        span: records from a piece's first to its last at most, gaps included.
-        most: records that a piece holds at most.
+        span: records in a group at most, gaps included.
     """
+    where = places.tolist()
+    group: list[Range] = []
+    left = span
     for first, last in ranges:
-        start = first
-        while start < last:
-            stop = int(np.searchsorted(places, places[start] + max(1, span)))
-            stop = min(stop, last, start + most)
-            yield Range(start, stop)
-            start = stop
+        while first < last:
+            stop = last
+            if where[last - 1] - where[first] >= max(1, left):
+                stop = bisect_left(where, where[first] + max(1, left), first, last)
+            group.append(Range(first, stop))
+            left -= where[stop - 1] - where[first] + 1
+            first = stop
+            if first < last or left <= 0:
+                yield group
+                group, left = [], span
+    if group:
+        yield group

@@ -5,8 +5,8 @@
     8         size of what the digest covers
     32        SHA-256 of that
     ...       8 bytes size of a JSON text, the text; for each layer the order of the
-              units (uint32, units in the order in which they lie) and the CRC-32 of each
-              record in that order (uint32); zeros up to a multiple of 4096
+              units (uint32, units in the order in which they lie) and the CRC-32 of all
+              records up to and with each (uint32); zeros up to a multiple of 4096
     ...       the records, layer by layer, nothing between them
 
 A unit is as many channels as are always selected together, mostly one. Its record
@@ -28,7 +28,7 @@ import numpy as np
 
 CHANNEL_FILE = "channels.bin"
 MAGIC = b"IFPchan\n"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 4096
 START = struct.Struct("<8sIQ32s")
 AGAIN = "make the store again with python -m ifp_mlx.channel_store"
@@ -108,7 +108,8 @@ class Layout:
         files: the header of each safetensors file of the folder it was made from.
         core: :func:`tensors.digest_of` the tensors that stayed there.
         order: uint32 ``[L, F / unit]``, the unit at each place on disk.
-        checksums: uint32 ``[L, F / unit]``, CRC-32 of the record at each place.
+        checksums: uint32 ``[L, F / unit]``, CRC-32 of a layer's records up to and with
+            each place: going on from one of them, any range is checked in one call.
     """
 
     channels: int

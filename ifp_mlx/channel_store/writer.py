@@ -6,6 +6,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,8 +15,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..atomic import new_folder, refuse_existing
+from ..companions import LICENCES
 from ..pruning import PROJECTIONS, ffn_layers, group_size
-from ..store import DOCUMENTS, LICENCES, ChannelStore, Folder, source_of
+from ..store import DOCUMENTS, ChannelStore, Folder, source_of
 from .layout import CHANNEL_FILE, DTYPES, Layout, Part
 from .order import order_units
 from .reader import ChannelReader
@@ -217,7 +219,10 @@ def _write_records(
             size = part.unit_bytes(layout.units)
             into = records[:, offset : offset + size].view(dense.dtype)
             into[...] = dense[layout.order[layer]].reshape(layout.units, -1)
-        layout.checksums[layer] = [zlib.crc32(record) for record in records]
+        sums = accumulate(
+            records, lambda sum_, record: zlib.crc32(record, sum_), initial=0
+        )
+        layout.checksums[layer] = list(sums)[1:]
         file.write(records.data)
     file.seek(0)
     file.write(layout.pack())

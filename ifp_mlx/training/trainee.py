@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .. import store
 from ..atomic import new_folder
+from ..companions import copy_companions
 from ..model import PREDICTOR_FOLDER, IFPConfig
 from ..predictor import SparsityPredictor
 from ..pruning import MaskedFFN, dense_shape
@@ -153,7 +154,7 @@ def write_checkpoint(
     with new_folder(folder) as scratch:
         save_model(scratch, model)
         save_config(copy.deepcopy(trainee.config), scratch / "config.json")
-        store.copy_companions(trainee.path, scratch)
+        copy_companions(trainee.path, scratch)
         if ifp is not None:
             ifp.save(scratch)
         if predictor is not None:
