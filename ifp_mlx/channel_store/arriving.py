@@ -1,6 +1,5 @@
 """A layer's tensors while its records arrive, in any order, from several threads."""
 
-import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,7 +9,8 @@ import numpy as np
 from ..pruning import Donor
 from .layout import DTYPES, Layout, Part
 
-STRIP = 64  # channels whose columns are written at a time: their rows fit the L1 cache
+STRIP = 64  # channels whose columns are written at a time
+PAD = 64  # bytes between rows: rows a power of two apart share a place in the cache
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ArrivingLayer:
         layer: its number.
         units: int ``[n]``, sorted: which units the tensors hold.
         donor: the same layer filled before.
-        scratch: uint8, memory to be used until :meth:`tensors` returns, or ``None``.
+        scratch: uint8, memory to be used until it is complete, or ``None``.
 
     Attributes:
         missing: int ``[m]``, sorted: the units that the donor cannot give.
@@ -63,10 +63,9 @@ class ArrivingLayer:
         self.missing = units[~given]
         self._read, self._copied = np.flatnonzero(~given), np.flatnonzero(given)
         self._from = np.searchsorted(held, units[given])
-        columns = [
-            part.axis * part.unit_bytes(layout.units) for part in layout.parts[layer]
-        ]
-        needed = sum(columns) * len(self.missing)
+        columns = [part for part in layout.parts[layer] if part.axis == 1]
+        row_bytes = sum(part.unit_bytes(layout.units) + PAD for part in columns)
+        needed = row_bytes * len(self.missing)
         if scratch is None or scratch.size < needed:
             scratch = np.empty(needed, np.uint8)
         self.scratch = scratch
@@ -77,10 +76,7 @@ class ArrivingLayer:
         for number, (part, offset) in enumerate(layout.fields(layer)):
             view = rows = part.split(views[number], len(units), layout.units)
             if part.axis == 1:
-                shape = (len(self.missing), *view.shape[1:])
-                nbytes = math.prod(shape) * view.itemsize
-                rows = scratch[:nbytes].view(view.dtype).reshape(shape)
-                scratch = scratch[nbytes:]
+                rows, scratch = _rows(scratch, len(self.missing), view)
             old = None
             if olds is not None:
                 old = part.split(olds[number], len(held), layout.units)
@@ -96,13 +92,16 @@ class ArrivingLayer:
             into = self._read[numbers] if whole else numbers
             tensor.rows[into] = words.reshape(-1, *tensor.rows.shape[1:])
 
-    def tensors(self) -> dict[tuple[str, str], mx.array]:
-        """Return them by projection and name, once every record has been put in."""
+    def complete(self) -> None:
+        """Finish the tensors, once every record has been put in."""
         for tensor in self._tensors:
             if tensor.rows is not tensor.units:
                 self._write_columns(tensor)
             elif tensor.old is not None:
                 tensor.units[self._copied] = tensor.old[self._from]
+
+    def tensors(self) -> dict[tuple[str, str], mx.array]:
+        """Return them by projection and name, once complete."""
         return {(t.part.projection, t.part.tensor): t.array for t in self._tensors}
 
     def _write_columns(self, tensor: _Tensor) -> None:
@@ -154,6 +153,18 @@ def _bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     flat = [array.reshape(-1).view(mx.uint8) for array in arrays]
     mx.eval(arrays, flat)  # at once: each call has a price
     return [np.array(array, copy=False) for array in flat]
+
+
+def _rows(
+    scratch: np.ndarray, count: int, like: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut an array ``[count, a, b]``, with units as those of ``like``, from memory;
+    return the rest of it also.
+    """
+    unit_bytes = like[0].nbytes
+    end = count * (unit_bytes + PAD)
+    rows = scratch[:end].reshape(count, unit_bytes + PAD)[:, :unit_bytes]
+    return rows.view(like.dtype).reshape(count, *like.shape[1:]), scratch[end:]
 
 
 def _copy_in_strips(rows: np.ndarray, units: np.ndarray) -> None:

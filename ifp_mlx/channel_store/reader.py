@@ -17,7 +17,7 @@ from .device import CACHED, Device, Range, device_of, pieces, plan
 from .layout import AGAIN, Layout, read_layout
 
 PIECE_BYTES = 2 << 20  # read and checked at a time: what still stays in the cache
-THREADS = 3
+THREADS = 4
 
 
 class ChannelReader:
@@ -97,18 +97,18 @@ class ChannelReader:
                 self._finish(ffn, wanted[layer][0], *current)
                 yield layer
         finally:
-            wait(begun[1])
+            wait([begun[1]])  # or it would write on after an error
 
     def read(self, layer: int) -> dict[tuple[str, str], mx.array]:
         """Return a layer's dense tensors by projection and name."""
-        arriving, jobs = self._begin(layer)
-        self._wait(jobs)
+        arriving, complete = self._begin(layer)
+        complete.result()
         return arriving.tensors()
 
     def _begin(
         self, layer: int, index: mx.array | None = None, donor: Donor | None = None
-    ) -> tuple[ArrivingLayer, list[Future]]:
-        """Start reading a layer's channels."""
+    ) -> tuple[ArrivingLayer, Future]:
+        """Start reading a layer's channels; the future is done when they are there."""
         units = np.arange(self.layout.units)
         if index is not None:
             units = _units(np.array(index), self.layout.unit)
@@ -118,57 +118,39 @@ class ChannelReader:
         numbers = np.argsort(places)
         places = places[numbers]
         size = self.layout.record_bytes[layer]
-        device = self._device(layer, places)
-        ranges = plan(places, size, self.layout.units, device)
-        groups = list(pieces(ranges, places, PIECE_BYTES // size))
+        ranges = plan(places, size, self.layout.units, self._device(layer, places))
         fd = self._sweeps if len(ranges) == 1 else self._ranges
-        if fd is self._ranges and device is not CACHED:
-            start = self.layout.layer_offsets[layer]
-            self._announce(
-                (
-                    start + int(places[a]) * size,
-                    int(places[b - 1] - places[a] + 1) * size,
-                )
-                for group in groups
-                for a, b in group
-            )
         jobs = [
             self._threads.submit(
                 self._move, fd, layer, group, places, numbers, arriving
             )
-            for group in groups
+            for group in pieces(ranges, places, PIECE_BYTES // size)
         ]
         self.bytes_wanted += len(places) * size
-        return arriving, jobs
+        return arriving, self._threads.submit(self._complete, arriving, jobs)
 
-    def _announce(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Have the system fetch ranges, offset and bytes each, before they are read:
-        it has many under way at a time, at less cost than calls that wait.
-        """
-        if hasattr(os, "posix_fadvise"):
-            for offset, nbytes in ranges:
-                os.posix_fadvise(self._ranges, offset, nbytes, os.POSIX_FADV_WILLNEED)
+    def _complete(self, arriving: ArrivingLayer, jobs: list[Future]) -> None:
+        """Wait for all of a layer's jobs, which were given to the threads before."""
+        wait(jobs)  # also those that outlive an error
+        self.bytes_read += sum(job.result() for job in jobs)
+        arriving.complete()
+        self._spare.append(arriving.scratch)
 
     def _finish(
         self,
         ffn: nn.Module,
         index: mx.array | None,
         arriving: ArrivingLayer,
-        jobs: list[Future],
+        complete: Future,
     ) -> None:
-        self._wait(jobs)
+        complete.result()
         for (projection, tensor), array in arriving.tensors().items():
             ffn[projection][tensor] = array
-        self._spare.append(arriving.scratch)
         if index is not None:
             channels, size = np.array(index), self.layout.unit
             held = _units(channels, size)[:, None] * size + np.arange(size)
             if channels.size < held.size:
                 slice_ffn(ffn, mx.array(np.searchsorted(held.ravel(), channels)))
-
-    def _wait(self, jobs: list[Future]) -> None:
-        wait(jobs)  # all of them, or one that outlives an error writes on
-        self.bytes_read += sum(job.result() for job in jobs)
 
     def _device(self, layer: int, places: np.ndarray) -> Device:
         """Return what reading costs: a disk, or the cache if some records are there."""
@@ -186,6 +168,14 @@ class ChannelReader:
         if self._disk is None:
             self._disk = device_of(self._ranges, self._read_anywhere)
         return self._disk
+
+    def _announce(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have the system fetch ranges, offset and bytes each, before they are read:
+        it has many under way at a time, at less cost than calls that wait.
+        """
+        if hasattr(os, "posix_fadvise"):
+            for offset, nbytes in ranges:
+                os.posix_fadvise(self._ranges, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _read_anywhere(self, ranges: list[tuple[int, int]]) -> None:
         """Read ranges, offset and bytes each, for the time it takes."""
@@ -211,6 +201,8 @@ class ChannelReader:
         size, start = self.layout.record_bytes[layer], self.layout.layer_offsets[layer]
         spans = [(int(places[a]), int(places[b - 1]) + 1) for a, b in group]
         buffer = self._buffer(sum(last - first for first, last in spans) * size)
+        if fd is self._ranges:
+            self._announce((start + a * size, (b - a) * size) for a, b in spans)
         at, wanted = 0, []
         for (a, b), (first, last) in zip(group, spans, strict=True):
             part = buffer[at * size : (at + last - first) * size]
