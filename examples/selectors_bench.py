@@ -1,248 +1,243 @@
 """Compare ways of selecting on ten families of tasks: the evidence for the defaults.
 
-    python examples/selectors_bench.py [smollm2|gemma3] [--keep 0.5] [--rows 40] [--jobs 2]
+    python examples/selectors_bench.py [smollm2|gemma3] [--rows 40] [--jobs 2]
 
 Writes examples/selectors-MODEL.md. Every answer token is compared with the dense model's
 next-token distribution. Rows that are measured already are not measured again, so a
-stopped run goes on where it was. The masks of `others` saw only the other nine families,
-those of `task` other examples of the same family, `blend` only the package's own
-calibration text.
+stopped run goes on where it was; rows are taken in turn from all families, so that it
+can be stopped at any time. Where a mask comes from:
+
+- random; activation: of this prompt alone
+- prior: the package's own calibration text, none of these tasks
+- blend: the ranks of activation and prior averaged
+- others: one static mask from 16 examples each of the other families
+- task: one static mask from 16 other examples of the same family
+
+The allocation `sensitivity` is measured on calibration examples of the other families,
+`own sensitivity` on those of all, as a user with data of the task would.
 """
 
 import argparse
-import copy
-import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from bench_model import Bench, Reading, energy
 from bench_report import write_report
 from fetch import MODELS, fetch
 from task_families import write as write_families
 from tqdm import tqdm
 
-from ifp_mlx import Selection, load, selectors
-from ifp_mlx.compensation import compensated_down
-from ifp_mlx.evaluate import Row, read_rows
-from ifp_mlx.pruning import PROJECTIONS, TappedFFN, ffn_layers, slice_ffn
-from ifp_mlx.sensitivity import measure_sensitivity
+from ifp_mlx import Selection, masks, selectors
+from ifp_mlx.compensation import read_channels
+from ifp_mlx.evaluation.log import Log
+from ifp_mlx.evaluation.rows import Row, read_rows
+from ifp_mlx.evaluation.teacher import metrics
+from ifp_mlx.sensitivity import Probe
 
 ANSWER_TOKENS = 96
-TASK_TOKENS = 1500  # of the calibration examples, for the task's own compensation
-
-# name → where the scores come from, allocation, compensation, who reads the prompt
-SETTINGS = {
-    "activation, dense prompt": ("activation", "uniform", None, "dense"),
-    "activation": ("activation", "uniform", None, "compact"),
-    "activation, first layer": ("activation", "first-layer", None, "compact"),
-    "blend, first layer": ("blend", "first-layer", None, "compact"),
-    "blend, first layer, prompt": ("blend", "first-layer", "prompt", "compact"),
-    "blend, sensitivity": ("blend", "sensitivity", None, "compact"),
-    "blend, sensitivity, prompt": ("blend", "sensitivity", "prompt", "compact"),
-    "others, first layer": ("others", "first-layer", None, "compact"),
-    "task, sensitivity": ("task", "sensitivity", None, "compact"),
-    "task, sensitivity, examples": ("task", "sensitivity", "examples", "compact"),
-}
-STATIC = ("others", "task")
+TASK_TOKENS = 1000  # of the calibration examples, for the task's own compensation
+SENSITIVITY_TOKENS = 110  # of one example of each family
+KEEPS = (0.5, 0.75, 1 / 3)
+STAGES = (KEEPS[:1], KEEPS[1:])  # all rows go through the first before the second
+KEY = ("family", "row", "way", "keep")
+CPU = ("all", 0, "processor", 0.0)  # under which a job keeps the time it took
+SETTINGS = {"answer_tokens": ANSWER_TOKENS}
 
 
-class Bench:
-    """One resident dense model whose FFNs are swapped for sliced ones."""
+class Way(NamedTuple):
+    """One way of selecting.
 
-    def __init__(self, folder: Path, keep: float) -> None:
-        self.model, self.tokenizer = load(folder)
-        self.keep = keep
-        prior = self.model.prior
-        self.prior = self.model.compute_prior() if prior is None else prior
-        if self.model.sensitivity is None:
-            measure_sensitivity(self.model)
-        self.dense = self.model.dense()
-        mx.eval(self.dense.parameters())
-        self.ffns = ffn_layers(self.dense)
+    Attributes:
+        scores: where they come from.
+        allocation: how the kept channels are spread over the layers.
+        compensation: the text that it learns from, ``prompt`` or ``examples``.
+        prompt: which model reads the prompt, ``compact`` or ``dense``.
+        keeps: the kept shares it is measured at.
+    """
 
-    def read(self, tokens: list[int]) -> tuple[mx.array, list[mx.array]]:
-        """Return the dense logits, ``[T, V]``, and each layer's channels, ``[T, F]``."""
-        channels: list[mx.array] = []
+    scores: str
+    allocation: str
+    compensation: str = ""
+    prompt: str = "compact"
+    keeps: tuple[float, ...] = KEEPS[:1]
 
-        def keep(h: mx.array) -> mx.array:
-            channels.append(h[0])
-            return h
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        text = f"{self.scores}, {self.allocation}"
+        text += f", compensated by {self.compensation}" if self.compensation else ""
+        return text + (", dense prompt" if self.prompt == "dense" else "")
 
-        with self.swapped([TappedFFN(ffn.module, keep) for ffn in self.ffns]):
-            logits = self.dense(mx.array(tokens)[None])[0]
-            mx.eval(logits, channels)
-        return logits, channels
 
-    @contextmanager
-    def swapped(self, modules: list[nn.Module]) -> Iterator[None]:
-        """Put other FFNs into the dense model for a while."""
-        try:
-            for (block, name, _), module in zip(self.ffns, modules, strict=True):
-                setattr(block, name, module)
-            yield
-        finally:
-            for block, name, module in self.ffns:
-                setattr(block, name, module)
+WAYS = (
+    Way("random", "uniform"),
+    Way("others", "uniform"),
+    Way("others", "first-layer", keeps=KEEPS),
+    Way("activation", "uniform", keeps=KEEPS),
+    Way("activation", "uniform", prompt="dense", keeps=KEEPS),
+    Way("activation", "first-layer"),
+    Way("blend", "first-layer", keeps=KEEPS),
+    Way("blend", "first-layer", prompt="dense", keeps=KEEPS),
+    Way("blend", "first-layer", "prompt", keeps=KEEPS),
+    Way("blend", "first-layer", "prompt", prompt="dense"),
+    Way("blend", "sensitivity"),
+    Way("task", "first-layer"),
+    Way("task", "own sensitivity", keeps=KEEPS),
+    Way("task", "own sensitivity", "examples"),
+)
 
-    def sliced(
-        self, selection: Selection, channels: list[mx.array] | None
-    ) -> list[nn.Module]:
-        """Return the selected FFNs, compensated by what a text showed."""
-        modules = []
-        for layer, (_, _, ffn) in enumerate(self.ffns):
-            index = selection.indices[layer]
-            part = copy.copy(ffn)
-            for name in PROJECTIONS:
-                part[name] = copy.copy(ffn[name])
-            slice_ffn(part, index)
-            if channels is not None:
-                down = ffn.down_proj.weight
-                part.down_proj.weight = compensated_down(down, channels[layer], index)
-            mx.eval(part.parameters())
-            modules.append(part)
-        return modules
 
-    def answer(self, row: Row, modules: list[nn.Module], prompt: str) -> mx.array:
-        """Return the log-probabilities at the answer, ``[A, V]``, the prompt read by
-        the ``dense`` or the ``compact`` model.
+class Statics:
+    """What is measured once: statistics and costs of each family's calibration rows.
+
+    Args:
+        bench: the model.
+        folder: where the results are kept.
+    """
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench = bench
+        self._examples: dict[str, list[list[int]]] = {}
+        self._sliced: dict[tuple, list[nn.Module]] = {}
+        files = sorted((write_families() / "calibration").glob("*.jsonl"))
+        self.families = [file.stem for file in files]
+        for file in files:
+            rows = read_rows(file, bench.tokenizer, answer_tokens=ANSWER_TOKENS)
+            self._examples[file.stem] = [row.prompt + row.answer for row in rows]
+        self._energy = self._kept(folder / "energies.safetensors", self._measure_energy)
+        self._costs = self._kept(folder / "costs.safetensors", self._measure_costs)
+
+    def scores(self, kind: str, family: str) -> mx.array:
+        """Return the static scores ``others`` or ``task`` of a family, ``[L, F]``."""
+        if kind == "task":
+            return mx.sqrt(self._energy[family])
+        return _static(e for name, e in self._energy.items() if name != family)
+
+    def costs(self, allocation: str, family: str) -> mx.array | None:
+        """Return the layers' costs ``[L, 6]`` that an allocation goes by."""
+        if not allocation.endswith("sensitivity"):
+            return None
+        own = allocation == "own sensitivity"
+        found = [c for name, c in self._costs.items() if own or name != family]
+        return mx.stack(found).mean(axis=0)
+
+    def compensated(self, family: str, selection: Selection) -> list[nn.Module]:
+        """Return the FFNs of a selection that is the same for all rows of a family,
+        compensated by what its first calibration examples show.
         """
-        from mlx_lm.models.cache import make_prompt_cache
+        key = family, selection.mask_id
+        if key not in self._sliced:
+            tokens = sum(self._examples[family], [])[:TASK_TOKENS]
+            channels = read_channels(self.bench.dense, tokens)
+            self._sliced[key] = self.bench.sliced(selection, channels)
+        return self._sliced[key]
 
-        cache = make_prompt_cache(self.dense)
-        first = mx.array([row.prompt])
-        rest = mx.array([row.answer[:-1]], dtype=mx.int32)
-        if prompt == "dense":
-            logits = [self.dense(first, cache=cache)[0, -1:]]
-            mx.eval(logits)
-            with self.swapped(modules):
-                logits += [self.dense(rest, cache=cache)[0]] if rest.size else []
-                mx.eval(logits)
+    def _kept(self, file: Path, measure: Any) -> dict[str, mx.array]:
+        if not file.exists():
+            mx.save_safetensors(
+                str(file.with_suffix(".partial.safetensors")), measure()
+            )
+            file.with_suffix(".partial.safetensors").rename(file)
+        return dict(mx.load(str(file)))  # type: ignore[arg-type]
+
+    def _measure_energy(self) -> dict[str, mx.array]:
+        found = {}
+        for name in tqdm(self.families, "statistics", disable=None):
+            scores = selectors.prior_scores(self.bench.dense, self._examples[name])
+            found[name] = mx.square(scores)
+        return found
+
+    def _measure_costs(self) -> dict[str, mx.array]:
+        """Return each family's costs ``[L, 6]``, by texts of its calibration rows."""
+        texts = []
+        for name in self.families:
+            enough = [text for text in self._examples[name] if len(text) > 60]
+            texts += [min(enough, key=len)[:SENSITIVITY_TOKENS]]
+        probe = Probe(self.bench.model, texts, _static(self._energy.values()))
+        layers = tqdm(range(self.bench.model.layers), "sensitivity", disable=None)
+        costs = mx.array([probe.costs(layer).tolist() for layer in layers])
+        return {name: costs[:, n] for n, name in enumerate(self.families)}
+
+
+def _static(energies: Any) -> mx.array:
+    """Return the scores of several texts together, each with the same say."""
+    shares = (energy / energy.sum(axis=1, keepdims=True) for energy in energies)
+    return mx.sqrt(sum(shares))
+
+
+def measure_row(
+    statics: Statics, family: str, number: int, row: Row, keeps: tuple[float, ...]
+) -> Iterator[dict]:
+    """Yield the results of every way that is measured at one of ``keeps``."""
+    bench = statics.bench
+    reading = bench.read(row)
+    about = {"family": family, "row": number, "tokens": len(row.answer)}
+    reference = metrics(row, reading.reference, reading.reference)
+    yield about | {"way": "dense", "keep": round(keeps[0], 3)} | reference
+    scores = row_scores(statics, family, number, reading)
+    chosen = [(way, keep) for way in WAYS for keep in way.keeps if keep in keeps]
+    for (kind, allocation, text, keep), group in groupby(
+        sorted(chosen, key=lambda c: (*c[0][:3], c[1])), lambda c: (*c[0][:3], c[1])
+    ):
+        costs = statics.costs(allocation, family)
+        selection = choose(bench, scores[kind], allocation, keep, costs)
+        if text == "examples":
+            modules = statics.compensated(family, selection)
         else:
-            with self.swapped(modules):
-                both = mx.concatenate([first, rest], axis=1)
-                logits = [self.dense(both, cache=cache)[0, first.size - 1 :]]
-                mx.eval(logits)
-        return log_probabilities(mx.concatenate(logits))
-
-    def energy(self, texts: list[list[int]]) -> mx.array:
-        """Return the statistic of some texts, ``[L, F]``."""
-        return mx.square(selectors.prior_scores(self.dense, texts))
-
-
-def log_probabilities(logits: mx.array) -> mx.array:
-    """Return them in float32, evaluated."""
-    found = nn.log_softmax(logits.astype(mx.float32), axis=-1)
-    mx.eval(found)
-    return found
+            modules = bench.sliced(selection, reading.channels if text else None)
+        for way, _ in group:
+            if way.prompt == "dense":
+                found = bench.decode(row, modules, reading)
+            else:
+                found = bench.compact(row, modules)
+            measured = metrics(row, found, reading.reference)
+            yield about | {"way": way.name, "keep": round(keep, 3)} | measured
 
 
-def metrics(row: Row, reference: mx.array, found: mx.array) -> dict[str, float]:
-    """Return a row's nll and kl in nats per token, and the agreement."""
-    truth = mx.array(row.answer)[:, None]
-    same = found.argmax(axis=-1) == reference.argmax(axis=-1)
+def row_scores(
+    statics: Statics, family: str, number: int, reading: Reading
+) -> dict[str, mx.array]:
+    """Return the scores of every kind for one row, each ``[L, F]``."""
+    bench = statics.bench
+    local = mx.sqrt(mx.stack([energy(h) for h in reading.channels]))
+    L, F = local.shape
     return {
-        "nll": float(-mx.take_along_axis(found, truth, axis=-1).mean()),
-        "kl": float((mx.exp(reference) * (reference - found)).sum(axis=-1).mean()),
-        "agreement": float(same.astype(mx.float32).mean()),
-    }
-
-
-def measure_family(
-    bench: Bench, family: str, rows: int, energies: dict, log: Path
-) -> None:
-    """Measure what is not in ``log`` yet of one family."""
-    data = write_families()
-    done = {(r["row"], r["setting"]) for r in read_log(log) if r["family"] == family}
-    test = data / "test" / f"{family}.jsonl"
-    texts = calibration(bench, family)
-    static = static_scores(bench, family, energies)
-    kept_modules: dict[str, list[nn.Module]] = {}
-    test_rows = read_rows(
-        test, bench.tokenizer, limit=rows, answer_tokens=ANSWER_TOKENS
-    )
-    for number, row in enumerate(tqdm(test_rows, family, disable=None)):
-        todo = [name for name in SETTINGS if (number, name) not in done]
-        if not todo:
-            continue
-        logits, channels = bench.read(row.prompt + row.answer[:-1])
-        reference = log_probabilities(logits[len(row.prompt) - 1 :])
-        channels = [h[: len(row.prompt)] for h in channels]
-        scores = row_scores(bench, channels)
-        for name in todo:
-            source, allocation, text, prompt = SETTINGS[name]
-            modules = kept_modules.get(name)
-            if modules is None:
-                selection = bench.model.select(
-                    row.prompt,
-                    keep=bench.keep,
-                    allocation=allocation,  # type: ignore[arg-type]
-                    scores=(static if source in STATIC else scores)[source],
-                )
-                seen = channels if text == "prompt" else None
-                if text == "examples":
-                    seen = bench.read(sum(texts, [])[:TASK_TOKENS])[1]
-                modules = bench.sliced(selection, seen)
-                if source in STATIC:
-                    kept_modules[name] = modules
-            found = bench.answer(row, modules, prompt)
-            line = {"family": family, "row": number, "setting": name}
-            with log.open("a") as file:
-                file.write(json.dumps(line | metrics(row, reference, found)) + "\n")
-
-
-def row_scores(bench: Bench, channels: list[mx.array]) -> dict[str, mx.array]:
-    """Return the scores that a row's own prompt gives."""
-    energy = []
-    for h in channels:
-        square = mx.square(h.astype(mx.float32))
-        share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
-        energy.append(share.sum(axis=0))
-    local = mx.sqrt(mx.stack(energy))
-    return {
+        "random": selectors.random_scores(L, F, seed=number),
         "activation": local,
         "blend": selectors.blend_scores(local, bench.prior),
+        "others": statics.scores("others", family),
+        "task": statics.scores("task", family),
     }
 
 
-def static_scores(bench: Bench, family: str, energies: dict) -> dict[str, mx.array]:
-    """Return the scores that are the same for every row of a family."""
-    shares = {name: e / e.sum(axis=1, keepdims=True) for name, e in energies.items()}
-    return {
-        "others": mx.sqrt(sum(s for name, s in shares.items() if name != family)),
-        "task": mx.sqrt(energies[family]),
-    }
-
-
-def calibration(bench: Bench, family: str) -> list[list[int]]:
-    """Return the tokens of a family's calibration examples, answers included."""
-    file = write_families() / "calibration" / f"{family}.jsonl"
-    rows = read_rows(file, bench.tokenizer, answer_tokens=ANSWER_TOKENS)
-    return [row.prompt + row.answer for row in rows]
-
-
-def family_energies(bench: Bench, families: list[str], file: Path) -> dict:
-    """Return every family's statistic, kept in a file."""
-    if not file.exists():
-        found = {name: bench.energy(calibration(bench, name)) for name in families}
-        mx.save_safetensors(str(file), found)
-    return dict(mx.load(str(file)))  # type: ignore[arg-type]
-
-
-def read_log(log: Path) -> list[dict]:
-    """Return the results so far; a line that a kill cut short is left out."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def choose(
+    bench: Bench,
+    scores: mx.array,
+    allocation: str,
+    keep: float,
+    costs: mx.array | None,
+) -> Selection:
+    """Return the selection, its layers as wide as the allocation says."""
+    model = bench.model
+    k = masks.target_size(model.channels, keep, model.granularity)
+    name: Any = allocation.removeprefix("own ")
+    shape = (k, model.layers, model.channels, name, model.granularity)
+    sizes = masks.layer_sizes(*shape, costs)
+    return masks.select(scores, sizes, granularity=model.granularity)
 
 
 def own_copy(source: Path) -> Path:
-    """Return a linked copy of a model, to keep its prior and sensitivity apart: a
-    stored prior would change what `--selector auto` means for the model's users.
+    """Return a linked copy of a model, to keep its prior apart: a stored prior would
+    change what `--selector auto` means for the model's users.
     """
     copy = MODELS / "bench" / source.name
     if not copy.exists():
@@ -255,34 +250,67 @@ def own_copy(source: Path) -> Path:
     return copy
 
 
+def rows_in_turn(bench: Bench, count: int) -> Iterator[tuple[str, int, Row]]:
+    """Yield family, number and row: the first of every family, then the second, ..."""
+    files = sorted((write_families() / "test").glob("*.jsonl"))
+    rows = {
+        file.stem: read_rows(
+            file, bench.tokenizer, limit=count, answer_tokens=ANSWER_TOKENS
+        )
+        for file in files
+    }
+    for number in range(count):
+        for family, found in rows.items():
+            if number < len(found):
+                yield family, number, found[number]
+
+
+def read_logs(folder: Path) -> dict[tuple, dict]:
+    """Return the results of all jobs so far, by family, row, way and keep."""
+    files = sorted(folder.glob("job-*"))
+    found: dict[tuple, dict] = {}
+    for file in files:
+        found |= Log(file, SETTINGS, KEY).lines
+    return found
+
+
+def measure(name: str, folder: Path, rows: int, job: int, jobs: int) -> None:
+    """Measure this job's share of what no log has yet."""
+    done = read_logs(folder)
+    bench = Bench(own_copy(fetch(name)))
+    statics = Statics(bench, folder)
+    log = Log(folder / f"job-{job}", SETTINGS, KEY)
+    everything = [
+        (*row, keeps) for keeps in STAGES for row in rows_in_turn(bench, rows)
+    ]
+    start, before = time.process_time(), log.lines.get(CPU, {"seconds": 0.0})["seconds"]
+    for family, number, row, keeps in tqdm(everything[job::jobs], disable=None):
+        if (family, number, "dense", round(keeps[0], 3)) in done:
+            continue
+        log.add(*measure_row(statics, family, number, row, keeps))
+        spent = before + time.process_time() - start
+        log.add(dict(zip(KEY, CPU, strict=True)) | {"seconds": spent})
+
+
 def main() -> None:
     """Measure, in one process per job, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="smollm2")
-    parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    folder = MODELS / "bench" / f"{args.name}-{args.keep:.3g}"
+    folder = MODELS / "bench" / f"{args.name}-rows"
     folder.mkdir(parents=True, exist_ok=True)
-    families = sorted(f.stem for f in (write_families() / "test").glob("*.jsonl"))
-    bench = None
-    if args.job is not None or not (folder / "energies.safetensors").exists():
-        bench = Bench(own_copy(fetch(args.name)), args.keep)
-        energies = family_energies(bench, families, folder / "energies.safetensors")
-    if args.job is None:
-        again = [sys.executable, __file__, *sys.argv[1:], "--job"]
-        jobs = [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]
-        if any(job.wait() for job in jobs):
-            sys.exit("A job failed; run this again to go on.")
-        logs = [read_log(folder / f"{family}.jsonl") for family in families]
-        lines = [line for log in logs for line in log if line["setting"] in SETTINGS]
-        write_report(args.name, args.keep, lines)
+    if args.job is not None:
+        measure(args.name, folder, args.rows, args.job, args.jobs)
         return
-    assert bench is not None
-    for family in families[args.job :: args.jobs]:
-        measure_family(bench, family, args.rows, energies, folder / f"{family}.jsonl")
+    Statics(Bench(own_copy(fetch(args.name))), folder)  # before the jobs need it
+    again = [sys.executable, __file__, *sys.argv[1:], "--job"]
+    jobs = [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]
+    if any(job.wait() for job in jobs):
+        sys.exit("A job failed; run this again to go on.")
+    print(write_report(args.name, list(read_logs(folder).values())))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,21 @@ def compensated_down(
 ) -> mx.array:
     """Return the kept columns of ``down_proj``, corrected for those that are dropped.
 
+    Args:
+        down, channels, index, strength: see :func:`down_correction`.
+
+    Returns:
+        ``[D, k]`` in the dtype of ``down``.
+    """
+    correction = down_correction(down, channels, index, strength)
+    return (down[:, index].astype(mx.float32) + correction.T).astype(down.dtype)
+
+
+def down_correction(
+    down: mx.array, channels: mx.array, index: mx.array, strength: float = STRENGTH
+) -> mx.array:
+    """Return what to add to each kept column of ``down_proj``.
+
     With the tokens' channels split into kept ``K`` and dropped ``R``, the correction
     ``Δ`` minimises ``|K Δᵀ − R Rdownᵀ|² + λ |Δ|²``, each token counting the same. It
     is solved in whichever of the two dual forms is smaller.
@@ -86,18 +101,17 @@ def compensated_down(
             token; larger trusts the text less.
 
     Returns:
-        ``[D, k]`` in the dtype of ``down``.
+        ``[k, D]`` float32, one row per kept channel.
     """
-    kept_columns = down[:, index]
-    if index.size == down.shape[1] or not channels.shape[0]:
-        return kept_columns
+    D, F = down.shape
+    if index.size == F or not channels.shape[0]:
+        return mx.zeros((index.size, D))
     h = channels.astype(mx.float32)
     h = h / mx.maximum(mx.linalg.norm(h, axis=1, keepdims=True), 1e-6)
-    kept = h[:, index]
-    missing = h @ down.astype(mx.float32).T - kept @ kept_columns.astype(mx.float32).T
+    kept, all_columns = h[:, index], down.astype(mx.float32)
+    missing = h @ all_columns.T - kept @ all_columns[:, index].T
     with mx.stream(mx.cpu):  # where linear systems are solved
-        correction = _ridge(kept, missing, strength)
-    return (kept_columns.astype(mx.float32) + correction.T).astype(down.dtype)
+        return _ridge(kept, missing, strength)
 
 
 def _ridge(kept: mx.array, missing: mx.array, strength: float) -> mx.array:

@@ -5,6 +5,7 @@ dense model's next-token distribution is taken over some of the calibration text
 allocation `sensitivity` then spends a budget where the cut layers would suffer most.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,35 +21,47 @@ from tqdm import tqdm
 from . import cli, masks, selectors
 from .atomic import new_file
 from .data import tokenize
+from .evaluate import read_rows
 from .masks import MEASURED_SHARES
 from .model import SENSITIVITY_FILE, IFPModel, Progress, load
 from .pruning import MaskedFFN, mask_model, set_masks
 
 TEXTS, TOKENS = 6, 96
+DATA_TEXTS = 12  # of a user's own files, all together
+TEXTS_HASH = "texts"  # in the file's metadata: what it was measured on
 PARTIAL_FILE = f"partial.{SENSITIVITY_FILE}"
 
 
-def measure_sensitivity(model: IFPModel, *, progress: Progress = iter) -> mx.array:
+def measure_sensitivity(
+    model: IFPModel,
+    texts: Sequence[Sequence[int]] | None = None,
+    *,
+    progress: Progress = iter,
+) -> mx.array:
     """Measure every layer and keep the result with the model.
 
     A run that was stopped goes on after its last whole layer.
 
     Args:
         model: from :func:`ifp_mlx.load`; its dense weights are in memory meanwhile.
+        texts: token ids to measure on, of tasks like those to come, from
+            :func:`data_texts`; default: some of the package's calibration text.
         progress: wraps the iteration over layers.
 
     Returns:
         KL to the dense model when a layer alone keeps each of ``MEASURED_SHARES``,
         nats per token, ``[L, 6]`` float32; the last column is 0.
     """
+    texts = calibration_texts(model) if texts is None else texts
+    about = {TEXTS_HASH: hash_of(texts)}
     partial_file = model.path / PARTIAL_FILE
-    done = _read_partial(partial_file)
-    probe = _Probe(model, calibration_texts(model))
+    done = _read_partial(partial_file, about)
+    probe = Probe(model, texts)
     for layer in progress(range(len(done), model.layers)):
-        done.append(probe.costs(layer))
-        _save(partial_file, done)
+        done.append(probe.costs(layer).mean(axis=0).tolist())
+        _save(partial_file, done, about)
     costs = mx.array(np.array(done, dtype=np.float32))
-    _save(model.path / SENSITIVITY_FILE, done)
+    _save(model.path / SENSITIVITY_FILE, done, about)
     partial_file.unlink()
     model.__dict__["sensitivity"] = costs
     return costs
@@ -66,21 +79,59 @@ def calibration_texts(model: IFPModel) -> list[list[int]]:
     return [text[:shortest] for text in texts]
 
 
-class _Probe:
-    """A dense model, what it says about some texts, and a way to prune one layer."""
+def data_texts(model: IFPModel, files: Sequence[Path]) -> list[list[int]]:
+    """Return the token ids of some examples of each file, prompt and answer.
 
-    def __init__(self, model: IFPModel, texts: list[list[int]]) -> None:
+    The shortest that are long enough are taken: many tasks say more than one task at
+    length.
+
+    Args:
+        model: whose tokenizer reads them.
+        files: JSONL, in the formats of ``ifp_mlx.evaluate``; at least one.
+    """
+    each = max(1, DATA_TEXTS // len(files))
+    texts = []
+    for file in files:
+        rows = read_rows(file, model.tokenizer)
+        found = sorted((row.prompt + row.answer for row in rows), key=len)
+        enough = [text for text in found if len(text) >= TOKENS // 2] or found[-1:]
+        texts += [text[:TOKENS] for text in enough[:each]]
+    if not texts:
+        raise ValueError(
+            f"{', '.join(map(str, files))} hold no example; give other files."
+        )
+    return texts
+
+
+class Probe:
+    """A dense model, what it says about some texts, and a way to prune one layer.
+
+    Args:
+        model: from :func:`ifp_mlx.load`.
+        texts: token ids of each.
+        scores: ``[L, F]``, by which a layer's channels are chosen; default: the
+            statistic of ``texts``.
+    """
+
+    def __init__(
+        self,
+        model: IFPModel,
+        texts: Sequence[Sequence[int]],
+        scores: mx.array | None = None,
+    ) -> None:
         self.dense = model.dense()
         self.masked: list[MaskedFFN] = mask_model(self.dense)
         self.ones = mx.ones((model.layers, model.channels))
         self.granularity = model.granularity
-        self.scores = selectors.prior_scores(self.dense, texts)
+        if scores is None:
+            scores = selectors.prior_scores(self.dense, texts)
+        self.scores = scores
         self.texts = texts
         # What all texts begin with is the chat template's, and easy.
         self.start = next(
             (
                 n
-                for n, column in enumerate(zip(*texts, strict=True))
+                for n, column in enumerate(zip(*texts, strict=False))
                 if len({*column}) > 1
             ),
             0,
@@ -89,13 +140,16 @@ class _Probe:
         self.outputs = [outputs for outputs, _ in runs]
         self.reference = [self._log_probabilities(logits) for _, logits in runs]
 
-    def costs(self, layer: int) -> list[float]:
-        """Return the KL for each of ``MEASURED_SHARES`` of one layer."""
+    def costs(self, layer: int) -> np.ndarray:
+        """Return the KL of each of ``N`` texts for each of ``MEASURED_SHARES`` of one
+        layer, nats per token, ``[N, 6]``.
+        """
         set_masks(self.masked, self.ones)
         self.replay = layer - 1 if self._can_replay(layer - 1) else -1
-        return [self._cost(layer, share) for share in MEASURED_SHARES[:-1]] + [0.0]
+        found = [self._cost(layer, share) for share in MEASURED_SHARES[:-1]]
+        return np.array([*found, [0.0] * len(self.texts)]).T
 
-    def _cost(self, layer: int, share: float) -> float:
+    def _cost(self, layer: int, share: float) -> list[float]:
         F = self.ones.shape[1]
         mask = mx.zeros(F)
         if k := round(share * F / self.granularity) * self.granularity:
@@ -110,7 +164,7 @@ class _Probe:
             with _replayed(self.dense, self.replay, outputs):
                 q = self._log_probabilities(self.dense(mx.array([text])))
             found.append(float((mx.exp(p) * (p - q)).sum(axis=-1).mean()))
-        return float(np.mean(found))
+        return found
 
     def _can_replay(self, layer: int) -> bool:
         """Whether later blocks see of the earlier ones no more than their output;
@@ -191,15 +245,27 @@ def _replaced(model: nn.Module, calls: dict[int, Any]) -> Iterator[None]:
             layers[:] = stock
 
 
-def _read_partial(path: Path) -> list[list[float]]:
-    if not path.exists():
+def hash_of(texts: Sequence[Sequence[int]]) -> str:
+    """Return what some texts are known by."""
+    tokens = json.dumps([list(text) for text in texts])
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+
+
+def _read_partial(path: Path, about: dict[str, str]) -> list[list[float]]:
+    if not path.exists() or _about(path) != about:
         return []
     return np.array(cast(dict[str, mx.array], mx.load(str(path)))["kl"]).tolist()
 
 
-def _save(path: Path, rows: list[list[float]]) -> None:
+def _about(path: Path) -> dict[str, str]:
+    """Return what a file says of itself."""
+    _, metadata = cast(Any, mx.load(str(path), return_metadata=True))
+    return metadata
+
+
+def _save(path: Path, rows: list[list[float]], about: dict[str, str]) -> None:
     with new_file(path) as scratch:
-        mx.save_safetensors(str(scratch), {"kl": mx.array(rows)})
+        mx.save_safetensors(str(scratch), {"kl": mx.array(rows)}, metadata=about)
 
 
 def table(costs: mx.array) -> str:
@@ -226,16 +292,29 @@ def build_parser() -> cli.Parser:
         f"sensitivity; kept as {SENSITIVITY_FILE} in the model's folder.",
     )
     cli.add_model_option(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="X",
+        help="JSONL files as of evaluate, one per family of tasks: measured on examples "
+        f"of theirs, {DATA_TEXTS} in all; default: the package's calibration text",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     return parser
 
 
 def _command(args: Any) -> None:
     model, _ = load(args.model)
+    texts = data_texts(model, args.data) if args.data else None
     costs = model.sensitivity
-    if costs is None:
+    file = model.path / SENSITIVITY_FILE
+    other = texts is not None and (
+        costs is None or _about(file).get(TEXTS_HASH) != hash_of(texts)
+    )
+    if costs is None or other:
         costs = measure_sensitivity(
-            model, progress=partial(tqdm, disable=None, leave=False)
+            model, texts, progress=partial(tqdm, disable=None, leave=False)
         )
     print("KL to the dense model, nats per token, with one layer pruned:\n")
     print(table(costs))

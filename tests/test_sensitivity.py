@@ -70,7 +70,7 @@ def test_the_measurement_is_kept_with_the_model_and_goes_on_after_a_stop(
 ):
     folder = write_folder(tmp_path / "tiny")
     whole = measure_sensitivity(load(write_folder(tmp_path / "other"))[0])
-    costs, done = sensitivity._Probe.costs, []
+    costs, done = sensitivity.Probe.costs, []
 
     def stopped(probe, layer):
         if len(done) == 2:
@@ -78,7 +78,7 @@ def test_the_measurement_is_kept_with_the_model_and_goes_on_after_a_stop(
         done.append(layer)
         return costs(probe, layer)
 
-    monkeypatch.setattr(sensitivity._Probe, "costs", stopped)
+    monkeypatch.setattr(sensitivity.Probe, "costs", stopped)
     with pytest.raises(KeyboardInterrupt):
         measure_sensitivity(load(folder)[0])
     assert load(folder)[0].sensitivity is None
