@@ -92,7 +92,8 @@ class Bench:
         tapped = [TappedFFN(ffn.module, tap(n)) for n, ffn in enumerate(self.ffns)]
         with self.swapped(tapped):
             reference, cache = self._pass(row)
-        trim_prompt_cache(cache, len(row.answer) - 1)
+        trimmed = trim_prompt_cache(cache, len(row.answer) - 1)
+        assert trimmed == len(row.answer) - 1, "a sliding window was left behind"
         found = [mx.concatenate(h)[: len(row.prompt)] for h in channels]
         mx.eval(found)
         return Reading(reference, cache, found)

@@ -1,135 +1,203 @@
-"""Turn the rows that selectors_bench.py measured into a page."""
+"""Turn the rows that selectors_bench.py measured into a page.
 
-from collections.abc import Iterable, Sequence
+python examples/bench_report.py smollm2     # from examples/selectors-smollm2.csv
+"""
+
+import csv
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-
-from ifp_mlx.evaluation.statistics import macro_mean
+from bench_ways import DEFAULT, STAGES, STATIC, Stage
 
 PAGES = Path(__file__).parent
+FIELDS = ("family", "row", "way", "keep", "tokens", "nll", "kl", "agreement", "seconds")
+DENSE = "dense"
+CALIBRATION = "calibration"  # the line that says how long preparing took
+ALL = "all"  # its family
 SAMPLES = 2000
-DEFAULT = "blend, first-layer"
-STATIC_UNSEEN = "others, first-layer"
 ONE_TOKEN = ("boolq",)  # answers of one token say too little for a mean
 
-HEAD = """Made by `python examples/selectors_bench.py`, whose first lines say where each
-mask comes from; {minutes:.0f} minutes of one processor core. KL from the dense model's
-next-token distribution in nats, and NLL: means over the answer tokens of a family, then
-over families; "KL per row" takes the mean over rows first. Families with answers of one
-token (boolq) are left out of both. The intervals are 95 % of a paired bootstrap over
-prompts: they do not cover another model or other families. The default is `blend,
-first-layer`, the unseen static mask `others, first-layer`."""
+HEAD = """Made by `python examples/selectors_bench.py {model}`, whose first lines say where
+each mask comes from, of the rows in [selectors-{model}.csv](selectors-{model}.csv); float32
+on a Linux CPU, not run on a Mac. {spent} of one processor core.
 
-# way → family → row → metrics
-Rows = dict[str, dict[str, dict[int, dict[str, float]]]]
+KL is from the dense model's next-token distribution to the pruned one's at the tokens of
+the reference answer, in nats. *Per token*: mean over all answer tokens of a family, then
+over families; NLL and agreement are taken so too. *Per row*: mean over a row's tokens,
+over a family's rows, then over families. Families with answers of one token (boolq) are
+left out of all means. Intervals are 95 % of a bootstrap that draws the rows of each
+family anew, paired where they are of differences: they cover no other families and no
+other model. The default is `{default}`; `{static}` is the best a mask can do that is
+the same for all prompts and has not seen the family."""
+
+Row = Mapping[str, float]
+Ways = dict[str, dict[str, dict[int, Row]]]  # way → family → row → metrics
 
 
-def by_way(lines: Iterable[dict]) -> Rows:
-    """Return the results by way, family and row, for rows that every way has."""
-    found: Rows = {}
+def ways_of(lines: Iterable[Mapping], stage: Stage, wanted: int) -> Ways:
+    """Return the results of a stage's ways, for rows that every one of them has."""
+    names = (DENSE, *(way.name for way in stage.ways))
+    found: Ways = {name: {} for name in names}
     for line in lines:
-        families = found.setdefault(line["way"], {})
-        families.setdefault(line["family"], {})[line["row"]] = line
-    for family in {name for families in found.values() for name in families}:
-        common = set.intersection(*(set(s.get(family, {})) for s in found.values()))
-        for families in found.values():
-            families[family] = {n: families[family][n] for n in sorted(common)}
+        if (
+            line["way"] in found
+            and line["keep"] == round(stage.keep, 3)
+            and line["row"] < stage.rows(wanted)
+        ):
+            rows = found[line["way"]].setdefault(line["family"], {})
+            rows[line["row"]] = line
+    for family, rows in list(found[DENSE].items()):
+        common = set.intersection(*(set(w.get(family, {})) for w in found.values()))
+        tokens = {n: rows[n]["tokens"] for n in sorted(common)}
+        for ways in found.values():
+            measured = ways.pop(family, {})
+            if common:
+                ways[family] = {
+                    n: {**measured[n], "tokens": t} for n, t in tokens.items()
+                }
     return found
 
 
-def family_mean(rows: dict[int, dict[str, float]], metric: str) -> float:
-    """Return the mean over all answer tokens of a family."""
-    tokens = [row["tokens"] for row in rows.values()]
-    return float(np.average([row[metric] for row in rows.values()], weights=tokens))
+def values(
+    rows: Mapping[int, Row], metric: str, *, per_token: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a family's values and how much each weighs."""
+    weights = [row["tokens"] if per_token else 1.0 for row in rows.values()]
+    return np.array([row[metric] for row in rows.values()]), np.array(weights)
 
 
-def per_token(families: dict[str, dict[int, dict[str, float]]], metric: str) -> float:
-    """Return the mean over all answer tokens of a family, then over families."""
+def macro(
+    families: Mapping[str, Mapping[int, Row]], metric: str, *, per_token: bool = True
+) -> float:
+    """Return the mean over a family's tokens or rows, then over families."""
     means = [
-        family_mean(rows, metric)
+        np.average(found, weights=weights)
         for name, rows in families.items()
         if name not in ONE_TOKEN
+        for found, weights in [values(rows, metric, per_token=per_token)]
     ]
     return float(np.mean(means))
 
 
-def per_row(families: dict[str, dict[int, dict[str, float]]], metric: str) -> float:
-    """Return the mean over rows, then over families."""
-    return macro_mean(
-        {
-            name: [row[metric] for row in rows.values()]
-            for name, rows in families.items()
-            if name not in ONE_TOKEN
-        }
-    )
-
-
-def interval(a: dict, b: dict) -> tuple[float, float]:
-    """Return the 95 % paired bootstrap interval of the KL per token of ``a`` minus
-    that of ``b``: prompts are drawn anew within each family.
+def interval(
+    one: Mapping[str, Mapping[int, Row]],
+    other: Mapping[str, Mapping[int, Row]] | None = None,
+    *,
+    per_token: bool = True,
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a way's mean KL, or of the difference of
+    two ways' on the same rows.
     """
     rng = np.random.default_rng(0)
     means = np.zeros(SAMPLES)
-    names = [name for name in a if name not in ONE_TOKEN]
+    names = [name for name in one if name not in ONE_TOKEN]
     for name in names:
-        pairs = [(a[name][n], b[name][n]) for n in a[name]]
-        difference = np.array([one["kl"] - other["kl"] for one, other in pairs])
-        tokens = np.array([one["tokens"] for one, _ in pairs])
-        picks = rng.integers(0, len(pairs), (SAMPLES, len(pairs)))
-        total = (difference * tokens)[picks].sum(axis=1)
-        means += total / tokens[picks].sum(axis=1) / len(names)
+        found, weights = values(one[name], "kl", per_token=per_token)
+        if other is not None:
+            found = found - values(other[name], "kl")[0]
+        picks = rng.integers(0, len(found), (SAMPLES, len(found)))
+        total = (found * weights)[picks].sum(axis=1)
+        means += total / weights[picks].sum(axis=1) / len(names)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-def table(ways: Rows) -> list[str]:
-    """Return the lines of the table of one keep, best first."""
+def table(ways: Ways) -> list[str]:
+    """Return the lines of the table of one stage, best first."""
     lines = [
-        "| scores, allocation | KL per token | KL per row | NLL | agreement | KL − default | KL − unseen static |",
-        "|---|---|---|---|---|---|---|",
+        "| scores, allocation | KL per token | KL per row | NLL | agreement "
+        "| KL − default per token | per row | KL − unseen static per token |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name in sorted(ways, key=lambda name: per_token(ways[name], "kl")):
+    compared = [(DEFAULT.name, True), (DEFAULT.name, False), (STATIC.name, True)]
+    for name in _ranked(ways):
         found = ways[name]
         cells = [
-            f"{per_token(found, 'kl'):.3f}",
-            f"{per_row(found, 'kl'):.3f}",
-            f"{per_token(found, 'nll'):.3f}",
-            f"{per_token(found, 'agreement'):.1%}",
+            "{:.3f} [{:.2f}, {:.2f}]".format(macro(found, "kl"), *interval(found)),
+            f"{macro(found, 'kl', per_token=False):.3f}",
+            f"{macro(found, 'nll'):.3f}",
+            f"{macro(found, 'agreement'):.1%}",
         ]
-        cells += [
-            ""
-            if name == to
-            else "[{:+.2f}, {:+.2f}]".format(*interval(found, ways[to]))
-            for to in (DEFAULT, STATIC_UNSEEN)
-        ]
+        for other, per_token in compared:
+            low, high = interval(found, ways[other], per_token=per_token)
+            cells.append("" if name == other else f"[{low:+.2f}, {high:+.2f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def family_table(ways: Rows) -> list[str]:
+def family_table(ways: Ways) -> list[str]:
     """Return the lines of a table of the KL per token in each family."""
-    families = sorted(ways[DEFAULT])
+    families = sorted(ways[DENSE])
     lines = ["| | " + " | ".join(families) + " |", "|---" * (len(families) + 1) + "|"]
-    for name in sorted(ways, key=lambda name: per_token(ways[name], "kl")):
-        metric, label = ("nll", "dense: NLL") if name == "dense" else ("kl", name)
-        means = [f"{family_mean(ways[name][f], metric):.2f}" for f in families]
+    for name in [*_ranked(ways), DENSE]:
+        metric, label = ("nll", "dense: NLL") if name == DENSE else ("kl", name)
+        means = []
+        for family in families:
+            found, weights = values(ways[name][family], metric)
+            means.append(f"{np.average(found, weights=weights):.2f}")
         lines.append(f"| {label} | " + " | ".join(means) + " |")
     return lines
 
 
-def write_report(model: str, lines: Sequence[dict]) -> Path:
-    """Write examples/selectors-MODEL.md and return it."""
-    found = [line for line in lines if line["family"] != "all"]
-    seconds = sum(line["seconds"] for line in lines if line["family"] == "all")
-    keeps = sorted({line["keep"] for line in found}, reverse=True)
-    text = [f"# Ways of selecting, {model}", "", HEAD.format(minutes=seconds / 60)]
-    for keep in keeps:
-        ways = by_way(line for line in found if line["keep"] == keep)
-        counts = {name: len(rows) for name, rows in sorted(ways[DEFAULT].items())}
+def _ranked(ways: Ways) -> list[str]:
+    names = [name for name in ways if name != DENSE]
+    return sorted(names, key=lambda name: macro(ways[name], "kl"))
+
+
+def page_of(model: str, lines: Sequence[Mapping]) -> str:
+    """Return the page for all results of a model."""
+    wanted = 1 + max(line["row"] for line in lines)
+    seconds = sum(line["seconds"] for line in lines)
+    before = sum(line["seconds"] for line in lines if line["way"] == CALIBRATION)
+    head = HEAD.format(
+        model=model,
+        spent=f"{seconds / 60:.0f} minutes, {before / 60:.0f} of them for calibration,",
+        default=DEFAULT.name,
+        static=STATIC.name,
+    )
+    text = [f"# Ways of selecting, {model}", "", head]
+    for stage in STAGES:
+        ways = ways_of(lines, stage, wanted)
+        if not ways[DENSE]:
+            continue
+        counts = {name: len(rows) for name, rows in sorted(ways[DENSE].items())}
         shown = ", ".join(f"{name} {count}" for name, count in counts.items())
-        text += ["", f"## Keep {keep:.3g}", "", f"Rows: {shown}.", "", *table(ways)]
-        text += ["", "KL per token by family:", "", *family_table(ways)]
+        text += ["", f"## Keep {stage.keep:.3g}", "", f"Rows: {shown}.", ""]
+        text += [*table(ways), "", "KL per token by family:", "", *family_table(ways)]
+    return "\n".join(text) + "\n"
+
+
+def write_report(model: str, lines: Iterable[Mapping]) -> Path:
+    """Write examples/selectors-MODEL.csv and .md, and return the page."""
+    ordered = sorted(lines, key=lambda line: [str(line[name]) for name in FIELDS[:4]])
+    with (PAGES / f"selectors-{model}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ordered)
+    return write_page(model)
+
+
+def write_page(model: str) -> Path:
+    """Write examples/selectors-MODEL.md from the rows beside it."""
     page = PAGES / f"selectors-{model}.md"
-    page.write_text("\n".join(text) + "\n", encoding="utf-8")
+    page.write_text(page_of(model, read_rows(model)), encoding="utf-8")
     return page
+
+
+def read_rows(model: str) -> list[dict]:
+    """Return the lines of examples/selectors-MODEL.csv."""
+    with (PAGES / f"selectors-{model}.csv").open(newline="") as file:
+        lines: list[dict] = list(csv.DictReader(file))
+    for line in lines:
+        line["row"] = int(line["row"])
+        for name in FIELDS[3:]:
+            line[name] = float(line[name] or 0)
+    return lines
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/bench_report.py smollm2|gemma3")
+    print(write_page(sys.argv[1]))

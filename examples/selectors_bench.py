@@ -3,9 +3,9 @@
     python examples/selectors_bench.py [smollm2|gemma3] [--rows 40] [--jobs 2]
 
 Writes examples/selectors-MODEL.md. Every answer token is compared with the dense model's
-next-token distribution. Rows that are measured already are not measured again, so a
-stopped run goes on where it was; rows are taken in turn from all families, so that it
-can be stopped at any time. Where a mask comes from:
+next-token distribution. What is measured already is not measured again, so a stopped run
+goes on where it was; rows are taken in turn from all families, so that it can be stopped
+at any time. Where a mask comes from:
 
 - random; activation: of this prompt alone
 - prior: the package's own calibration text, none of these tasks
@@ -13,8 +13,8 @@ can be stopped at any time. Where a mask comes from:
 - others: one static mask from 16 examples each of the other families
 - task: one static mask from 16 other examples of the same family
 
-The allocation `sensitivity` is measured on calibration examples of the other families,
-`own sensitivity` on those of all, as a user with data of the task would.
+The allocation `sensitivity` goes by costs measured on a calibration example of each
+family: of the other nine, or of all ten where the mask is the task's own.
 """
 
 import argparse
@@ -23,20 +23,21 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from bench_model import Bench, Reading, energy
-from bench_report import write_report
+from bench_report import ALL, CALIBRATION, write_report
+from bench_ways import STAGES, Way
 from fetch import MODELS, fetch
 from task_families import write as write_families
 from tqdm import tqdm
 
 from ifp_mlx import Selection, masks, selectors
+from ifp_mlx.atomic import new_file
 from ifp_mlx.compensation import read_channels
 from ifp_mlx.evaluation.log import Log
 from ifp_mlx.evaluation.rows import Row, read_rows
@@ -46,54 +47,8 @@ from ifp_mlx.sensitivity import Probe
 ANSWER_TOKENS = 96
 TASK_TOKENS = 1000  # of the calibration examples, for the task's own compensation
 SENSITIVITY_TOKENS = 110  # of one example of each family
-KEEPS = (0.5, 0.75, 1 / 3)
-STAGES = (KEEPS[:1], KEEPS[1:])  # all rows go through the first before the second
 KEY = ("family", "row", "way", "keep")
-CPU = ("all", 0, "processor", 0.0)  # under which a job keeps the time it took
 SETTINGS = {"answer_tokens": ANSWER_TOKENS}
-
-
-class Way(NamedTuple):
-    """One way of selecting.
-
-    Attributes:
-        scores: where they come from.
-        allocation: how the kept channels are spread over the layers.
-        compensation: the text that it learns from, ``prompt`` or ``examples``.
-        prompt: which model reads the prompt, ``compact`` or ``dense``.
-        keeps: the kept shares it is measured at.
-    """
-
-    scores: str
-    allocation: str
-    compensation: str = ""
-    prompt: str = "compact"
-    keeps: tuple[float, ...] = KEEPS[:1]
-
-    @property
-    def name(self) -> str:
-        """What the table calls it."""
-        text = f"{self.scores}, {self.allocation}"
-        text += f", compensated by {self.compensation}" if self.compensation else ""
-        return text + (", dense prompt" if self.prompt == "dense" else "")
-
-
-WAYS = (
-    Way("random", "uniform"),
-    Way("others", "uniform"),
-    Way("others", "first-layer", keeps=KEEPS),
-    Way("activation", "uniform", keeps=KEEPS),
-    Way("activation", "uniform", prompt="dense", keeps=KEEPS),
-    Way("activation", "first-layer"),
-    Way("blend", "first-layer", keeps=KEEPS),
-    Way("blend", "first-layer", prompt="dense", keeps=KEEPS),
-    Way("blend", "first-layer", "prompt", keeps=KEEPS),
-    Way("blend", "first-layer", "prompt", prompt="dense"),
-    Way("blend", "sensitivity"),
-    Way("task", "first-layer"),
-    Way("task", "own sensitivity", keeps=KEEPS),
-    Way("task", "own sensitivity", "examples"),
-)
 
 
 class Statics:
@@ -107,27 +62,32 @@ class Statics:
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.bench = bench
         self._examples: dict[str, list[list[int]]] = {}
-        self._sliced: dict[tuple, list[nn.Module]] = {}
+        self._compensated: dict[tuple, list[nn.Module]] = {}
         files = sorted((write_families() / "calibration").glob("*.jsonl"))
         self.families = [file.stem for file in files]
         for file in files:
             rows = read_rows(file, bench.tokenizer, answer_tokens=ANSWER_TOKENS)
             self._examples[file.stem] = [row.prompt + row.answer for row in rows]
-        self._energy = self._kept(folder / "energies.safetensors", self._measure_energy)
-        self._costs = self._kept(folder / "costs.safetensors", self._measure_costs)
+        self._energy = _kept(folder / "energies.safetensors", self._measure_energy)
+        self._costs = _kept(folder / "costs.safetensors", self._measure_costs)
 
     def scores(self, kind: str, family: str) -> mx.array:
         """Return the static scores ``others`` or ``task`` of a family, ``[L, F]``."""
         if kind == "task":
             return mx.sqrt(self._energy[family])
-        return _static(e for name, e in self._energy.items() if name != family)
+        shares = (
+            energy / energy.sum(axis=1, keepdims=True)  # each family has the same say
+            for name, energy in self._energy.items()
+            if name != family
+        )
+        return mx.sqrt(sum(shares))
 
-    def costs(self, allocation: str, family: str) -> mx.array | None:
-        """Return the layers' costs ``[L, 6]`` that an allocation goes by."""
-        if not allocation.endswith("sensitivity"):
-            return None
-        own = allocation == "own sensitivity"
-        found = [c for name, c in self._costs.items() if own or name != family]
+    def costs(self, kind: str, family: str) -> mx.array:
+        """Return the layers' costs ``[L, 6]``: a task's mask may know its own family,
+        others may not.
+        """
+        known = self._costs.items()
+        found = [c for name, c in known if kind == "task" or name != family]
         return mx.stack(found).mean(axis=0)
 
     def compensated(self, family: str, selection: Selection) -> list[nn.Module]:
@@ -135,19 +95,11 @@ class Statics:
         compensated by what its first calibration examples show.
         """
         key = family, selection.mask_id
-        if key not in self._sliced:
+        if key not in self._compensated:
             tokens = sum(self._examples[family], [])[:TASK_TOKENS]
             channels = read_channels(self.bench.dense, tokens)
-            self._sliced[key] = self.bench.sliced(selection, channels)
-        return self._sliced[key]
-
-    def _kept(self, file: Path, measure: Any) -> dict[str, mx.array]:
-        if not file.exists():
-            mx.save_safetensors(
-                str(file.with_suffix(".partial.safetensors")), measure()
-            )
-            file.with_suffix(".partial.safetensors").rename(file)
-        return dict(mx.load(str(file)))  # type: ignore[arg-type]
+            self._compensated[key] = self.bench.sliced(selection, channels)
+        return self._compensated[key]
 
     def _measure_energy(self) -> dict[str, mx.array]:
         found = {}
@@ -157,82 +109,113 @@ class Statics:
         return found
 
     def _measure_costs(self) -> dict[str, mx.array]:
-        """Return each family's costs ``[L, 6]``, by texts of its calibration rows."""
+        """Return each family's costs ``[L, 6]``, by a text of its calibration rows."""
         texts = []
         for name in self.families:
             enough = [text for text in self._examples[name] if len(text) > 60]
             texts += [min(enough, key=len)[:SENSITIVITY_TOKENS]]
-        probe = Probe(self.bench.model, texts, _static(self._energy.values()))
+        # By the prior, so that no family has a say in the costs of another.
+        probe = Probe(self.bench.model, texts, self.bench.prior)
         layers = tqdm(range(self.bench.model.layers), "sensitivity", disable=None)
         costs = mx.array([probe.costs(layer).tolist() for layer in layers])
         return {name: costs[:, n] for n, name in enumerate(self.families)}
 
 
-def _static(energies: Any) -> mx.array:
-    """Return the scores of several texts together, each with the same say."""
-    shares = (energy / energy.sum(axis=1, keepdims=True) for energy in energies)
-    return mx.sqrt(sum(shares))
+def _kept(file: Path, measure: Callable[[], dict[str, mx.array]]) -> dict:
+    """Return arrays from a file, or measure and keep them."""
+    if not file.exists():
+        with new_file(file) as scratch:
+            mx.save_safetensors(str(scratch), measure())
+    return dict(mx.load(str(file)))  # type: ignore[arg-type]
 
 
 def measure_row(
-    statics: Statics, family: str, number: int, row: Row, keeps: tuple[float, ...]
+    statics: Statics, family: str, number: int, row: Row, keep: float, ways: list[Way]
 ) -> Iterator[dict]:
-    """Yield the results of every way that is measured at one of ``keeps``."""
+    """Yield a line of results for the dense model and for every way, with the
+    processor time it took; a way's slices are made but once.
+    """
     bench = statics.bench
+    clock = Clock()
     reading = bench.read(row)
-    about = {"family": family, "row": number, "tokens": len(row.answer)}
+    about = {"family": family, "row": number, "keep": round(keep, 3)}
     reference = metrics(row, reading.reference, reading.reference)
-    yield about | {"way": "dense", "keep": round(keeps[0], 3)} | reference
+    yield about | {
+        "way": "dense",
+        "tokens": len(row.answer),
+        **_short(reference),
+        "seconds": clock.lap(),
+    }
     scores = row_scores(statics, family, number, reading)
-    chosen = [(way, keep) for way in WAYS for keep in way.keeps if keep in keeps]
-    for (kind, allocation, text, keep), group in groupby(
-        sorted(chosen, key=lambda c: (*c[0][:3], c[1])), lambda c: (*c[0][:3], c[1])
-    ):
-        costs = statics.costs(allocation, family)
-        selection = choose(bench, scores[kind], allocation, keep, costs)
-        if text == "examples":
-            modules = statics.compensated(family, selection)
+    sliced: dict[tuple, list[nn.Module]] = {}
+    for way in ways:
+        key = way[:3]
+        if key not in sliced:
+            sliced[key] = modules_of(statics, family, reading, way, keep, scores)
+        if way.prompt == "dense":
+            found = bench.decode(row, sliced[key], reading)
         else:
-            modules = bench.sliced(selection, reading.channels if text else None)
-        for way, _ in group:
-            if way.prompt == "dense":
-                found = bench.decode(row, modules, reading)
-            else:
-                found = bench.compact(row, modules)
-            measured = metrics(row, found, reading.reference)
-            yield about | {"way": way.name, "keep": round(keep, 3)} | measured
+            found = bench.compact(row, sliced[key])
+        measured = _short(metrics(row, found, reading.reference))
+        yield about | {"way": way.name} | measured | {"seconds": clock.lap()}
+
+
+def modules_of(
+    statics: Statics,
+    family: str,
+    reading: Reading,
+    way: Way,
+    keep: float,
+    scores: dict[str, mx.array],
+) -> list[nn.Module]:
+    """Return the sliced FFNs of a way."""
+    model = statics.bench.model
+    costs = None
+    if way.allocation == "sensitivity":
+        costs = statics.costs(way.scores, family)
+    k = masks.target_size(model.channels, keep, model.granularity)
+    sizes = masks.layer_sizes(
+        k, model.layers, model.channels, way.allocation, model.granularity, costs
+    )
+    selection = masks.select(scores[way.scores], sizes, granularity=model.granularity)
+    if way.compensation == "examples":
+        return statics.compensated(family, selection)
+    seen = reading.channels if way.compensation else None
+    return statics.bench.sliced(selection, seen)
 
 
 def row_scores(
     statics: Statics, family: str, number: int, reading: Reading
 ) -> dict[str, mx.array]:
     """Return the scores of every kind for one row, each ``[L, F]``."""
-    bench = statics.bench
+    prior = statics.bench.prior
     local = mx.sqrt(mx.stack([energy(h) for h in reading.channels]))
     L, F = local.shape
     return {
         "random": selectors.random_scores(L, F, seed=number),
         "activation": local,
-        "blend": selectors.blend_scores(local, bench.prior),
+        "prior": prior,
+        "blend": selectors.blend_scores(local, prior),
         "others": statics.scores("others", family),
         "task": statics.scores("task", family),
     }
 
 
-def choose(
-    bench: Bench,
-    scores: mx.array,
-    allocation: str,
-    keep: float,
-    costs: mx.array | None,
-) -> Selection:
-    """Return the selection, its layers as wide as the allocation says."""
-    model = bench.model
-    k = masks.target_size(model.channels, keep, model.granularity)
-    name: Any = allocation.removeprefix("own ")
-    shape = (k, model.layers, model.channels, name, model.granularity)
-    sizes = masks.layer_sizes(*shape, costs)
-    return masks.select(scores, sizes, granularity=model.granularity)
+def _short(values: dict[str, float]) -> dict[str, float]:
+    """Return numbers with no more digits than they are worth."""
+    return {name: round(value, 5) for name, value in values.items()}
+
+
+class Clock:
+    """Says how much time of a processor core this process has used since last asked."""
+
+    def __init__(self) -> None:
+        self._last = time.process_time()
+
+    def lap(self) -> float:
+        """Return seconds."""
+        before, self._last = self._last, time.process_time()
+        return round(self._last - before, 2)
 
 
 def own_copy(source: Path) -> Path:
@@ -252,26 +235,37 @@ def own_copy(source: Path) -> Path:
 
 def rows_in_turn(bench: Bench, count: int) -> Iterator[tuple[str, int, Row]]:
     """Yield family, number and row: the first of every family, then the second, ..."""
-    files = sorted((write_families() / "test").glob("*.jsonl"))
-    rows = {
-        file.stem: read_rows(
-            file, bench.tokenizer, limit=count, answer_tokens=ANSWER_TOKENS
-        )
-        for file in files
-    }
     for number in range(count):
-        for family, found in rows.items():
+        for family, found in families_of(bench).items():
             if number < len(found):
                 yield family, number, found[number]
 
 
+@cache
+def families_of(bench: Bench) -> dict[str, list[Row]]:
+    """Return the held-out rows of every family."""
+    files = sorted((write_families() / "test").glob("*.jsonl"))
+    return {
+        file.stem: read_rows(file, bench.tokenizer, answer_tokens=ANSWER_TOKENS)
+        for file in files
+    }
+
+
 def read_logs(folder: Path) -> dict[tuple, dict]:
     """Return the results of all jobs so far, by family, row, way and keep."""
-    files = sorted(folder.glob("job-*"))
     found: dict[tuple, dict] = {}
-    for file in files:
+    for file in sorted(folder.glob("job-*")):
         found |= Log(file, SETTINGS, KEY).lines
     return found
+
+
+def calibrate(name: str, folder: Path) -> None:
+    """Measure what all jobs need, once."""
+    log, clock = Log(folder / "job-calibration", SETTINGS, KEY), Clock()
+    key = (ALL, 0, CALIBRATION, 0.0)
+    if key not in log:
+        Statics(Bench(own_copy(fetch(name))), folder)
+        log.add(dict(zip(KEY, key, strict=True)) | {"seconds": clock.lap()})
 
 
 def measure(name: str, folder: Path, rows: int, job: int, jobs: int) -> None:
@@ -280,16 +274,18 @@ def measure(name: str, folder: Path, rows: int, job: int, jobs: int) -> None:
     bench = Bench(own_copy(fetch(name)))
     statics = Statics(bench, folder)
     log = Log(folder / f"job-{job}", SETTINGS, KEY)
-    everything = [
-        (*row, keeps) for keeps in STAGES for row in rows_in_turn(bench, rows)
+    todo = [
+        (stage, *row)
+        for stage in STAGES
+        for row in rows_in_turn(bench, stage.rows(rows))
     ]
-    start, before = time.process_time(), log.lines.get(CPU, {"seconds": 0.0})["seconds"]
-    for family, number, row, keeps in tqdm(everything[job::jobs], disable=None):
-        if (family, number, "dense", round(keeps[0], 3)) in done:
+    for stage, family, number, row in tqdm(todo[job::jobs], disable=None):
+        keep = round(stage.keep, 3)
+        ways = [w for w in stage.ways if (family, number, w.name, keep) not in done]
+        if not ways:
             continue
-        log.add(*measure_row(statics, family, number, row, keeps))
-        spent = before + time.process_time() - start
-        log.add(dict(zip(KEY, CPU, strict=True)) | {"seconds": spent})
+        log.add(*measure_row(statics, family, number, row, stage.keep, ways))
+        done |= log.lines
 
 
 def main() -> None:
@@ -305,7 +301,7 @@ def main() -> None:
     if args.job is not None:
         measure(args.name, folder, args.rows, args.job, args.jobs)
         return
-    Statics(Bench(own_copy(fetch(args.name))), folder)  # before the jobs need it
+    calibrate(args.name, folder)
     again = [sys.executable, __file__, *sys.argv[1:], "--job"]
     jobs = [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]
     if any(job.wait() for job in jobs):

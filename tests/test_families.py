@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from ifp_mlx import load
 from ifp_mlx.compact import write_compact
 from ifp_mlx.pruning import TESTED, ffn_layers
-from ifp_mlx.sensitivity import _Probe
+from ifp_mlx.sensitivity import Probe
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -95,8 +95,8 @@ def test_sensitivity_replays_only_blocks_that_stand_alone(
 ):
     # The last blocks of afm7 take keys and values from block 1.
     model, _ = load(folder_of(tmp_path / "model", name))
-    probe = _Probe(model, [families.TOKENS, [7, *families.TOKENS[1:]]])
+    probe = Probe(model, [families.TOKENS, [7, *families.TOKENS[1:]]])
     assert probe._can_replay(1) == alone
     costs = probe.costs(2)
-    monkeypatch.setattr(_Probe, "_can_replay", lambda *_: False)
+    monkeypatch.setattr(Probe, "_can_replay", lambda *_: False)
     assert costs == pytest.approx(probe.costs(2), rel=1e-3) and costs[0] > 0

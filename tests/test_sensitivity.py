@@ -160,3 +160,65 @@ def test_the_command_measures_once(small, tmp_path, capsys, monkeypatch):
     assert status == 0 and again == out
     report = json.loads(out.splitlines()[-1])
     assert len(report["kl"]) == 3 and report["shares"] == list(MEASURED_SHARES)
+
+
+def write_examples(path, word):
+    lines = [
+        {"prompt": f"Say {word} {number} times, please.", "completion": word * number}
+        for number in range(1, 9)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_command_measures_again_on_a_users_own_files(
+    small, tmp_path, capsys, monkeypatch
+):
+    folder = write_folder(tmp_path / "tiny")
+    files = [write_examples(tmp_path / f"{w}.jsonl", w) for w in ("one", "two")]
+    command = ("--model", folder, "--json")
+    _, stock, _ = run_command(main, capsys, *command)
+    status, own, _ = run_command(main, capsys, *command, "--data", *files)
+    assert status == 0 and own != stock
+    model = load(folder)[0]
+    texts = sensitivity.data_texts(model, files)
+    assert (
+        len(texts) == sensitivity.DATA_TEXTS
+        and max(map(len, texts)) <= sensitivity.TOKENS
+    )
+    again = measure_sensitivity(load(write_folder(tmp_path / "other"))[0], texts)
+    np.testing.assert_allclose(json.loads(own.splitlines()[-1])["kl"], again, rtol=1e-4)
+    monkeypatch.setattr(sensitivity, "measure_sensitivity", None)
+    # What was measured on these files stays, and is used whatever it was measured on.
+    for options in (("--data", *files), ()):
+        assert run_command(main, capsys, *command, *options)[1] == own
+
+
+def test_a_stopped_measurement_on_other_texts_is_not_gone_on_with(
+    tmp_path, monkeypatch
+):
+    folder = write_folder(tmp_path / "tiny")
+    model = load(folder)[0]
+    file = write_examples(tmp_path / "one.jsonl", "one")
+    costs = sensitivity.Probe.costs
+
+    def stopped(probe, layer):
+        if layer == 1:
+            raise KeyboardInterrupt
+        return costs(probe, layer)
+
+    monkeypatch.setattr(sensitivity.Probe, "costs", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(model)
+    monkeypatch.setattr(sensitivity.Probe, "costs", costs)
+    texts = sensitivity.data_texts(model, [file])
+    found = measure_sensitivity(load(folder)[0], texts)
+    whole = measure_sensitivity(load(write_folder(tmp_path / "other"))[0], texts)
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_files_without_examples_are_refused(tmp_path, capsys):
+    folder, empty = write_folder(tmp_path / "tiny"), tmp_path / "empty.jsonl"
+    empty.write_text("")
+    status, _, error = run_command(main, capsys, "--model", folder, "--data", empty)
+    assert status == 2 and "empty.jsonl hold no example" in error

@@ -1,0 +1,78 @@
+"""The ways of selecting that selectors_bench.py compares, table by table."""
+
+from typing import NamedTuple
+
+from ifp_mlx.masks import Allocation
+
+
+class Way(NamedTuple):
+    """One way of selecting.
+
+    Attributes:
+        scores: where they come from.
+        allocation: how the kept channels are spread over the layers.
+        compensation: the text that it learns from, ``prompt`` or ``examples``.
+        prompt: which model reads the prompt, ``compact`` or ``dense``.
+    """
+
+    scores: str
+    allocation: Allocation
+    compensation: str = ""
+    prompt: str = "compact"
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        text = f"{self.scores}, {self.allocation}"
+        text += f", compensated by {self.compensation}" if self.compensation else ""
+        return text + (", dense prompt" if self.prompt == "dense" else "")
+
+
+class Stage(NamedTuple):
+    """One table: all its rows are measured before the next stage's.
+
+    Attributes:
+        ways: that are compared.
+        keep: kept share of the channels.
+        share: of the rows asked for.
+    """
+
+    ways: tuple[Way, ...]
+    keep: float
+    share: float
+
+    def rows(self, wanted: int) -> int:
+        """Return how many rows of each family are measured."""
+        return max(1, round(wanted * self.share))
+
+
+DEFAULT = Way("blend", "first-layer")
+STATIC = Way("others", "first-layer")  # that did not see the family
+COMMON = (
+    Way("activation", "uniform"),
+    Way("activation", "uniform", prompt="dense"),
+    DEFAULT,
+    STATIC,
+    Way("task", "first-layer"),
+    Way("task", "sensitivity"),
+)
+MAIN = (*COMMON, Way("blend", "first-layer", "prompt"))
+FURTHER = (
+    DEFAULT,
+    STATIC,
+    Way("random", "uniform"),
+    Way("prior", "first-layer"),
+    Way("others", "uniform"),
+    Way("activation", "first-layer"),
+    Way("task", "uniform"),
+    Way("blend", "first-layer", prompt="dense"),
+    Way("blend", "sensitivity"),
+    Way("task", "sensitivity", prompt="dense"),
+    Way("task", "sensitivity", "examples"),
+)
+STAGES = (
+    Stage(MAIN, 0.5, 1),
+    Stage(COMMON, 0.75, 1 / 4),
+    Stage(COMMON, 1 / 3, 1 / 4),
+    Stage(FURTHER, 0.5, 1 / 4),
+)

@@ -1,0 +1,195 @@
+"""The bench of selectors: its cheap passes are the compact model's, its means right."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import write_folder
+
+from ifp_mlx import load
+from ifp_mlx.compensation import compensated_down
+from ifp_mlx.evaluation.rows import Row
+from ifp_mlx.evaluation.teacher import Evaluator, metrics
+from ifp_mlx.masks import select
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+import bench_report as report
+import selectors_bench
+from bench_model import Bench, energy
+from bench_ways import DEFAULT, STAGES, STATIC, Stage, Way
+
+ROW = Row([7, 91, 30, 4, 55, 12, 80, 9], [33, 18, 2, 60, 77])
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def bench(request, tmp_path_factory):
+    folder = write_folder(tmp_path_factory.mktemp("bench") / "tiny", request.param)
+    mx.save_safetensors(
+        str(folder / "prior.safetensors"), {"scores": mx.random.uniform(shape=(3, 64))}
+    )
+    return Bench(folder)
+
+
+def selection_of(bench, seed=0):
+    rng = np.random.default_rng(seed)
+    return select(mx.array(rng.random((3, 64), np.float32)), [40, 20, 32])
+
+
+@pytest.mark.parametrize("row", [ROW, Row(ROW.prompt, [33])])
+def test_both_ways_of_reading_agree_with_the_evaluators(bench, row):
+    selection, reading = selection_of(bench), bench.read(row)
+    evaluator = Evaluator(load(bench.model.path)[0])
+    reference = evaluator.reference(row, keep_cache=True)
+    np.testing.assert_allclose(
+        reading.reference, reference.log_probabilities, rtol=1e-4, atol=1e-5
+    )
+    modules = bench.sliced(selection)
+    found = {
+        "compact": bench.compact(row, modules),
+        "dense": bench.decode(row, modules, reading),
+    }
+    for prefill, values in found.items():
+        expected = evaluator.measure(row, selection.mask(), reference, prefill)
+        measured = metrics(row, values, reading.reference)
+        assert measured == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    again = bench.read(row)  # nothing of the compact model is left
+    assert mx.array_equal(again.reference, reading.reference)
+
+
+def test_a_reading_shows_the_prompts_channels(bench):
+    reading = bench.read(ROW)
+    assert [h.shape for h in reading.channels] == [(len(ROW.prompt), 64)] * 3
+    scores = bench.model.scores(ROW.prompt, "activation", dense=bench.dense)
+    local = mx.sqrt(mx.stack([energy(h) for h in reading.channels]))
+    np.testing.assert_allclose(local, scores, rtol=1e-4)
+
+
+def test_compensated_slices_are_the_packages(bench):
+    selection, reading = selection_of(bench), bench.read(ROW)
+    modules = bench.sliced(selection, reading.channels)
+    for (_, _, ffn), module, h, index in zip(
+        bench.ffns, modules, reading.channels, selection.indices, strict=True
+    ):
+        down = compensated_down(ffn.down_proj.weight, h, index)
+        np.testing.assert_allclose(module._weights[2].T, down, rtol=1e-4, atol=1e-6)
+
+
+def lines_of(way, rows, keep=0.5):
+    """Return a line for each of family → row → (tokens, KL)."""
+    return [
+        {"family": family, "row": number, "way": way, "keep": keep, "tokens": tokens}
+        | {"kl": kl, "nll": 1.0, "agreement": 0.5, "seconds": 1.0}
+        for family, found in rows.items()
+        for number, (tokens, kl) in enumerate(found)
+    ]
+
+
+ROWS = {"a": [(1, 2.0), (3, 4.0)], "b": [(2, 1.0), (2, 3.0)], "boolq": [(1, 9.0)] * 2}
+
+
+def families_of(rows):
+    return {
+        family: {n: {"tokens": t, "kl": kl} for n, (t, kl) in enumerate(found)}
+        for family, found in rows.items()
+    }
+
+
+def test_means_are_over_tokens_or_rows_and_then_over_families():
+    families = families_of(ROWS)
+    assert report.macro(families, "kl") == pytest.approx((3.5 + 2) / 2)
+    assert report.macro(families, "kl", per_token=False) == pytest.approx((3 + 2) / 2)
+
+
+def test_intervals_are_of_paired_differences():
+    one = families_of(ROWS)
+    other = families_of({f: [(t, kl - 0.5) for t, kl in r] for f, r in ROWS.items()})
+    assert report.interval(one, other) == pytest.approx((0.5, 0.5))
+    assert report.interval(one, one) == (0, 0)
+    low, high = report.interval(one)
+    assert low < report.macro(one, "kl") < high
+
+
+def test_a_table_has_only_rows_that_every_way_has():
+    stage = Stage((DEFAULT, STATIC), 0.5, 1 / 2)
+    lines = lines_of("dense", {"a": [(1, 0)] * 4, "b": [(1, 0)] * 4})
+    lines += lines_of(DEFAULT.name, {"a": [(0, 1)] * 4, "b": [(0, 1)] * 4})
+    lines += lines_of(STATIC.name, {"a": [(0, 2)] * 4, "b": [(0, 2)]})
+    lines += lines_of(STATIC.name, {"b": [(0, 2)] * 4}, keep=0.75)
+    ways = report.ways_of(lines, stage, 4)
+    assert {f: list(rows) for f, rows in ways[STATIC.name].items()} == {
+        "a": [0, 1],
+        "b": [0],
+    }
+    assert report.table(ways)[2].startswith(f"| {DEFAULT.name} | 1.000 [1.00, 1.00]")
+
+
+def test_every_table_has_the_default_and_the_static_mask():
+    for stage in STAGES:
+        assert {DEFAULT, STATIC} <= set(stage.ways)
+        assert len({way.name for way in stage.ways}) == len(stage.ways)
+
+
+def test_a_page_is_made_of_its_rows_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PAGES", tmp_path)
+    rows = {"a": [(1, 0)] * 4, "b": [(2, 0)] * 4}
+    lines = lines_of("dense", rows)
+    for way in STAGES[0].ways:
+        lines += lines_of(way.name, rows)
+    page = report.write_report("tiny", lines).read_text()
+    assert "Rows: a 4, b 4." in page and "KL per token by family" in page
+    assert report.write_page("tiny").read_text() == page
+
+
+def test_a_stopped_run_goes_on_and_measures_nothing_twice(
+    tmp_path, monkeypatch, capsys
+):
+    for part in ("calibration", "test"):
+        for family in ("ant", "bee"):
+            file = tmp_path / part / f"{family}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            line = {
+                "prompt": f"Tell me of the {family}." * 3,
+                "completion": "It is so.",
+            }
+            file.write_text((json.dumps(line) + "\n") * 3)
+    folder, log = write_folder(tmp_path / "tiny"), tmp_path / "log"
+    log.mkdir()
+    way = Way("task", "sensitivity", "examples")
+    stages = (Stage((DEFAULT, way), 0.5, 1), Stage((DEFAULT, STATIC), 0.5, 1))
+    monkeypatch.setattr(selectors_bench, "STAGES", stages)
+    monkeypatch.setattr(selectors_bench, "write_families", lambda: tmp_path)
+    monkeypatch.setattr(selectors_bench, "fetch", lambda name: folder)
+    monkeypatch.setattr(selectors_bench, "MODELS", tmp_path)
+    measured, real = [], selectors_bench.measure_row
+
+    def stopped(statics, family, number, *rest):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append((family, number))
+        return real(statics, family, number, *rest)
+
+    monkeypatch.setattr(selectors_bench, "measure_row", stopped)
+    selectors_bench.calibrate("tiny", log)
+    with pytest.raises(KeyboardInterrupt):
+        selectors_bench.measure("tiny", log, 2, 0, 1)
+    assert measured == [("ant", 0), ("bee", 0), ("ant", 1)]
+    found = selectors_bench.read_logs(log)
+    monkeypatch.setattr(selectors_bench, "measure_row", real)
+    selectors_bench.measure("tiny", log, 2, 0, 1)
+    after = selectors_bench.read_logs(log)
+    assert {k: v for k, v in after.items() if k in found and k[2] != "dense"} == {
+        k: v for k, v in found.items() if k[2] != "dense"
+    }
+    # Calibration, and of four rows the dense model and three ways.
+    assert len(after) == 1 + 4 * (1 + 3)
+    monkeypatch.setattr(selectors_bench, "measure_row", None)
+    selectors_bench.measure("tiny", log, 2, 0, 1)
+    assert all(
+        np.isfinite(line["kl"])
+        for key, line in after.items()
+        if key[1:2] != (0,) or key[0] != "all"
+    )
