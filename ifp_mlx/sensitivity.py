@@ -140,16 +140,19 @@ class Probe:
         self.outputs = [outputs for outputs, _ in runs]
         self.reference = [self._log_probabilities(logits) for _, logits in runs]
 
-    def costs(self, layer: int) -> np.ndarray:
-        """Return the KL of each of ``N`` texts for each of ``MEASURED_SHARES`` of one
-        layer, nats per token, ``[N, 6]``.
+    def costs(
+        self, layer: int, shares: Sequence[float] = MEASURED_SHARES
+    ) -> np.ndarray:
+        """Return the KL of each of ``N`` texts where one layer keeps each of ``S``
+        shares, nats per token, ``[N, S]``.
         """
         set_masks(self.masked, self.ones)
         self.replay = layer - 1 if self._can_replay(layer - 1) else -1
-        found = [self._cost(layer, share) for share in MEASURED_SHARES[:-1]]
-        return np.array([*found, [0.0] * len(self.texts)]).T
+        return np.array([self._cost(layer, share) for share in shares]).T
 
     def _cost(self, layer: int, share: float) -> list[float]:
+        if share == 1:
+            return [0.0] * len(self.texts)
         F = self.ones.shape[1]
         mask = mx.zeros(F)
         if k := round(share * F / self.granularity) * self.granularity:

@@ -173,21 +173,21 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(
         return real(statics, family, number, *rest)
 
     monkeypatch.setattr(selectors_bench, "measure_row", stopped)
-    selectors_bench.calibrate("tiny", log)
+    selectors_bench.calibrate("tiny", log, {})
     with pytest.raises(KeyboardInterrupt):
-        selectors_bench.measure("tiny", log, 2, 0, 1)
+        selectors_bench.measure("tiny", log, {}, 2, 0, 1)
     assert measured == [("ant", 0), ("bee", 0), ("ant", 1)]
-    found = selectors_bench.read_logs(log)
+    found = selectors_bench.read_logs(log, {})
     monkeypatch.setattr(selectors_bench, "measure_row", real)
-    selectors_bench.measure("tiny", log, 2, 0, 1)
-    after = selectors_bench.read_logs(log)
+    selectors_bench.measure("tiny", log, {}, 2, 0, 1)
+    after = selectors_bench.read_logs(log, {})
     assert {k: v for k, v in after.items() if k in found and k[2] != "dense"} == {
         k: v for k, v in found.items() if k[2] != "dense"
     }
     # Calibration, and of four rows the dense model and three ways.
     assert len(after) == 1 + 4 * (1 + 3)
     monkeypatch.setattr(selectors_bench, "measure_row", None)
-    selectors_bench.measure("tiny", log, 2, 0, 1)
+    selectors_bench.measure("tiny", log, {}, 2, 0, 1)
     assert all(
         np.isfinite(line["kl"])
         for key, line in after.items()
