@@ -14,6 +14,8 @@ at any time. Where a mask comes from:
 - others: one static mask from 16 examples each of the other families
 - task: one static mask from 16 other examples of the same family
 
+In the last two prompts and answers have the same say.
+
 The allocation `sensitivity` goes by costs measured on a calibration example of each
 family: of the other nine, or of all ten where the mask is the task's own.
 """
@@ -46,6 +48,7 @@ from ifp_mlx.evaluation.teacher import metrics
 from ifp_mlx.sensitivity import Probe
 
 TASK_TOKENS = 1000  # of the calibration examples, for the task's own compensation
+PARTS = ("prompt", "answer")
 KEY = ("family", "row", "way", "keep")
 KEEPS = sorted({stage.keep for stage in STAGES})
 
@@ -60,26 +63,24 @@ class Statics:
 
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.bench = bench
-        self._examples: dict[str, list[list[int]]] = {}
+        self._examples: dict[str, list[Row]] = {}
         self._compensated: dict[tuple, list[nn.Module]] = {}
         files = sorted((write_families() / "calibration").glob("*.jsonl"))
         self.families = [file.stem for file in files]
         for file in files:
             rows = read_rows(file, bench.tokenizer, answer_tokens=bench.answer_tokens)
-            self._examples[file.stem] = [row.prompt + row.answer for row in rows]
+            self._examples[file.stem] = rows
         self._energy = _kept(folder / "energies.safetensors", self._measure_energy)
         self._costs = _kept(folder / "costs.safetensors", self._measure_costs)
 
     def scores(self, kind: str, family: str) -> mx.array:
         """Return the static scores ``others`` or ``task`` of a family, ``[L, F]``."""
+        names = [name for name in self.families if name != family]
         if kind == "task":
-            return mx.sqrt(self._energy[family])
-        shares = (
-            energy / energy.sum(axis=1, keepdims=True)  # each family has the same say
-            for name, energy in self._energy.items()
-            if name != family
-        )
-        return mx.sqrt(sum(shares))
+            names = [family]
+        parts = [self._energy[f"{name}.{part}"] for name in names for part in PARTS]
+        # Families have the same say, and so have prompts and answers.
+        return mx.sqrt(sum(part / part.sum(axis=1, keepdims=True) for part in parts))
 
     def costs(self, kind: str, family: str, keep: float) -> mx.array:
         """Return what keeping that share costs each layer, as :func:`masks.layer_sizes`
@@ -97,16 +98,25 @@ class Statics:
         """
         key = family, selection.mask_id
         if key not in self._compensated:
-            tokens = sum(self._examples[family], [])[:TASK_TOKENS]
+            texts = [row.prompt + row.answer for row in self._examples[family]]
+            tokens = sum(texts, [])[:TASK_TOKENS]
             channels = read_channels(self.bench.dense, tokens)
             self._compensated[key] = self.bench.sliced(selection, channels)
         return self._compensated[key]
 
     def _measure_energy(self) -> dict[str, mx.array]:
-        found = {}
+        """Return the squared statistic of each family's prompts and answers."""
+        found: dict[str, mx.array] = {}
         for name in tqdm(self.families, "statistics", disable=None):
-            scores = selectors.prior_scores(self.bench.dense, self._examples[name])
-            found[name] = mx.square(scores)
+            parts = [mx.array(0.0)] * 2
+            for row in self._examples[name]:
+                channels = read_channels(self.bench.dense, row.prompt + row.answer)
+                P = len(row.prompt)
+                for part, tokens in enumerate((slice(P), slice(P, None))):
+                    more = mx.stack([energy(h[tokens]) for h in channels])
+                    parts[part] = parts[part] + more
+                mx.eval(parts)
+            found |= {f"{name}.{p}": e for p, e in zip(PARTS, parts, strict=True)}
         return found
 
     def _measure_costs(self) -> dict[str, mx.array]:
@@ -115,7 +125,8 @@ class Statics:
         """
         texts = []
         for name in self.families:
-            enough = [text for text in self._examples[name] if len(text) > 60]
+            every = [row.prompt + row.answer for row in self._examples[name]]
+            enough = [text for text in every if len(text) > 60]
             texts += [min(enough, key=len)[: round(1.15 * self.bench.answer_tokens)]]
         # By the prior, so that no family has a say in the costs of another.
         probe = Probe(self.bench.model, texts, self.bench.prior)

@@ -66,6 +66,35 @@ def prior_scores(
     return mx.sqrt(energy)
 
 
+def task_scores(
+    model: nn.Module,
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> mx.array:
+    """Score channels by how strongly a task's prompts and its answers use them.
+
+    Prompts and answers have the same say, however long they are.
+
+    Args:
+        model: the dense stock model.
+        examples: token ids of each prompt and its answer, which may be empty.
+        progress: wraps the iteration over examples.
+
+    Returns:
+        ``[L, F]`` float32, not negative.
+    """
+    prompts = both = mx.array(0.0)
+    for prompt, answer in progress(examples):
+        energy = _energy(model, prompt)
+        prompts = prompts + energy
+        # What a token uses does not depend on those after it.
+        both = both + (_energy(model, [*prompt, *answer]) if answer else energy)
+        mx.eval(prompts, both)
+    answers = mx.maximum(both - prompts, 0)
+    return mx.sqrt(_shares(prompts) + _shares(answers))
+
+
 def blend_scores(local: mx.array, prior: mx.array, weight: float = 0.5) -> mx.array:
     """Aggregate two rankings of the channels, layer by layer.
 
@@ -200,6 +229,10 @@ def _energy(model: nn.Module, tokens: Sequence[int]) -> mx.array:
 
     read_text(model, tokens, visit)
     return mx.stack(energy)
+
+
+def _shares(energy: mx.array) -> mx.array:
+    return energy / mx.maximum(energy.sum(axis=-1, keepdims=True), 1e-30)
 
 
 def _ranks(scores: mx.array) -> mx.array:

@@ -78,20 +78,19 @@ class Task:
 def make(
     model: IFPModel,
     name: str,
-    texts: Sequence[Sequence[int]],
+    examples: Sequence[Row],
     *,
     keep: float | None = None,
     target_size: int | None = None,
     allocation: Allocation | None = None,
     progress: Progress = iter,
 ) -> Task:
-    """Make a task mask from the tokens of a task.
+    """Make a task mask from examples of a task.
 
     Args:
         model: from :func:`ifp_mlx.load`.
         name: what to call the task.
-        texts: token ids of each example, prompt and answer; of all examples, every
-            token counts the same.
+        examples: prompts and answers; an answer may be empty.
         keep, target_size, allocation: see :meth:`IFPModel.select`.
         progress: wraps the iteration over examples.
 
@@ -99,10 +98,12 @@ def make(
         ValueError: if there are no examples, or the name cannot be a file's.
     """
     _check_name(name)
-    if not texts:
+    if not examples:
         raise ValueError(f"The task {name} has no examples; give at least one.")
-    scores = selectors.prior_scores(model.dense(), texts, progress=progress)
-    about = {"examples": len(texts), "tokens": sum(len(text) for text in texts)}
+    pairs = [(row.prompt, row.answer) for row in examples]
+    scores = selectors.task_scores(model.dense(), pairs, progress=progress)
+    tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
+    about = {"examples": len(examples), "tokens": tokens}
     size: dict[str, Any] = {"keep": keep, "target_size": target_size}
     return _task(model, name, scores, about, allocation=allocation, **size)
 
@@ -282,14 +283,13 @@ def _make(args: Any) -> None:
     _measure_and_save(args, model, tokenizer, task, examples)
 
 
-def _examples(args: Any, tokenizer: Any) -> list[list[int]]:
+def _examples(args: Any, tokenizer: Any) -> list[Row]:
     if args.examples is not None:
-        rows = read_rows(args.examples, tokenizer, limit=args.limit)
-        return [row.prompt + row.answer for row in rows]
+        return read_rows(args.examples, tokenizer, limit=args.limit)
     text = args.instruction
     if args.instruction_file is not None:
         text = args.instruction_file.read_text(encoding="utf-8")
-    return [tokenize(tokenizer, as_messages(text))]
+    return [Row(tokenize(tokenizer, as_messages(text)), [])]
 
 
 def _merge(args: Any) -> None:
@@ -307,11 +307,11 @@ def _merge(args: Any) -> None:
 
 
 def _measure_and_save(
-    args: Any, model: IFPModel, tokenizer: Any, task: Task, seen: list[list[int]]
+    args: Any, model: IFPModel, tokenizer: Any, task: Task, seen: list[Row]
 ) -> None:
     if args.held_out is not None:
         rows = read_rows(args.held_out, tokenizer)
-        others = [row for row in rows if row.prompt + row.answer not in seen]
+        others = [row for row in rows if row not in seen]
         progress = partial(tqdm, disable=None, leave=False)
         task = measure(model, task, others[: args.limit], progress=progress)
     path = task.save(cli.tasks_folders(args)[0])

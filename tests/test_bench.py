@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from conftest import write_folder
 
-from ifp_mlx import load
+from ifp_mlx import cli, load
 from ifp_mlx.compensation import compensated_down
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.teacher import Evaluator, metrics
 from ifp_mlx.masks import select
+from ifp_mlx.selectors import task_scores
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -66,6 +67,18 @@ def test_a_reading_shows_the_prompts_channels(bench):
     scores = bench.model.scores(ROW.prompt, "activation", dense=bench.dense)
     local = mx.sqrt(mx.stack([energy(h) for h in reading.channels]))
     np.testing.assert_allclose(local, scores, rtol=1e-4)
+
+
+def test_a_familys_scores_are_those_of_a_task_mask(bench, monkeypatch, tmp_path):
+    rows = [ROW, Row([4, 8], [15, 16, 23]), Row([42, 7, 7], [5])]
+    monkeypatch.setattr(selectors_bench.Statics, "_measure_costs", lambda _: {})
+    monkeypatch.setattr(selectors_bench, "read_rows", lambda *_, **__: rows)
+    monkeypatch.setattr(selectors_bench, "write_families", lambda: tmp_path)
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "ant.jsonl").touch()
+    scores = selectors_bench.Statics(bench, tmp_path).scores("task", "ant")
+    pairs = [(row.prompt, row.answer) for row in rows]
+    np.testing.assert_allclose(scores, task_scores(bench.dense, pairs), rtol=2e-3)
 
 
 def test_compensated_slices_are_the_packages(bench):
@@ -193,3 +206,15 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(
         for key, line in after.items()
         if key[1:2] != (0,) or key[0] != "all"
     )
+
+
+def test_the_measured_figures_are_those_of_the_published_rows():
+    lines = report.read_rows("smollm2")
+    wanted = 1 + max(line["row"] for line in lines)
+    way = Way("activation", "first-layer")  # auto, where no prior was computed
+    found = {}
+    for stage in STAGES:
+        if way in stage.ways:
+            rows = report.ways_of(lines, stage, wanted)[way.name]
+            found[stage.keep] = report.macro(rows, "agreement")
+    assert cli.AGREEMENT == pytest.approx(found, abs=0.0051)

@@ -6,16 +6,16 @@ import pytest
 from conftest import run_command, write_folder
 
 from ifp_mlx import Selection, compact, load, tasks
-from ifp_mlx.evaluate import Evaluator, read_rows
+from ifp_mlx.compensation import read_channels
+from ifp_mlx.evaluate import Evaluator, Row, read_rows
 from ifp_mlx.generate import main as generate_main
-from ifp_mlx.selectors import activation_scores
 from ifp_mlx.tasks import Task, main
 
 ROWS = [
     {"prompt": f"Say {word} in French.", "completion": f"It is {word}!"}
     for word in ("water", "bread", "house", "street", "night", "bridge")
 ]
-TEXTS = [[5, 9, 77, 200, 13], [3, 4], [250, 60, 61]]
+EXAMPLES = [Row([5, 9, 77, 200, 13], [8, 9]), Row([3], [4]), Row([250, 60, 61], [])]
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +30,19 @@ def data(tmp_path):
     return path
 
 
-def test_every_token_of_every_example_counts_the_same(opened):
+def test_prompts_and_answers_have_the_same_say_however_long_they_are(opened):
     model, _ = opened
-    task = tasks.make(model, "french", TEXTS, keep=0.5)
-    energies = [np.array(activation_scores(model.dense(), text)) ** 2 for text in TEXTS]
-    np.testing.assert_allclose(np.array(task.scores), np.sqrt(sum(energies)), rtol=1e-4)
+    task = tasks.make(model, "french", EXAMPLES, keep=0.5)
+    prompts, answers = np.zeros((3, 64)), np.zeros((3, 64))
+    for row in EXAMPLES:
+        channels = read_channels(model.dense(), row.prompt + row.answer)
+        for layer, h in enumerate(channels):
+            square = np.square(np.array(h, dtype=np.float64))
+            energy = square / square.sum(axis=1, keepdims=True)
+            prompts[layer] += energy[: len(row.prompt)].sum(axis=0)
+            answers[layer] += energy[len(row.prompt) :].sum(axis=0)
+    shares = [part / part.sum(axis=1, keepdims=True) for part in (prompts, answers)]
+    np.testing.assert_allclose(task.scores, np.sqrt(sum(shares)), rtol=2e-3)
     best = np.argsort(-np.array(task.scores[1]), kind="stable")[:16]
     assert task.selection.sizes == [64, 16, 16]
     assert sorted(best) == task.selection.indices[1].tolist()
@@ -42,7 +50,7 @@ def test_every_token_of_every_example_counts_the_same(opened):
 
 def test_a_task_file_says_how_it_was_made_and_gives_the_task_back(opened, tmp_path):
     model, _ = opened
-    made = tasks.make(model, "french", TEXTS, keep=0.25, allocation="uniform")
+    made = tasks.make(model, "french", EXAMPLES, keep=0.25, allocation="uniform")
     path = made.save(tmp_path)
     again = Task.load(path)
     assert path == tmp_path / "french.safetensors" and again.name == "french"
@@ -53,7 +61,7 @@ def test_a_task_file_says_how_it_was_made_and_gives_the_task_back(opened, tmp_pa
     assert info["selector"] == "task" and info["model"] == "tiny"
     assert (info["keep"], info["allocation"]) == ("0.25", "uniform")
     about = json.loads(info["made"])
-    assert about["examples"] == 3 and about["tokens"] == 10
+    assert about["examples"] == 3 and about["tokens"] == 12
     assert set(about) == {"examples", "tokens", "date", "versions"}
     assert mx.array_equal(again.selection.fingerprint, model.fingerprint)
     assert again.evaluation is None
@@ -69,7 +77,7 @@ def test_a_mask_without_scores_is_no_task(opened, tmp_path):
 @pytest.mark.parametrize("name", ["", "a/b", "../x", ".hidden", "a b"])
 def test_a_name_that_is_no_file_name_is_refused(name, opened):
     with pytest.raises(ValueError, match="cannot be a task's"):
-        tasks.make(opened[0], name, TEXTS)
+        tasks.make(opened[0], name, EXAMPLES)
 
 
 def test_examples_are_needed(opened):
@@ -83,7 +91,7 @@ def test_a_merged_mask_has_the_asked_size_and_each_task_the_same_say(opened):
     one[:, :16], two[:, 48:] = 1.0, 1000.0  # the second saw many more tokens
     one[:, 20:28] = 0.1
     likes = [
-        Task(tasks.make(model, name, TEXTS).selection, mx.array(scores))
+        Task(tasks.make(model, name, EXAMPLES).selection, mx.array(scores))
         for name, scores in (("one", one), ("two", two))
     ]
     merged = tasks.merge(model, "both", likes, keep=0.5, allocation="uniform")
@@ -98,7 +106,7 @@ def test_a_merged_mask_has_the_asked_size_and_each_task_the_same_say(opened):
 def test_a_task_of_another_model_is_not_merged(opened, tmp_path):
     model, _ = opened
     other, _ = load(write_folder(tmp_path / "other", seed=7))
-    pair = [tasks.make(m, m.name, TEXTS) for m in (model, other)]
+    pair = [tasks.make(m, m.name, EXAMPLES) for m in (model, other)]
     with pytest.raises(ValueError, match="was made for another model"):
         tasks.merge(model, "both", pair)
 
@@ -128,7 +136,7 @@ def test_random_selections_overlap_as_chance_says():
 def test_measuring_gives_the_means_of_evaluate(opened, data):
     model, tokenizer = opened
     rows = read_rows(data, tokenizer)
-    task = tasks.make(model, "french", [rows[0].prompt + rows[0].answer])
+    task = tasks.make(model, "french", [rows[0]])
     measured = tasks.measure(model, task, rows[1:3])
     evaluator, mask = Evaluator(model), task.selection.mask()
     alone = [evaluator.measure(r, mask, evaluator.reference(r)) for r in rows[1:3]]
@@ -182,7 +190,7 @@ def test_the_command_makes_lists_merges_and_compares(opened, data, tmp_path, cap
 def test_other_commands_take_a_task_by_its_name(opened, tmp_path, capsys):
     model, _ = opened
     folder = tmp_path / "library"
-    task = tasks.make(model, "french", TEXTS, keep=0.75)
+    task = tasks.make(model, "french", EXAMPLES, keep=0.75)
     task.save(folder)
     given = ["--model", model.path, "--task", "french", "--tasks-folder", folder]
     status, out, _ = run_command(
@@ -204,8 +212,8 @@ def test_other_commands_take_a_task_by_its_name(opened, tmp_path, capsys):
 def test_the_library_is_found_beside_the_model(opened, tmp_path, capsys, monkeypatch):
     folder = write_folder(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    tasks.make(load(folder)[0], "near", TEXTS).save(folder / "tasks")
-    tasks.make(load(folder)[0], "here", TEXTS).save(tmp_path / "tasks")
+    tasks.make(load(folder)[0], "near", EXAMPLES).save(folder / "tasks")
+    tasks.make(load(folder)[0], "here", EXAMPLES).save(tmp_path / "tasks")
     for name in ("near", "here"):
         given = ["--model", folder, "--task", name, "-p", "Hello", "-m", "1"]
         assert run_command(generate_main, capsys, *given)[0] == 0
@@ -221,6 +229,6 @@ def test_an_empty_library_is_a_mistake(tmp_path, capsys):
 
 def test_a_library_leaves_other_masks_out(opened, tmp_path):
     opened[0].select("Hello").save(tmp_path / "plain.safetensors")
-    tasks.make(opened[0], "french", TEXTS).save(tmp_path)
+    tasks.make(opened[0], "french", EXAMPLES).save(tmp_path)
     assert [task.name for task in tasks.library(tmp_path)] == ["french"]
     assert tasks.find("french", tmp_path) == tmp_path / "french.safetensors"
