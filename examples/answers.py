@@ -24,7 +24,8 @@ Written by `python examples/answers.py`: greedy decoding, 80 tokens at most, def
 selection (activation over the prompt, layer 0 whole), the prompt read by the compact
 model too, nothing trained or chosen by hand. `keep` is the kept share of the FFN
 channels. The weights come from a 4-bit GGUF file. At 0.5 a model this small is damaged
-without further training; larger models bear more, which nothing here can show.
+without further training; larger models bear more, which nothing here can show. Answers
+that can be checked are counted in [checked_answers.md](checked_answers.md).
 """
 
 

@@ -36,16 +36,12 @@ Row = Mapping[str, float]
 Ways = dict[str, dict[str, dict[int, Row]]]  # way → family → row → metrics
 
 
-def ways_of(lines: Iterable[Mapping], stage: Stage, wanted: int) -> Ways:
+def ways_of(lines: Iterable[Mapping], stage: Stage) -> Ways:
     """Return the results of a stage's ways, for rows that every one of them has."""
     names = (DENSE, *(way.name for way in stage.ways))
     found: Ways = {name: {} for name in names}
     for line in lines:
-        if (
-            line["way"] in found
-            and line["keep"] == round(stage.keep, 3)
-            and line["row"] < stage.rows(wanted)
-        ):
+        if line["way"] in found and line["keep"] == round(stage.keep, 3):
             rows = found[line["way"]].setdefault(line["family"], {})
             rows[line["row"]] = line
     for family, rows in list(found[DENSE].items()):
@@ -148,7 +144,6 @@ def _ranked(ways: Ways) -> list[str]:
 
 def page_of(model: str, lines: Sequence[Mapping]) -> str:
     """Return the page for all results of a model."""
-    wanted = 1 + max(line["row"] for line in lines)
     seconds = sum(line["seconds"] for line in lines)
     before = sum(line["seconds"] for line in lines if line["way"] == CALIBRATION)
     head = HEAD.format(
@@ -159,7 +154,7 @@ def page_of(model: str, lines: Sequence[Mapping]) -> str:
     )
     text = [f"# Ways of selecting, {model}", "", head]
     for stage in STAGES:
-        ways = ways_of(lines, stage, wanted)
+        ways = ways_of(lines, stage)
         if not ways[DENSE]:
             continue
         counts = {name: len(rows) for name, rows in sorted(ways[DENSE].items())}

@@ -74,7 +74,7 @@ FURTHER = (
 )
 STAGES = (
     Stage(MAIN, 0.5, 1),
-    Stage(OTHER_KEEPS, 0.75, 1 / 4),
-    Stage(OTHER_KEEPS, 1 / 3, 1 / 4),
-    Stage(FURTHER, 0.5, 1 / 4),
+    Stage(OTHER_KEEPS, 0.75, 0.15),
+    Stage(OTHER_KEEPS, 1 / 3, 0.15),
+    Stage(FURTHER, 0.5, 0.15),
 )

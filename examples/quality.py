@@ -5,7 +5,7 @@
 From examples/selectors-*.csv, the rows that selectors_bench.py measured.
 """
 
-from bench_report import DENSE, PAGES, interval, macro, read_rows, ways_of
+from bench_report import DENSE, ONE_TOKEN, PAGES, interval, macro, read_rows, ways_of
 from bench_ways import DEFAULT, STAGES
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
@@ -40,7 +40,7 @@ def model_table(name: str) -> list[str]:
     ways = list(dict.fromkeys(way for way, _ in cells))
     counts = ", ".join(f"{rows[keep]} at keep {keep:.3g}" for keep in KEEPS)
     text = [
-        f"Rows: {counts}; [all about them](selectors-{name}.md).",
+        f"Rows in the means: {counts} ([more about them](selectors-{name}.md)).",
         "",
         "| scores, allocation | " + " | ".join(f"{k:.3g}" for k in KEEPS) + " |",
         "|---" * (len(KEEPS) + 1) + "|",
@@ -58,14 +58,14 @@ def cells_of(
     """Return each way's cell at each keep, from the stage with most rows, and how many
     rows that keep has.
     """
-    wanted = 1 + max(line["row"] for line in lines)
     cells: dict[tuple[str, float], str] = {}
     rows: dict[float, int] = {}
     for stage in STAGES:
-        ways = ways_of(lines, stage, wanted)
+        ways = ways_of(lines, stage)
         if not ways[DENSE]:
             continue
-        count = sum(map(len, ways[DENSE].values()))
+        dense = ways[DENSE].items()
+        count = sum(len(found) for name, found in dense if name not in ONE_TOKEN)
         rows.setdefault(stage.keep, count)
         for way in stage.ways:
             found = ways[way.name]

@@ -132,9 +132,9 @@ def test_a_table_has_only_rows_that_every_way_has():
     lines += lines_of(DEFAULT.name, {"a": [(0, 1)] * 4, "b": [(0, 1)] * 4})
     lines += lines_of(STATIC.name, {"a": [(0, 2)] * 4, "b": [(0, 2)]})
     lines += lines_of(STATIC.name, {"b": [(0, 2)] * 4}, keep=0.75)
-    ways = report.ways_of(lines, stage, 4)
+    ways = report.ways_of(lines, stage)
     assert {f: list(rows) for f, rows in ways[STATIC.name].items()} == {
-        "a": [0, 1],
+        "a": [0, 1, 2, 3],
         "b": [0],
     }
     assert report.table(ways)[2].startswith(f"| {DEFAULT.name} | 1.000 [1.00, 1.00]")
@@ -210,11 +210,10 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(
 
 def test_the_measured_figures_are_those_of_the_published_rows():
     lines = report.read_rows("smollm2")
-    wanted = 1 + max(line["row"] for line in lines)
     way = Way("activation", "first-layer")  # auto, where no prior was computed
     found = {}
     for stage in STAGES:
         if way in stage.ways:
-            rows = report.ways_of(lines, stage, wanted)[way.name]
+            rows = report.ways_of(lines, stage)[way.name]
             found[stage.keep] = report.macro(rows, "agreement")
     assert cli.AGREEMENT == pytest.approx(found, abs=0.0051)

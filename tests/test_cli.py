@@ -64,9 +64,10 @@ def test_a_low_keep_is_said_with_what_was_measured(capsys):
     cli.warn_of_low_keep(kept(0.5))
     half = capsys.readouterr().err
     assert "50% of the channels" in half and half.count("\n") == 1
-    assert "46% of the time, 69% at --keep 0.75" in half
+    known = {keep: f"{share:.0%}" for keep, share in cli.AGREEMENT.items()}
+    assert f"{known[0.5]} of the time, {known[0.75]} at --keep 0.75" in half
     cli.warn_of_low_keep(kept(0.25))
-    assert "SmolLM2-135M with 50% chooses" in capsys.readouterr().err
+    assert "SmolLM2-135M with 33% chooses" in capsys.readouterr().err
     card = '{"agreement": 0.52, "kl": 1.0, "rows": 40}'
     cli.warn_of_low_keep(kept(0.5, evaluation=card))
     assert "this task mask chose" in (err := capsys.readouterr().err)
