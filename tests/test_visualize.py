@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ifp_mlx import Selection, load, tasks
-from ifp_mlx.evaluate import read_rows
+from ifp_mlx.evaluate import Row, read_rows
 from ifp_mlx.pictures.page import page
 from ifp_mlx.pictures.svg import Axis, shade
 from ifp_mlx.pictures.tally import Tally
@@ -46,7 +46,8 @@ def folder(tmp_path_factory):
     (home / "rows.jsonl").write_text(json.dumps(row))
     rows = read_rows(home / "rows.jsonl", tokenizer)
     for name, texts in TEXTS.items():
-        task = tasks.make(model, name, texts, keep=0.5)
+        examples = [Row(text, []) for text in texts]
+        task = tasks.make(model, name, examples, keep=0.5)
         if name == "french":
             task = tasks.measure(model, task, rows)
         task.save(home / "tiny" / "tasks")
