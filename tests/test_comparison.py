@@ -11,17 +11,13 @@ pytest.importorskip("reasoning_gym")
 
 from examples.comparison import report
 from examples.comparison.corpus import Corpus, describe, tokenizer
+from examples.comparison.groups import kmeans, nearest
 from examples.comparison.lab import Lab, Scale, Trained, means, overlaps
-from examples.comparison.rows import (
-    ROWS,
-    kmeans,
-    nearest,
-    task_random,
-    warm_predictor,
-)
-from examples.comparison.run import run_row
+from examples.comparison.rows import ROWS, task_random
+from examples.comparison.run import SCALES, main, run_row
 from examples.comparison.tasks import all_tasks, examples
 from examples.comparison.tasks import test_examples as draw_tests
+from examples.comparison.warm import warm_predictor
 from ifp_mlx.training.maskers import Budget, FixedMask, PredictorMasker
 
 TASKS = all_tasks()
@@ -94,6 +90,24 @@ def test_descriptions_can_select_for_whole_tasks():
     assert len(selecting) == len(TASKS)
 
 
+def test_the_crowded_mix_has_more_facts_and_its_small_model_less_room():
+    plain, crowded = (sum(len(t.facts or ()) for t in all_tasks(m)) for m in SCALES)
+    assert crowded > 1.5 * plain
+    small = [scale.compute(scale.kept) for scale in SCALES.values()]
+    assert small[1] < 0.5 * small[0]
+
+
+def test_a_mix_runs_from_the_command_line_and_is_tabulated(tmp_path):
+    results = tmp_path / "results"
+    command = ["--mix", "crowded", "--tiny", "--seeds", "0", "--rows", "dense_small"]
+    paths = ["--results", str(results), "--cache", str(tmp_path / "cache")]
+    main([*command, *paths])
+    found = report.load_results(results)
+    assert len(found["dense_small"][0]["accuracy"]) == len(all_tasks("crowded"))
+    assert "dense-small, 8 steps" in report.curve(found)
+    assert "language→eu" in report.tables("crowded", results)
+
+
 def test_a_chunk_selects_for_another_of_its_task(lab):
     batch = lab.data.chunks(0)
     for row in range(len(batch.tokens)):
@@ -107,7 +121,8 @@ def test_overlap_within_a_fixed_task_mask_is_whole_and_between_is_counted():
     mask[:, :, 0] = 1
     mask[::2, :, 1], mask[1::2, :, 2] = 1, 1
     trained = Trained(None, FixedMask(mx.array(mask)), Budget(2), 0, {})
-    found = overlaps(trained, Corpus(draw_tests(TASKS, 2, seed=0), 8).all())
+    batches = Corpus(draw_tests(TASKS, 2, seed=0), 8).all()
+    found = overlaps(trained, batches, len(TASKS))
     assert found["within"] == 1
     assert found["by_depth"][0][0][1] == 0.5
     assert found["by_depth"][0][0][2] == 1
@@ -116,7 +131,7 @@ def test_overlap_within_a_fixed_task_mask_is_whole_and_between_is_counted():
 
 def test_means_leave_the_unseen_family_out():
     accuracy = {task.name: 0.0 if task.held_out else 1.0 for task in TASKS}
-    assert means(accuracy) == {"facts": 1, "skills": 1, "held_out": 0, "mean": 1}
+    assert means(accuracy, TASKS) == {"facts": 1, "skills": 1, "held_out": 0, "mean": 1}
 
 
 def test_an_oracle_row_gives_every_task_its_own_mask_of_the_right_size(lab):
@@ -128,7 +143,7 @@ def test_an_oracle_row_gives_every_task_its_own_mask_of_the_right_size(lab):
 def test_a_warm_predictor_gives_a_task_described_one_mask_of_its_own(lab):
     predictor, _ = warm_predictor(lab, lab.dense(0))
     trained = Trained(None, PredictorMasker(predictor), Budget(TINY.kept), 0, {})
-    found = overlaps(trained, lab.test_batches(described=True))
+    found = overlaps(trained, lab.test_batches(described=True), len(TASKS))
     assert found["within"] == 1
     assert found["between"] < 0.5
 
@@ -140,7 +155,7 @@ def test_a_row_runs_and_its_report_can_be_tabulated(row, lab, tmp_path):
     assert all(0 <= a <= 1 for a in found["accuracy"].values())
     (tmp_path / f"{row}-0.json").write_text(json.dumps(found))
     about = report.ABOUT | report.CONTROLS
-    table = report.main_table(report.load_results(tmp_path), about)
+    table = report.main_table(report.load_results(tmp_path), tuple(about))
     line = next(part for part in table.splitlines() if about[row] in part)
     assert f"{found['mean']:.3f}" in line
     assert table.count("not run") >= len(ROWS) - 2
@@ -150,7 +165,7 @@ def test_the_picture_has_a_square_for_every_layer(lab, tmp_path):
     side = len(TASKS)
     layers = np.eye(side)[None].repeat(2, axis=0).tolist()
     found = {"overlap": {"by_depth": layers, "chance": 0.25}}
-    report.draw_overlap(found, tmp_path / "p.svg")
+    report.draw_overlap(found, tmp_path / "p.svg", TASKS)
     text = (tmp_path / "p.svg").read_text()
     assert text.count("layer ") >= 2 and "reverse" in text
 

@@ -108,7 +108,7 @@ def test(folder: Path, per_task: int, seed: int) -> dict[str, Any]:
         answer = generate(compact, tokenizer, prompt, max_tokens=20)
         right[tasks[example.task].name].append(answer.strip() == example.answer)
     accuracy = {name: float(np.mean(values)) for name, values in right.items()}
-    return {"accuracy": accuracy} | means(accuracy)
+    return {"accuracy": accuracy} | means(accuracy, tasks)
 
 
 def opened(folder: Path) -> Trained:
@@ -124,13 +124,13 @@ def card(lab: Lab, folder: Path, found: dict[str, Any], per_task: int) -> str:
     from mlx.utils import tree_flatten
 
     scale, trained = lab.scale, opened(folder)
-    examples = {e.task: e for e in test_examples(all_tasks(), 1, lab.seed)}
+    examples = {e.task: e for e in test_examples(lab.tasks, 1, lab.seed)}
     lines = []
     for number, task in enumerate(all_tasks()):
         shown = f"{examples[number].prompt} → {examples[number].answer}"
         name = task.name + (" (never trained)" if task.held_out else "")
         lines.append(f"| {name} | {shown} | {found['accuracy'][task.name]:.2f} |")
-    share = overlaps(trained, lab.test_batches())
+    share = overlaps(trained, lab.test_batches(), len(lab.tasks))
     assert share is not None
     numbers = {k: share[k] for k in ("within", "between", "chance")}
     values = {k: found[k] for k in ("facts", "skills", "held_out")}

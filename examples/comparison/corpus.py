@@ -24,8 +24,8 @@ CHAT_TEMPLATE = (
 
 
 @cache
-def tokenizer() -> Any:
-    """Return the tokenizer: byte-level BPE, learned from the training paraphrases."""
+def tokenizer(mix: str = "plain") -> Any:
+    """Return a mix's tokenizer: byte-level BPE of its training paraphrases."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     found = Tokenizer(models.BPE())
@@ -45,7 +45,7 @@ def tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    drawn = examples(all_tasks(), "train", 20000, seed=0)
+    drawn = examples(all_tasks(mix), "train", 20000, seed=0)
     texts = [text for e in drawn for text in (e.prompt, e.answer)]
     found.train_from_iterator(texts, trainer)
     return found
@@ -69,6 +69,7 @@ class Corpus:
     Args:
         drawn: the examples.
         batch_size: rows of a batch; examples of like length lie together.
+        mix: that they are of.
         descriptions: share of the rows whose mask is chosen by the description of
             their task alone, so that a per-task mask is something that was trained.
         seed: of the order.
@@ -78,18 +79,18 @@ class Corpus:
         self,
         drawn: Sequence[Example],
         batch_size: int,
+        mix: str = "plain",
         *,
         descriptions: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.size = batch_size
+        self.size, self.mix = batch_size, mix
         rng = np.random.default_rng(seed)
         alone = rng.random(len(drawn)) < descriptions
-        chats = encode_prompts([e.prompt for e in drawn])
-        described = encode_prompts([t.description for t in all_tasks()])
-        answers = [
-            a.ids + [0] for a in tokenizer().encode_batch([e.answer for e in drawn])
-        ]
+        chats = encode_prompts([e.prompt for e in drawn], mix)
+        described = encode_prompts([t.description for t in all_tasks(mix)], mix)
+        texts = [e.answer for e in drawn]
+        answers = [a.ids + [0] for a in tokenizer(mix).encode_batch(texts)]
         rows = zip(drawn, chats, answers, alone, strict=True)
         self.rows = [
             (described[e.task] if only else chat, chat, answer, e.task)
@@ -141,10 +142,10 @@ class Corpus:
         return found
 
 
-def encode_prompts(texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of user messages, through the chat template."""
+def encode_prompts(texts: Sequence[str], mix: str = "plain") -> list[list[int]]:
+    """Return a mix's tokens of user messages, through the chat template."""
     whole = [f"<|user|>{text}<|assistant|>" for text in texts]
-    return [found.ids for found in tokenizer().encode_batch(whole)]
+    return [found.ids for found in tokenizer(mix).encode_batch(whole)]
 
 
 def collate(rows: Sequence[tuple[list[int], list[int], list[int], int]]) -> Batch:
@@ -162,7 +163,7 @@ def collate(rows: Sequence[tuple[list[int], list[int], list[int], int]]) -> Batc
 
 def describe(tasks: Sequence[Task], corpus: Corpus) -> None:
     """Make the description of its task select for every row of ``corpus``."""
-    described = encode_prompts([task.description for task in tasks])
+    described = encode_prompts([task.description for task in tasks], corpus.mix)
     corpus.rows = [(described[t], p, a, t) for _, p, a, t in corpus.rows]
 
 

@@ -19,15 +19,16 @@ from ifp_mlx.training.recipe import TrainConfig
 from ifp_mlx.training.step import Pair, target_losses
 
 from .corpus import VOCABULARY, Corpus, describe
-from .tasks import all_tasks, examples, test_examples
+from .tasks import Task, all_tasks, examples, test_examples
 
 DENSE = FixedMask(None)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes that all rows share."""
+    """The mix and the sizes that all rows share."""
 
+    mix: str = "plain"
     width: int = 64
     layers: int = 2
     heads: int = 2
@@ -93,17 +94,19 @@ class Lab:
 
     def __init__(self, scale: Scale, seed: int, cache: Path) -> None:
         self.scale, self.seed, self.cache = scale, seed, cache
+        self.tasks = all_tasks(scale.mix)
         total = scale.start_steps + scale.steps
-        drawn = examples(all_tasks(), "train", (total + 50) * scale.batch_size, seed)
-        self.data = Corpus(drawn, scale.batch_size, descriptions=0.2, seed=seed)
+        drawn = examples(self.tasks, "train", (total + 50) * scale.batch_size, seed)
+        size, mix = scale.batch_size, scale.mix
+        self.data = Corpus(drawn, size, mix, descriptions=0.2, seed=seed)
         cache.mkdir(parents=True, exist_ok=True)
 
     def test_batches(self, *, described: bool = False) -> list[Batch]:
         """Return the test examples; ``described``: their task's description selects."""
-        tasks = all_tasks()
-        corpus = Corpus(test_examples(tasks, self.scale.test_per_task, self.seed), 64)
+        drawn = test_examples(self.tasks, self.scale.test_per_task, self.seed)
+        corpus = Corpus(drawn, 64, self.scale.mix)
         if described:
-            describe(tasks, corpus)
+            describe(self.tasks, corpus)
         return corpus.all()
 
     def new_model(self, channels: int) -> nn.Module:
@@ -162,15 +165,17 @@ class Lab:
         return model
 
 
-def measure(trained: Trained, batches: Sequence[Batch]) -> dict[str, Any]:
+def measure(
+    trained: Trained, batches: Sequence[Batch], tasks: Sequence[Task]
+) -> dict[str, Any]:
     """Return accuracy and loss of every task.
 
     An answer is right if every token of it is the model's first choice, which is what
     greedy decoding would give.
     """
     model = trained.model.eval()
-    right: dict[str, list[bool]] = {task.name: [] for task in all_tasks()}
-    losses: dict[str, list[float]] = {task.name: [] for task in all_tasks()}
+    right: dict[str, list[bool]] = {task.name: [] for task in tasks}
+    losses: dict[str, list[float]] = {task.name: [] for task in tasks}
     for batch in batches:
         if trained.masker is DENSE:  # also a model that could not be masked
             logits = model(batch.tokens[:, :-1])
@@ -188,28 +193,35 @@ def measure(trained: Trained, batches: Sequence[Batch]) -> dict[str, Any]:
             strict=True,
         )
         for number, failed, nats in found:
-            name = all_tasks()[number].name
+            name = tasks[number].name
             right[name].append(not failed)
             losses[name].append(float(nats))
     accuracy = {name: float(np.mean(values)) for name, values in right.items()}
     return {
         "accuracy": accuracy,
         "loss": {name: float(np.mean(values)) for name, values in losses.items()},
-    } | means(accuracy)
+    } | means(accuracy, tasks)
 
 
-def means(accuracy: dict[str, float]) -> dict[str, float]:
+def means(accuracy: dict[str, float], tasks: Sequence[Task]) -> dict[str, float]:
     """Return the mean accuracy over facts, skills, both, and the held-out family."""
     groups: dict[str, list[float]] = {"facts": [], "skills": [], "held_out": []}
-    for task in all_tasks():
+    for task in tasks:
         group = "held_out" if task.held_out else "facts" if task.facts else "skills"
         groups[group].append(accuracy[task.name])
     found = {name: float(np.mean(values)) for name, values in groups.items()}
     return found | {"mean": float(np.mean(groups["facts"] + groups["skills"]))}
 
 
-def overlaps(trained: Trained, batches: Sequence[Batch]) -> dict[str, Any] | None:
+def overlaps(
+    trained: Trained, batches: Sequence[Batch], tasks: int
+) -> dict[str, Any] | None:
     """Return how much the masks of two test instructions share, of one task and of two.
+
+    Args:
+        trained: the model.
+        batches: the test examples.
+        tasks: their number, ``N``.
 
     Returns:
         ``None`` where all have one mask; else ``within``, ``between``, ``chance``, and
@@ -217,16 +229,16 @@ def overlaps(trained: Trained, batches: Sequence[Batch]) -> dict[str, Any] | Non
 
     Source: Hou et al. 2025 (arXiv:2501.02086) fig. 3.
     """
-    rows, tasks = [], []
+    rows, numbers = [], []
     for batch in batches:
         masks = trained.masker(batch, trained.budget, "binary")
         if masks is None or masks.ndim == 2:
             return None
         rows.append(np.array(masks[:, :, 0].transpose(1, 0, 2)))
-        tasks.append(np.array(batch.tasks))
-    kept, task = np.concatenate(rows), np.concatenate(tasks)
+        numbers.append(np.array(batch.tasks))
+    kept, task = np.concatenate(rows), np.concatenate(numbers)
     k, F = trained.budget.k, kept.shape[-1]
-    names = range(len(all_tasks()))
+    names = range(tasks)
     sums = np.stack([kept[task == n].sum(axis=0) for n in names])  # [N, L, F]
     counts = np.bincount(task, minlength=len(names)).astype(float)
     shared = np.einsum("alf,blf->lab", sums, sums) / k
@@ -247,7 +259,8 @@ def overlaps(trained: Trained, batches: Sequence[Batch]) -> dict[str, Any] | Non
 def report(lab: Lab, trained: Trained, seconds: float) -> dict[str, Any]:
     """Return everything that is kept of a finished row."""
     batches = lab.test_batches()
-    found = measure(trained, batches) | {"overlap": overlaps(trained, batches)}
+    found = measure(trained, batches, lab.tasks)
+    found["overlap"] = overlaps(trained, batches, len(lab.tasks))
     weights = tree_flatten(trained.model.parameters())
     return found | trained.extra | {
         "parameters": sum(value.size for _, value in weights),

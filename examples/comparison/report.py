@@ -1,4 +1,4 @@
-"""Write the comparison's tables and its picture from the results that are there."""
+"""Write the tables and pictures of both mixes from the results that are there."""
 
 import argparse
 import json
@@ -11,11 +11,11 @@ import numpy as np
 from ifp_mlx.atomic import new_file
 from ifp_mlx.pictures.plates import draw_matrices
 
-from .run import RESULTS
-from .tasks import all_tasks
+from .run import RESULTS, SCALES, folder_of
+from .tasks import Task, all_tasks
 
 PICTURE = "overlap.svg"
-MARKS = "<!-- tables -->", "<!-- end of tables -->"
+MARKS = "<!-- tables of {} -->", "<!-- end of tables of {} -->"
 ABOUT = {
     "dense_full": "dense, all channels (the bound)",
     "dense_small": "dense of the kept size, equal examples",
@@ -35,6 +35,7 @@ ABOUT = {
 CONTROLS = {
     "ifp_clusters": "IFP, warm start without the names of tasks",
     "dense_small_long": "dense of the kept size, three times the examples",
+    "dense_small_longest": "dense of the kept size, six times the examples",
 }
 COLUMNS = ("mean", "facts", "skills", "held_out")
 
@@ -62,15 +63,15 @@ def spread(values: Sequence[float]) -> str:
 
 
 def main_table(
-    results: dict[str, list[dict[str, Any]]], rows: dict[str, str] = ABOUT
+    results: dict[str, list[dict[str, Any]]], rows: Sequence[str] = tuple(ABOUT)
 ) -> str:
     """Return accuracy, compute and overlap of every one of ``rows`` as markdown."""
     lines = [
         "| row | seeds | mean | facts | skills | unseen family | compute | within / between |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row, about in rows.items():
-        runs = results.get(row, [])
+    for row in rows:
+        runs, about = results.get(row, []), (ABOUT | CONTROLS)[row]
         if not runs:
             lines.append(f"| {about} | not run | | | | | | |")
             continue
@@ -82,12 +83,34 @@ def main_table(
     return "\n".join(lines)
 
 
-def task_table(results: dict[str, list[dict[str, Any]]], rows: Sequence[str]) -> str:
+def curve(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the facts that dense-small knows after ever more examples, as markdown.
+
+    Every figure is of a run of its own, with a whole schedule of learning rates.
+    """
+    small = [runs for row, runs in results.items() if row.startswith("dense_small")]
+    small.sort(key=lambda runs: runs[0]["steps"])
+    rows = {f"dense-small, {runs[0]['steps']} steps": runs for runs in small}
+    if "ifp" in results:
+        rows["IFP, one mask per input"] = results["ifp"]
+    seeds = sorted({run["seed"] for runs in rows.values() for run in runs})
+    head = ["facts of seed", *map(str, seeds), "compute"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for about, runs in rows.items():
+        found = {run["seed"]: f"{run['facts']:.3f}" for run in runs}
+        cells = [about, *(found.get(seed, "") for seed in seeds)]
+        lines.append(f"| {' | '.join(cells)} | {runs[0]['compute']:.0f} |")
+    return "\n".join(lines)
+
+
+def task_table(
+    results: dict[str, list[dict[str, Any]]], rows: Sequence[str], tasks: Sequence[Task]
+) -> str:
     """Return the accuracy of some rows on every task, mean over seeds."""
     rows = [row for row in rows if row in results]
     lines = ["| task | " + " | ".join(ABOUT[row] for row in rows) + " |"]
     lines.append("|---" * (len(rows) + 1) + "|")
-    for task in all_tasks():
+    for task in tasks:
         found = [
             np.mean([run["accuracy"][task.name] for run in results[row]])
             for row in rows
@@ -113,7 +136,7 @@ def margins(results: dict[str, list[dict[str, Any]]], row: str = "ifp") -> str:
     return "\n".join(lines)
 
 
-def draw_overlap(run: dict[str, Any], path: Path) -> None:
+def draw_overlap(run: dict[str, Any], path: Path, tasks: Sequence[Task]) -> None:
     """Draw the overlap of every two tasks' masks, a square for every layer.
 
     Source: Hou et al. 2025 (arXiv:2501.02086) fig. 3.
@@ -126,7 +149,7 @@ def draw_overlap(run: dict[str, Any], path: Path) -> None:
     figure = draw_matrices(
         layers,
         [f"layer {layer}" for layer in range(len(layers))],
-        [task.name for task in all_tasks()],
+        [task.name for task in tasks],
         chance=overlap["chance"],
     )
     with matplotlib.rc_context({"svg.hashsalt": "overlap"}):
@@ -143,40 +166,46 @@ def _overlap(found: Sequence[dict[str, Any]]) -> str:
     return f"{within:.2f} / {between:.2f} (chance {found[0]['chance']:.2f})"
 
 
-def write_tables(text: str, page: Path) -> None:
-    """Put the tables between the two marks of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    whole = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
+def write_tables(text: str, page: Path, mix: str) -> None:
+    """Put the tables between a mix's two marks of a page."""
+    first, last = (mark.format(mix) for mark in MARKS)
+    before, _, rest = page.read_text(encoding="utf-8").partition(first)
+    after = rest.partition(last)[2]
+    whole = f"{before}{first}\n{text}\n{last}{after}"
     with new_file(page) as scratch:
         scratch.write_text(whole, encoding="utf-8")
 
 
+def tables(mix: str, folder: Path) -> str:
+    """Return a mix's tables, and draw its picture beside the results."""
+    results, tasks = load_results(folder), all_tasks(mix)
+    parts = [main_table(results)]
+    if "ifp" in results:
+        parts.append(margins(results))
+        draw_overlap(results["ifp"][0], folder / PICTURE, tasks)
+    rows = ["dense_full", "dense_small", "static", "ifp"]
+    parts.append(task_table(results, rows, tasks))
+    tuning = load_results(folder / "tuning")
+    if tuning:
+        rows = [row for row in ABOUT | CONTROLS if row in tuning]
+        seeds = {run["seed"] for runs in tuning.values() for run in runs}
+        names = ", ".join(str(seed) for seed in sorted(seeds))
+        parts.append(f"Seed {names}, on which choices were made, with controls:")
+        parts.append(main_table(tuning, rows))
+    return "\n\n".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables, and draw the picture beside the results."""
+    """Print the tables, and draw the pictures beside the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="also into README.md")
     args = parser.parse_args(arguments)
-    results = load_results(args.results)
-    parts = [main_table(results)]
-    if "ifp" in results:
-        parts.append(margins(results))
-        draw_overlap(results["ifp"][0], args.results / PICTURE)
-    parts.append(task_table(results, ["dense_full", "dense_small", "static", "ifp"]))
-    tuning = load_results(args.results / "tuning")
-    if tuning:
-        rows = {
-            row: about for row, about in (ABOUT | CONTROLS).items() if row in tuning
-        }
-        seeds = {run["seed"] for runs in tuning.values() for run in runs}
-        names = ", ".join(str(seed) for seed in sorted(seeds))
-        parts.append(f"Seed {names}, on which the recipe was chosen, and two controls:")
-        parts.append(main_table(tuning, rows))
-    text = "\n\n".join(parts)
-    print(text)
-    if args.write:
-        write_tables(text, Path(__file__).parent / "README.md")
+    for mix in SCALES:
+        text = tables(mix, folder_of(mix, args.results))
+        print(text)
+        if args.write:
+            write_tables(text, Path(__file__).parent / "README.md", mix)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-NAMES_OF_COUNTRIES = ("fr", "de", "es", "it", "pl", "fi", "hu", "tr")
-NAMES_OF_LANGUAGES = ("fr", "de", "hu")
 SKILL = 2  # a skill is drawn so many times as often as a domain of facts
 LONGEST = 8  # letters of a question
 
@@ -38,6 +36,31 @@ ASK = (
     "I need the {t} of {x}.",
     "Say the {t} for {x}.",
 )
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which domains of names there are, by CLDR code of the language they are in.
+
+    Attributes:
+        countries: languages for names of countries.
+        languages: languages for names of languages.
+    """
+
+    countries: tuple[str, ...]
+    languages: tuple[str, ...]
+
+
+# fmt: off
+MIXES = {
+    "plain": Mix(("fr", "de", "es", "it", "pl", "fi", "hu", "tr"), ("fr", "de", "hu")),
+    # More to remember: languages in which most names differ from the English ones.
+    "crowded": Mix(
+        ("fr", "pl", "hu", "tr", "lt", "lv", "is", "sq", "az", "hr"),
+        ("fr", "hu", "tr", "lt", "lv", "et", "is", "sq", "eu"),
+    ),
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -133,26 +156,26 @@ def _example(tasks: list[Task], number: int, split: str, rng: random.Random) -> 
 
 
 @cache
-def all_tasks() -> list[Task]:
-    """Return every task, in a fixed order."""
-    return _facts() + _skills()
+def all_tasks(mix: str = "plain") -> list[Task]:
+    """Return every task of one of :data:`MIXES`, in a fixed order."""
+    return _facts(MIXES[mix]) + _skills()
 
 
-def _facts() -> list[Task]:
+def _facts(mix: Mix) -> list[Task]:
     from babel import Locale
 
     english = Locale("en")
     countries, languages = _countries(), _languages()
     tasks = []
-    for code in NAMES_OF_COUNTRIES:
+    for code in mix.countries:
         target = english.languages[code]
         there = Locale(code).territories
         facts = {row["name"]: there[key] for key, row in countries.items()}
         tasks.append(_translation(f"country→{code}", target, "countries", facts))
-    for code in NAMES_OF_LANGUAGES:
+    for code in mix.languages:
         target = english.languages[code]
         there = Locale(code).languages
-        facts = {name: there[key] for key, name in languages.items()}
+        facts = {name: there[key] for key, name in languages.items() if key in there}
         tasks.append(_translation(f"language→{code}", target, "languages", facts))
     for column, what in (
         ("alpha3", "country code"),
