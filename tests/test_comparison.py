@@ -1,6 +1,7 @@
 """The comparison's mix has no leaks, and its rows, tables and picture hold together."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +12,7 @@ pytest.importorskip("reasoning_gym")
 
 from examples.comparison import report
 from examples.comparison.corpus import Corpus, describe, tokenizer
-from examples.comparison.groups import kmeans, nearest
+from examples.comparison.groups import agreement, kmeans, nearest, paraphrases
 from examples.comparison.lab import Lab, Scale, Trained, means, overlaps
 from examples.comparison.rows import ROWS, task_random
 from examples.comparison.run import SCALES, main, run_row
@@ -168,6 +169,15 @@ def test_the_picture_has_a_square_for_every_layer(lab, tmp_path):
     report.draw_overlap(found, tmp_path / "p.svg", TASKS)
     text = (tmp_path / "p.svg").read_text()
     assert text.count("layer ") >= 2 and "reverse" in text
+
+
+def test_paraphrases_show_which_words_tell_tasks_apart(tmp_path):
+    lab = Lab(replace(TINY, batch_size=128), 0, tmp_path)
+    groups = paraphrases(lab)
+    assert agreement(lab, groups)["purity"] > 0.7
+    batch = lab.data(0)
+    unseen = batch._replace(tasks=mx.zeros_like(batch.tasks))
+    assert (groups.of(batch) == groups.of(unseen)).all()
 
 
 def test_clusters_find_groups_that_lie_apart():

@@ -6,6 +6,7 @@ import numpy as np
 from ifp_mlx.data import Batch
 from ifp_mlx.training import warm_start
 
+from .corpus import VOCABULARY
 from .lab import Lab
 from .warm import (
     PREDICTOR_RANK,
@@ -16,6 +17,8 @@ from .warm import (
 )
 
 CLUSTERS = 32
+DIRECTIONS = 24  # in which instructions are compared by their words
+SEEN_BATCHES = 512  # of training examples, whose words are looked at
 
 
 def clusters(lab: Lab, model: nn.Module) -> Groups:
@@ -45,6 +48,46 @@ def clusters(lab: Lab, model: nn.Module) -> Groups:
         return nearest((features(batch) - middle) @ fit @ axes, centres)
 
     return Groups(CLUSTERS, label)
+
+
+def paraphrases(lab: Lab) -> Groups:
+    """Return k-means groups of instructions by the words that tell tasks apart.
+
+    Training examples with the same answer mostly ask the same in other words, so what
+    differs between their instructions says nothing of the task: openings, phrases,
+    endings, and where the description of a task selects, the key as well. Words count
+    the less the more they differ so; what varies most in the rest is the task.
+    """
+    batches = [lab.data(number) for number in range(SEEN_BATCHES)]
+    bags = np.concatenate([words(batch) for batch in batches])
+    alike: dict[tuple, list[int]] = {}
+    for row, answer in enumerate(a for batch in batches for a in answers(batch)):
+        alike.setdefault(answer, []).append(row)
+    apart = [bags[rows] - bags[rows].mean(axis=0) for rows in alike.values()]
+    rest = np.concatenate(apart)
+    noise, turn = np.linalg.eigh(rest.T @ rest / (len(rest) - len(alike)))
+    quiet = turn / np.sqrt(np.maximum(noise, 0) + 1e-3) @ turn.T
+    middle = bags.mean(axis=0)
+    points = (bags - middle) @ quiet
+    _, axes = np.linalg.eigh(points.T @ points)
+    fit = quiet @ axes[:, -DIRECTIONS:]
+    centres = kmeans((bags - middle)[:4096] @ fit, CLUSTERS, lab.seed)
+    return Groups(CLUSTERS, lambda b: nearest((words(b) - middle) @ fit, centres))
+
+
+def words(batch: Batch) -> np.ndarray:
+    """Return which tokens occur in every instruction, 0 or 1, ``[B, V]``."""
+    tokens, lengths = np.array(batch.instruction), np.array(batch.lengths)
+    rows, places = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
+    found = np.zeros((len(tokens), VOCABULARY))
+    found[rows, tokens[rows, places]] = 1
+    return found
+
+
+def answers(batch: Batch) -> list[tuple[int, ...]]:
+    """Return the tokens of every answer."""
+    pairs = zip(np.array(batch.tokens), np.array(batch.loss_mask) > 0, strict=True)
+    return [tuple(tokens[counts]) for tokens, counts in pairs]
 
 
 def kmeans(points: np.ndarray, count: int, seed: int) -> np.ndarray:

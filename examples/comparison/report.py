@@ -34,6 +34,7 @@ ABOUT = {
 }
 CONTROLS = {
     "ifp_clusters": "IFP, warm start without the names of tasks",
+    "ifp_paraphrases": "IFP, warm start with paraphrases in place of names",
     "dense_small_long": "dense of the kept size, three times the examples",
     "dense_small_longest": "dense of the kept size, six times the examples",
 }
@@ -179,13 +180,17 @@ def write_tables(text: str, page: Path, mix: str) -> None:
 def tables(mix: str, folder: Path) -> str:
     """Return a mix's tables, and draw its picture beside the results."""
     results, tasks = load_results(folder), all_tasks(mix)
+    tuning = load_results(folder / "tuning")
     parts = [main_table(results)]
     if "ifp" in results:
         parts.append(margins(results))
         draw_overlap(results["ifp"][0], folder / PICTURE, tasks)
-    rows = ["dense_full", "dense_small", "static", "ifp"]
+    every = {
+        row: results.get(row, []) + tuning.get(row, []) for row in results | tuning
+    }
+    parts.append(curve(every))
+    rows = ["dense_full", "dense_small", "dense_small_compute", "static", "ifp"]
     parts.append(task_table(results, rows, tasks))
-    tuning = load_results(folder / "tuning")
     if tuning:
         rows = [row for row in ABOUT | CONTROLS if row in tuning]
         seeds = {run["seed"] for runs in tuning.values() for run in runs}

@@ -22,7 +22,7 @@ from ifp_mlx.training.maskers import (
 )
 from ifp_mlx.training.step import schedule, target_losses
 
-from .groups import agreement, clusters
+from .groups import agreement, clusters, paraphrases
 from .lab import DENSE, Lab, Trained, importance
 from .warm import WARM_BATCHES, new_predictor, warm_predictor
 
@@ -178,6 +178,16 @@ def ifp_clusters(lab: Lab) -> Trained:
     return trained
 
 
+def ifp_paraphrases(lab: Lab) -> Trained:
+    """The same with groups by the words, where equal answers show what is a paraphrase."""
+    model = lab.dense(0)
+    groups = paraphrases(lab)
+    predictor, extra = warm_predictor(lab, model, groups)
+    trained = _masked(lab, model, PredictorMasker(predictor))
+    trained.extra.update(extra | agreement(lab, groups))
+    return trained
+
+
 def ifp_both_stages(lab: Lab) -> Trained:
     """IFP with half of its steps in the stage ``pretrain``, and half in ``sft``."""
     model, scale = lab.dense(0), lab.scale
@@ -277,12 +287,15 @@ ROWS: dict[str, Callable[[Lab], Trained]] = {
         task_learned,
         ifp_both_stages,
         ifp_clusters,
+        ifp_paraphrases,
         dense_small_long,
         dense_small_longest,
     )
 }
+# Rows that ran only on the seed that choices were made on.
 CONTROLS = (
     "ifp_clusters",
+    "ifp_paraphrases",
     "dense_small_long",
     "dense_small_longest",
-)  # on the seed that tuning was done on
+)

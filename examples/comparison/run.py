@@ -44,16 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
     results = args.results or folder_of(args.mix, RESULTS)
     cache = args.cache or folder_of(args.mix, Path("models/comparison"))
     results.mkdir(parents=True, exist_ok=True)
-    labs: dict[int, Lab] = {}
-    for row in args.rows:
-        for seed in args.seeds:
+    for seed in args.seeds:  # seed by seed, so that one that is stopped has whole ones
+        lab = None
+        for row in args.rows:
             path = results / f"{row}-{seed}.json"
             if path.exists():
                 continue
-            if seed not in labs:
-                labs[seed] = Lab(scale, seed, cache)
+            lab = lab or Lab(scale, seed, cache)
             print(f"{row}, seed {seed} ...", flush=True)
-            found = run_row(labs[seed], row)
+            found = run_row(lab, row)
             with new_file(path) as scratch:
                 scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
             summary = {k: round(found[k], 3) for k in ("facts", "skills", "mean")}
