@@ -178,6 +178,10 @@ def test_paraphrases_show_which_words_tell_tasks_apart(tmp_path):
     batch = lab.data(0)
     unseen = batch._replace(tasks=mx.zeros_like(batch.tasks))
     assert (groups.of(batch) == groups.of(unseen)).all()
+    other = batch._replace(instruction=batch.instruction[::-1])
+    alone = paraphrases(lab, described=False)
+    assert (alone.of(batch) == alone.of(other)).all()
+    assert (groups.of(batch) != groups.of(other)).any()
 
 
 def test_clusters_find_groups_that_lie_apart():

@@ -50,16 +50,22 @@ def clusters(lab: Lab, model: nn.Module) -> Groups:
     return Groups(CLUSTERS, label)
 
 
-def paraphrases(lab: Lab) -> Groups:
+def paraphrases(lab: Lab, *, described: bool = True) -> Groups:
     """Return k-means groups of instructions by the words that tell tasks apart.
 
     Training examples with the same answer mostly ask the same in other words, so what
     differs between their instructions says nothing of the task: openings, phrases,
     endings, and where the description of a task selects, the key as well. Words count
     the less the more they differ so; what varies most in the rest is the task.
+
+    Args:
+        lab: whose training examples are grouped.
+        described: look at what selects, which may be the description of the task;
+            else at the question, always.
     """
-    batches = [lab.data(number) for number in range(SEEN_BATCHES)]
-    bags = np.concatenate([words(batch) for batch in batches])
+    seen = min(SEEN_BATCHES, len(lab.data.order))
+    batches = [lab.data(number) for number in range(seen)]
+    bags = np.concatenate([words(batch, described) for batch in batches])
     alike: dict[tuple, list[int]] = {}
     for row, answer in enumerate(a for batch in batches for a in answers(batch)):
         alike.setdefault(answer, []).append(row)
@@ -72,12 +78,18 @@ def paraphrases(lab: Lab) -> Groups:
     _, axes = np.linalg.eigh(points.T @ points)
     fit = quiet @ axes[:, -DIRECTIONS:]
     centres = kmeans((bags - middle)[:4096] @ fit, CLUSTERS, lab.seed)
-    return Groups(CLUSTERS, lambda b: nearest((words(b) - middle) @ fit, centres))
+
+    def label(batch: Batch) -> np.ndarray:
+        return nearest((words(batch, described) - middle) @ fit, centres)
+
+    return Groups(CLUSTERS, label)
 
 
-def words(batch: Batch) -> np.ndarray:
-    """Return which tokens occur in every instruction, 0 or 1, ``[B, V]``."""
+def words(batch: Batch, described: bool = True) -> np.ndarray:
+    """Return which tokens occur in what selects, or in the question, ``[B, V]``."""
     tokens, lengths = np.array(batch.instruction), np.array(batch.lengths)
+    if not described:
+        tokens, lengths = np.array(batch.tokens), np.array(batch.loss_mask).argmax(1)
     rows, places = np.nonzero(np.arange(tokens.shape[1]) < lengths[:, None])
     found = np.zeros((len(tokens), VOCABULARY))
     found[rows, tokens[rows, places]] = 1

@@ -185,6 +185,8 @@ def ifp_paraphrases(lab: Lab) -> Trained:
     predictor, extra = warm_predictor(lab, model, groups)
     trained = _masked(lab, model, PredictorMasker(predictor))
     trained.extra.update(extra | agreement(lab, groups))
+    alone = agreement(lab, paraphrases(lab, described=False))
+    trained.extra["purity_of_questions_alone"] = alone["purity"]
     return trained
 
 
