@@ -5,8 +5,17 @@
 From examples/selectors-*.csv, the rows that selectors_bench.py measured.
 """
 
-from bench_report import DENSE, ONE_TOKEN, PAGES, interval, macro, read_rows, ways_of
-from bench_ways import DEFAULT, STAGES
+from bench_report import (
+    DENSE,
+    ONE_TOKEN,
+    PAGES,
+    Ways,
+    interval,
+    macro,
+    read_rows,
+    ways_of,
+)
+from bench_ways import DEFAULT, STAGES, STATIC, Stage, Way
 
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
 KEEPS = sorted({stage.keep for stage in STAGES}, reverse=True)
@@ -22,7 +31,66 @@ means are taken. Both models come from 4-bit files and are small; what larger on
 not measured here.
 """
 
-READING = """"""
+# What is compared at keep 0.5: words, a way, and the way it is set against.
+PARTS = (
+    (
+        "the prompt read by the compact model, not the dense one",
+        Way("activation", "uniform"),
+        Way("activation", "uniform", prompt="dense"),
+    ),
+    (
+        "the same of the default",
+        DEFAULT,
+        DEFAULT._replace(prompt="dense"),
+    ),
+    (
+        "the first layer whole, the same total (a static mask)",
+        STATIC,
+        STATIC._replace(allocation="uniform"),
+    ),
+    (
+        "the same of a task mask",
+        Way("task", "first-layer"),
+        Way("task", "uniform"),
+    ),
+    (
+        "the prompt and the prior, not the prompt alone",
+        DEFAULT,
+        Way("activation", "first-layer"),
+    ),
+    (
+        "the prompt and the prior, not the prior alone",
+        DEFAULT,
+        Way("prior", "first-layer"),
+    ),
+    ("the default, not a static mask of other families", DEFAULT, STATIC),
+    ("a task mask, not the default", Way("task", "sensitivity"), DEFAULT),
+    (
+        "widths by sensitivity, not the first layer whole: the default",
+        Way("blend", "sensitivity"),
+        DEFAULT,
+    ),
+    (
+        "the same of a task mask",
+        Way("task", "sensitivity"),
+        Way("task", "first-layer"),
+    ),
+    (
+        "compensated by the prompt (`--compensate`)",
+        DEFAULT._replace(compensation="prompt"),
+        DEFAULT,
+    ),
+    (
+        "a task mask compensated by its examples",
+        Way("task", "sensitivity", "examples"),
+        Way("task", "sensitivity"),
+    ),
+)
+PARTS_HEAD = """## What each part is worth at keep 0.5
+
+The change of KL per token, with its paired 95 % interval over prompts and the number of
+rows; below zero is better. Intervals from two or three rows of a family are too narrow.
+"""
 
 
 def page() -> str:
@@ -31,7 +99,36 @@ def page() -> str:
     for name, title in MODELS.items():
         if (PAGES / f"selectors-{name}.csv").exists():
             text += [f"## {title}", "", *model_table(name), ""]
-    return "\n".join([*text, READING])
+    names = [n for n in MODELS if (PAGES / f"selectors-{n}.csv").exists()]
+    return "\n".join([*text, PARTS_HEAD, *parts_table(names)]) + "\n"
+
+
+def parts_table(names: list[str]) -> list[str]:
+    """Return the lines of the table of differences, a column for each model."""
+    text = ["| | " + " | ".join(MODELS[name] for name in names) + " |"]
+    text.append("|---" * (len(names) + 1) + "|")
+    lines = {name: read_rows(name) for name in names}
+    for words, way, other in PARTS:
+        row = [difference(lines[name], way, other) for name in names]
+        text.append(f"| {words} | {' | '.join(row)} |")
+    return text
+
+
+def difference(lines: list[dict], way: Way, other: Way) -> str:
+    """Return how a way's KL at keep 0.5 differs from another's, on all their rows."""
+    ways = ways_of(lines, Stage((way, other), 0.5, 1))
+    if not ways[DENSE]:
+        return ""
+    one, two = ways[way.name], ways[other.name]
+    low, high = interval(one, two)
+    mean = macro(one, "kl") - macro(two, "kl")
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], {count_of(ways)}"
+
+
+def count_of(ways: Ways) -> int:
+    """Return how many rows count in a table's means."""
+    dense = ways[DENSE].items()
+    return sum(len(found) for name, found in dense if name not in ONE_TOKEN)
 
 
 def model_table(name: str) -> list[str]:
@@ -64,8 +161,7 @@ def cells_of(
         ways = ways_of(lines, stage)
         if not ways[DENSE]:
             continue
-        dense = ways[DENSE].items()
-        count = sum(len(found) for name, found in dense if name not in ONE_TOKEN)
+        count = count_of(ways)
         rows.setdefault(stage.keep, count)
         for way in stage.ways:
             found = ways[way.name]
