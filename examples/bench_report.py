@@ -37,13 +37,16 @@ Ways = dict[str, dict[str, dict[int, Row]]]  # way → family → row → metric
 
 
 def ways_of(lines: Iterable[Mapping], stage: Stage) -> Ways:
-    """Return the results of a stage's ways, for rows that every one of them has."""
+    """Return the results of a stage's ways, for rows that every one of them has; one
+    that was not measured at all is left out.
+    """
     names = (DENSE, *(way.name for way in stage.ways))
     found: Ways = {name: {} for name in names}
     for line in lines:
         if line["way"] in found and line["keep"] == round(stage.keep, 3):
             rows = found[line["way"]].setdefault(line["family"], {})
             rows[line["row"]] = line
+    found = {name: ways for name, ways in found.items() if ways or name == DENSE}
     for family, rows in list(found[DENSE].items()):
         common = set.intersection(*(set(w.get(family, {})) for w in found.values()))
         tokens = {n: rows[n]["tokens"] for n in sorted(common)}

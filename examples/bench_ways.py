@@ -43,7 +43,7 @@ class Stage(NamedTuple):
 
     def rows(self, wanted: int) -> int:
         """Return how many rows of each family are measured."""
-        return max(1, round(wanted * self.share))
+        return max(2, round(wanted * self.share))  # one has no spread
 
 
 DEFAULT = Way("blend", "first-layer")
@@ -63,6 +63,7 @@ FURTHER = (
     Way("prior", "first-layer"),
     Way("others", "uniform"),
     Way("activation", "first-layer"),
+    Way("blend", "uniform"),
     Way("blend", "first-layer", prompt="dense"),
     Way("blend", "first-layer", "prompt"),
     Way("blend", "sensitivity"),

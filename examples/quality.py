@@ -44,7 +44,12 @@ PARTS = (
         DEFAULT._replace(prompt="dense"),
     ),
     (
-        "the first layer whole, the same total (a static mask)",
+        "the first layer whole, the same total: the default",
+        DEFAULT,
+        DEFAULT._replace(allocation="uniform"),
+    ),
+    (
+        "the same of a static mask",
         STATIC,
         STATIC._replace(allocation="uniform"),
     ),
@@ -117,7 +122,7 @@ def parts_table(names: list[str]) -> list[str]:
 def difference(lines: list[dict], way: Way, other: Way) -> str:
     """Return how a way's KL at keep 0.5 differs from another's, on all their rows."""
     ways = ways_of(lines, Stage((way, other), 0.5, 1))
-    if not ways[DENSE]:
+    if not {way.name, other.name} <= set(ways):
         return ""
     one, two = ways[way.name], ways[other.name]
     low, high = interval(one, two)
@@ -164,6 +169,8 @@ def cells_of(
         count = count_of(ways)
         rows.setdefault(stage.keep, count)
         for way in stage.ways:
+            if way.name not in ways:
+                continue
             found = ways[way.name]
             low, high = interval(found)
             text = f"{macro(found, 'kl'):.2f} [{low:.2f}, {high:.2f}]"
