@@ -19,9 +19,10 @@ ALL = "all"  # its family
 SAMPLES = 2000
 ONE_TOKEN = ("boolq",)  # answers of one token say too little for a mean
 
-HEAD = """Made by `python examples/selectors_bench.py {model}`, whose first lines say where
-each mask comes from, of the rows in [selectors-{model}.csv](selectors-{model}.csv); float32
-on a Linux CPU, not run on a Mac. {spent} of one processor core.
+HEAD = """Made by `python examples/selectors_bench.py {model} --rows {rows} --answer-tokens
+{tokens}`, whose first lines say where each mask comes from, of the rows in
+[selectors-{model}.csv](selectors-{model}.csv); float32 on a Linux CPU, not run on a Mac.
+{spent} of one processor core.
 
 KL is from the dense model's next-token distribution to the pruned one's at the tokens of
 the reference answer, in nats. *Per token*: mean over all answer tokens of a family, then
@@ -29,8 +30,9 @@ over families; NLL and agreement are taken so too. *Per row*: mean over a row's 
 over a family's rows, then over families. Families with answers of one token (boolq) are
 left out of all means. Intervals are 95 % of a bootstrap that draws the rows of each
 family anew, paired where they are of differences: they cover no other families and no
-other model. The default is `{default}`; `{static}` is the best a mask can do that is
-the same for all prompts and has not seen the family."""
+other model, and from two or three rows of a family they are too narrow. The default is
+`{default}`; its fair opponent, `{static}`, is one mask for all prompts of a family that
+it has not seen."""
 
 Row = Mapping[str, float]
 Ways = dict[str, dict[str, dict[int, Row]]]  # way → family → row → metrics
@@ -151,6 +153,8 @@ def page_of(model: str, lines: Sequence[Mapping]) -> str:
     before = sum(line["seconds"] for line in lines if line["way"] == CALIBRATION)
     head = HEAD.format(
         model=model,
+        rows=1 + max(line["row"] for line in lines),
+        tokens=round(max(line["tokens"] for line in lines)),
         spent=f"{seconds / 60:.0f} minutes, {before / 60:.0f} of them for calibration,",
         default=DEFAULT.name,
         static=STATIC.name,
