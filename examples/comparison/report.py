@@ -123,7 +123,8 @@ def task_table(
 def margins(results: dict[str, list[dict[str, Any]]], row: str = "ifp") -> str:
     """Return how far ``row`` is from the others, seed by seed, as markdown."""
     mine = {run["seed"]: run["mean"] for run in results.get(row, [])}
-    lines = [f"| {ABOUT[row]} minus | mean | of each seed |", "|---|---|---|"]
+    about = ABOUT | CONTROLS
+    lines = [f"| {about[row]} minus | mean | of each seed |", "|---|---|---|"]
     for other, runs in results.items():
         gaps = {
             r["seed"]: mine[r["seed"]] - r["mean"] for r in runs if r["seed"] in mine
@@ -132,7 +133,7 @@ def margins(results: dict[str, list[dict[str, Any]]], row: str = "ifp") -> str:
             continue
         each = ", ".join(f"{gaps[seed]:+.3f}" for seed in sorted(gaps))
         lines.append(
-            f"| {ABOUT[other]} | {np.mean(list(gaps.values())):+.3f} | {each} |"
+            f"| {about[other]} | {np.mean(list(gaps.values())):+.3f} | {each} |"
         )
     return "\n".join(lines)
 
@@ -181,7 +182,8 @@ def tables(mix: str, folder: Path) -> str:
     """Return a mix's tables, and draw its picture beside the results."""
     results, tasks = load_results(folder), all_tasks(mix)
     tuning = load_results(folder / "tuning")
-    parts = [main_table(results)]
+    controls = [row for row in CONTROLS if row in results]
+    parts = [main_table(results, [*ABOUT, *controls])]
     if "ifp" in results:
         parts.append(margins(results))
         draw_overlap(results["ifp"][0], folder / PICTURE, tasks)
