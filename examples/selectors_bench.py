@@ -53,7 +53,7 @@ KEY = ("family", "row", "way", "keep")
 KEEPS = sorted({stage.keep for stage in STAGES})
 
 
-class Statics:
+class Calibration:
     """What is measured once: statistics and costs of each family's calibration rows.
 
     Args:
@@ -144,12 +144,17 @@ def _kept(file: Path, measure: Callable[[], dict[str, mx.array]]) -> dict:
 
 
 def measure_row(
-    statics: Statics, family: str, number: int, row: Row, keep: float, ways: list[Way]
+    calibration: Calibration,
+    family: str,
+    number: int,
+    row: Row,
+    keep: float,
+    ways: list[Way],
 ) -> Iterator[dict]:
     """Yield a line of results for the dense model and for every way, with the
     processor time it took; a way's slices are made but once.
     """
-    bench = statics.bench
+    bench = calibration.bench
     clock = Clock()
     reading = bench.read(row)
     about = {"family": family, "row": number, "keep": round(keep, 3)}
@@ -160,12 +165,12 @@ def measure_row(
         **_short(reference),
         "seconds": clock.lap(),
     }
-    scores = row_scores(statics, family, number, reading)
+    scores = row_scores(calibration, family, number, reading)
     sliced: dict[tuple, list[nn.Module]] = {}
     for way in ways:
         key = way[:3]
         if key not in sliced:
-            sliced[key] = modules_of(statics, family, reading, way, keep, scores)
+            sliced[key] = modules_of(calibration, family, reading, way, keep, scores)
         if way.prompt == "dense":
             found = bench.decode(row, sliced[key], reading)
         else:
@@ -175,7 +180,7 @@ def measure_row(
 
 
 def modules_of(
-    statics: Statics,
+    calibration: Calibration,
     family: str,
     reading: Reading,
     way: Way,
@@ -183,26 +188,26 @@ def modules_of(
     scores: dict[str, mx.array],
 ) -> list[nn.Module]:
     """Return the sliced FFNs of a way."""
-    model = statics.bench.model
+    model = calibration.bench.model
     costs = None
     if way.allocation == "sensitivity":
-        costs = statics.costs(way.scores, family, keep)
+        costs = calibration.costs(way.scores, family, keep)
     k = masks.target_size(model.channels, keep, model.granularity)
     sizes = masks.layer_sizes(
         k, model.layers, model.channels, way.allocation, model.granularity, costs
     )
     selection = masks.select(scores[way.scores], sizes, granularity=model.granularity)
     if way.compensation == "examples":
-        return statics.compensated(family, selection)
+        return calibration.compensated(family, selection)
     seen = reading.channels if way.compensation else None
-    return statics.bench.sliced(selection, seen)
+    return calibration.bench.sliced(selection, seen)
 
 
 def row_scores(
-    statics: Statics, family: str, number: int, reading: Reading
+    calibration: Calibration, family: str, number: int, reading: Reading
 ) -> dict[str, mx.array]:
     """Return the scores of every kind for one row, each ``[L, F]``."""
-    prior = statics.bench.prior
+    prior = calibration.bench.prior
     local = mx.sqrt(mx.stack([energy(h) for h in reading.channels]))
     L, F = local.shape
     return {
@@ -210,8 +215,8 @@ def row_scores(
         "activation": local,
         "prior": prior,
         "blend": selectors.blend_scores(local, prior),
-        "others": statics.scores("others", family),
-        "task": statics.scores("task", family),
+        "others": calibration.scores("others", family),
+        "task": calibration.scores("task", family),
     }
 
 
@@ -278,7 +283,7 @@ def calibrate(name: str, folder: Path, settings: dict) -> None:
     log, clock = Log(folder / "job-calibration", settings, KEY), Clock()
     key = (ALL, 0, CALIBRATION, 0.0)
     if key not in log:
-        Statics(Bench(own_copy(fetch(name)), **settings), folder)
+        Calibration(Bench(own_copy(fetch(name)), **settings), folder)
         log.add(dict(zip(KEY, key, strict=True)) | {"seconds": clock.lap()})
 
 
@@ -288,7 +293,7 @@ def measure(
     """Measure this job's share of what no log has yet."""
     done = read_logs(folder, settings)
     bench = Bench(own_copy(fetch(name)), **settings)
-    statics = Statics(bench, folder)
+    calibration = Calibration(bench, folder)
     log = Log(folder / f"job-{job}", settings, KEY)
     todo = [
         (stage, *row)
@@ -300,7 +305,7 @@ def measure(
         ways = [w for w in stage.ways if (family, number, w.name, keep) not in done]
         if not ways:
             continue
-        log.add(*measure_row(statics, family, number, row, stage.keep, ways))
+        log.add(*measure_row(calibration, family, number, row, stage.keep, ways))
         done |= log.lines
 
 

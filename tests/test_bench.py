@@ -71,12 +71,12 @@ def test_a_reading_shows_the_prompts_channels(bench):
 
 def test_a_familys_scores_are_those_of_a_task_mask(bench, monkeypatch, tmp_path):
     rows = [ROW, Row([4, 8], [15, 16, 23]), Row([42, 7, 7], [5])]
-    monkeypatch.setattr(selectors_bench.Statics, "_measure_costs", lambda _: {})
+    monkeypatch.setattr(selectors_bench.Calibration, "_measure_costs", lambda _: {})
     monkeypatch.setattr(selectors_bench, "read_rows", lambda *_, **__: rows)
     monkeypatch.setattr(selectors_bench, "write_families", lambda: tmp_path)
     (tmp_path / "calibration").mkdir()
     (tmp_path / "calibration" / "ant.jsonl").touch()
-    scores = selectors_bench.Statics(bench, tmp_path).scores("task", "ant")
+    scores = selectors_bench.Calibration(bench, tmp_path).scores("task", "ant")
     pairs = [(row.prompt, row.answer) for row in rows]
     np.testing.assert_allclose(scores, task_scores(bench.dense, pairs), rtol=2e-3)
 
@@ -179,11 +179,11 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(
     monkeypatch.setattr(selectors_bench, "MODELS", tmp_path)
     measured, real = [], selectors_bench.measure_row
 
-    def stopped(statics, family, number, *rest):
+    def stopped(calibration, family, number, *rest):
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append((family, number))
-        return real(statics, family, number, *rest)
+        return real(calibration, family, number, *rest)
 
     monkeypatch.setattr(selectors_bench, "measure_row", stopped)
     selectors_bench.calibrate("tiny", log, {})
