@@ -13,7 +13,7 @@ from .rows import CONTROLS, ROWS
 RESULTS = Path(__file__).parent / "results"
 SCALES = {
     "plain": Scale(),
-    # So narrow, and with so much to remember, that the small model has no room for it.
+    # So narrow, and with so much to remember, that the small model learns it slowly.
     "crowded": Scale(
         mix="crowded", width=32, kept=32, batch_size=64, start_steps=1500, steps=2500
     ),

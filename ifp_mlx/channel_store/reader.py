@@ -70,6 +70,7 @@ class ChannelReader:
             OSError: if the file cannot be read.
         """
         self._finish(ffn, index, *self._begin(layer, index))
+        self._spare.clear()
 
     def fill_all(
         self,
@@ -98,6 +99,7 @@ class ChannelReader:
                 yield layer
         finally:
             wait([begun[1]])  # or it would write on after an error
+            self._spare.clear()  # up to two layers' worth of memory
 
     def read(self, layer: int) -> dict[tuple[str, str], mx.array]:
         """Return a layer's dense tensors by projection and name."""
