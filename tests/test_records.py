@@ -60,6 +60,16 @@ def test_a_file_of_bad_rows_only_is_refused_even_when_they_may_be_skipped(
         Reader(tokenizer, "sft", skip_bad=True).read(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_with_nothing_to_learn_is_refused_where_it_stands(
+    tokenizer, tmp_path, text
+):
+    lines = [json.dumps({"text": "two words"}), json.dumps({"text": text})]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"line 2 has a text of less than two tokens"):
+        Reader(tokenizer, "recover").read(str(tmp_path), "train")
+
+
 def test_a_folder_without_training_data_is_said_so(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no train.jsonl"):
         Reader(tokenizer, "sft").read(str(tmp_path), "train")

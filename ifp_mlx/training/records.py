@@ -107,6 +107,10 @@ class Reader:
         messages = _messages(row)
         if messages is None and self.stage == "recover":
             tokens = list(self.tokenizer.encode(row["text"]))[: self.max_length]
+            if len(tokens) < 2:
+                raise ValueError(
+                    "has a text of less than two tokens: nothing follows the first"
+                )
             return [self._record(tokens, tokens, [True] * len(tokens), task)]
         if messages is None:
             raise ValueError(
