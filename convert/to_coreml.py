@@ -37,6 +37,7 @@ QUERY = 256  # tokens in one call: the logits of them all are an output
 BITS, GROUPS = (4, 8), (32, 64, 128)
 PROMPT = "What is the capital of France?"  # to verify with, where no text selected
 PROMPT_TOKENS, STEPS = 32, 8
+WHOLE = [0]  # selects with --keep 1, where there is nothing to choose
 LIMIT = 0.02  # of the largest logit: an error above it is no rounding
 
 
@@ -410,10 +411,12 @@ def _selections(
 
 def _command(args: Any) -> None:
     given = [args.instruction, args.mask_file, args.functions]
-    if sum(value is not None for value in given) != 1:
+    if not any(given) and args.keep == 1:
+        args.instruction = WHOLE
+    elif sum(value is not None for value in given) != 1:
         raise ValueError(
             "Give one of --instruction, --mask-file and --functions: it says what is "
-            "kept."
+            "kept; or --keep 1 for all of the model, as of a folder that is compact."
         )
     if args.format == "coreai":
         from convert.to_coreai import command

@@ -309,6 +309,21 @@ def test_the_command_prints_one_line(tmp_path):
     assert said in done.stderr and "the same greedy tokens" in done.stderr
 
 
+def test_a_folder_that_is_compact_is_exported_whole(
+    opened, selections, tmp_path, capsys
+):
+    folder = write_compact(opened, selections["yes"], tmp_path / "compact")
+    out = tmp_path / "X.mlpackage"
+    main([
+        "--model", str(folder), "--keep", "1", "--output", str(out),
+        "--context-length", "64", "--json",
+    ])  # fmt: skip
+    about = json.loads(capsys.readouterr().out)["functions"]["main"]
+    assert about["layers"] == [32]  # all that the folder has: half of the source's
+    assert about["verification"]["max_logit_error"] <= 0.01
+    assert about["verification"]["tokens_equal"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
