@@ -153,8 +153,8 @@ def page_of(model: str, lines: Sequence[Mapping]) -> str:
     before = sum(line["seconds"] for line in lines if line["way"] == CALIBRATION)
     head = HEAD.format(
         model=model,
-        rows=1 + max(line["row"] for line in lines),
-        tokens=round(max(line["tokens"] for line in lines)),
+        rows=1 + max(line["row"] for line in lines if line["way"] == DENSE),
+        tokens=round(max(line.get("tokens", 0) for line in lines)),
         spent=f"{seconds / 60:.0f} minutes, {before / 60:.0f} of them for calibration,",
         default=DEFAULT.name,
         static=STATIC.name,
@@ -184,18 +184,19 @@ def write_report(model: str, lines: Iterable[Mapping]) -> Path:
 def write_page(model: str) -> Path:
     """Write examples/selectors-MODEL.md from the rows beside it."""
     page = PAGES / f"selectors-{model}.md"
-    page.write_text(page_of(model, read_rows(model)), encoding="utf-8")
+    page.write_text(page_of(model, read_lines(model)), encoding="utf-8")
     return page
 
 
-def read_rows(model: str) -> list[dict]:
-    """Return the lines of examples/selectors-MODEL.csv."""
+def read_lines(model: str) -> list[dict]:
+    """Return the lines of examples/selectors-MODEL.csv, as they were logged."""
     with (PAGES / f"selectors-{model}.csv").open(newline="") as file:
-        lines: list[dict] = list(csv.DictReader(file))
-    for line in lines:
-        line["row"] = int(line["row"])
-        for name in FIELDS[3:]:
-            line[name] = float(line[name] or 0)
+        texts = list(csv.DictReader(file))
+    lines: list[dict] = []
+    for text in texts:
+        given = {name: value for name, value in text.items() if value}
+        numbers = {name: float(given[name]) for name in FIELDS[3:] if name in given}
+        lines.append({**given, "row": int(given["row"]), **numbers})
     return lines
 
 

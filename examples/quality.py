@@ -12,7 +12,7 @@ from bench_report import (
     Ways,
     interval,
     macro,
-    read_rows,
+    read_lines,
     ways_of,
 )
 from bench_ways import DEFAULT, STAGES, STATIC, Stage, Way
@@ -126,7 +126,7 @@ def parts_table(names: list[str]) -> list[str]:
     """Return the lines of the table of differences, a column for each model."""
     text = ["| | " + " | ".join(MODELS[name] for name in names) + " |"]
     text.append("|---" * (len(names) + 1) + "|")
-    lines = {name: read_rows(name) for name in names}
+    lines = {name: read_lines(name) for name in names}
     for words, way, other in PARTS:
         row = [difference(lines[name], way, other) for name in names]
         text.append(f"| {words} | {' | '.join(row)} |")
@@ -152,7 +152,7 @@ def count_of(ways: Ways) -> int:
 
 def model_table(name: str) -> list[str]:
     """Return a model's lines, a row of the table for each way."""
-    cells, rows = cells_of(read_rows(name))
+    cells, rows = cells_of(read_lines(name))
     ways = list(dict.fromkeys(way for way, _ in cells))
     counts = ", ".join(f"{rows[keep]} at keep {keep:.3g}" for keep in KEEPS)
     text = [

@@ -1,12 +1,13 @@
 """Compare ways of selecting on ten families of tasks: the evidence for the defaults.
 
     python examples/selectors_bench.py [smollm2|gemma3] [--rows 40] [--jobs 2]
-                                       [--answer-tokens 96]
+                                       [--answer-tokens 96] [--published]
 
-Writes examples/selectors-MODEL.md. Every answer token is compared with the dense model's
-next-token distribution. What is measured already is not measured again, so a stopped run
-goes on where it was; rows are taken in turn from all families, so that it can be stopped
-at any time. Where a mask comes from:
+Writes examples/selectors-MODEL.csv and .md. Every answer token is compared with the dense
+model's next-token distribution. What is measured already is not measured again, so a
+stopped run goes on where it was; rows are taken in turn from all families, so that it can
+be stopped at any time. With ``--published`` it goes on from the rows in the CSV. Where a
+mask comes from:
 
 - random; activation: of this prompt alone
 - prior: the package's own calibration text, none of these tasks
@@ -26,135 +27,69 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from bench_calibration import STATISTICS, Calibration, file_of
 from bench_model import Bench, Reading, energy
-from bench_report import ALL, CALIBRATION, write_report
+from bench_report import ALL, CALIBRATION, read_lines, write_report
 from bench_ways import STAGES, Way
 from fetch import MODELS, fetch
 from task_families import write as write_families
 from tqdm import tqdm
 
-from ifp_mlx import Selection, masks, selectors
-from ifp_mlx.atomic import new_file
-from ifp_mlx.compensation import read_channels
+from ifp_mlx import load, masks, selectors
 from ifp_mlx.evaluation.log import Log
 from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.evaluation.teacher import metrics
-from ifp_mlx.sensitivity import Probe
 
-TASK_TOKENS = 1000  # of the calibration examples, for the task's own compensation
-PARTS = ("prompt", "answer")
 KEY = ("family", "row", "way", "keep")
-KEEPS = sorted({stage.keep for stage in STAGES})
+PUBLISHED = "published"  # the log that has the rows of the CSV
 
 
-class Calibration:
-    """What is measured once: statistics and costs of each family's calibration rows.
+class Todo(NamedTuple):
+    """One row at one keep, and the ways that it is still to be measured in."""
+
+    keep: float
+    family: str
+    number: int
+    row: Row
+    ways: list[Way]
+
+
+def missing(
+    families: dict[str, list[Row]], done: Container[tuple], count: int
+) -> list[Todo]:
+    """Return every row of every table, with the ways that are not done: table by table,
+    the first row of every family, then the second, ...
 
     Args:
-        bench: the model.
-        folder: where the results are kept.
+        families: their rows.
+        done: the keys of what is measured.
+        count: rows of each family in the first table.
     """
-
-    def __init__(self, bench: Bench, folder: Path) -> None:
-        self.bench = bench
-        self._examples: dict[str, list[Row]] = {}
-        self._compensated: dict[tuple, list[nn.Module]] = {}
-        files = sorted((write_families() / "calibration").glob("*.jsonl"))
-        self.families = [file.stem for file in files]
-        for file in files:
-            rows = read_rows(file, bench.tokenizer, answer_tokens=bench.answer_tokens)
-            self._examples[file.stem] = rows
-        self._energy = _kept(folder / "energies.safetensors", self._measure_energy)
-        self._costs = _kept(folder / "costs.safetensors", self._measure_costs)
-
-    def scores(self, kind: str, family: str) -> mx.array:
-        """Return the static scores ``others`` or ``task`` of a family, ``[L, F]``."""
-        names = [name for name in self.families if name != family]
-        if kind == "task":
-            names = [family]
-        parts = [self._energy[f"{name}.{part}"] for name in names for part in PARTS]
-        # Families have the same say, and so have prompts and answers.
-        return mx.sqrt(sum(part / part.sum(axis=1, keepdims=True) for part in parts))
-
-    def costs(self, kind: str, family: str, keep: float) -> mx.array:
-        """Return what keeping that share costs each layer, as :func:`masks.layer_sizes`
-        takes it, ``[L, 6]``: a task's mask may know its own family, others may not.
-        """
-        known = self._costs.items()
-        found = [c for name, c in known if kind == "task" or name != family]
-        column = mx.stack(found).mean(axis=0)[:, KEEPS.index(keep)]
-        # It is known at this very keep: nothing is to be read off between shares.
-        return mx.repeat(column[:, None], len(masks.MEASURED_SHARES), axis=1)
-
-    def compensated(self, family: str, selection: Selection) -> list[nn.Module]:
-        """Return the FFNs of a selection that is the same for all rows of a family,
-        compensated by what its first calibration examples show.
-        """
-        key = family, selection.mask_id
-        if key not in self._compensated:
-            texts = [row.prompt + row.answer for row in self._examples[family]]
-            tokens = sum(texts, [])[:TASK_TOKENS]
-            channels = read_channels(self.bench.dense, tokens)
-            self._compensated[key] = self.bench.sliced(selection, channels)
-        return self._compensated[key]
-
-    def _measure_energy(self) -> dict[str, mx.array]:
-        """Return the squared statistic of each family's prompts and answers."""
-        found: dict[str, mx.array] = {}
-        for name in tqdm(self.families, "statistics", disable=None):
-            parts = [mx.array(0.0)] * 2
-            for row in self._examples[name]:
-                channels = read_channels(self.bench.dense, row.prompt + row.answer)
-                P = len(row.prompt)
-                for part, tokens in enumerate((slice(P), slice(P, None))):
-                    more = mx.stack([energy(h[tokens]) for h in channels])
-                    parts[part] = parts[part] + more
-                mx.eval(parts)
-            found |= {f"{name}.{p}": e for p, e in zip(PARTS, parts, strict=True)}
-        return found
-
-    def _measure_costs(self) -> dict[str, mx.array]:
-        """Return each family's costs at each of ``KEEPS``, ``[L, 3]``, by a text of its
-        calibration rows.
-        """
-        texts = []
-        for name in self.families:
-            every = [row.prompt + row.answer for row in self._examples[name]]
-            enough = [text for text in every if len(text) > 60]
-            texts += [min(enough, key=len)[: round(1.15 * self.bench.answer_tokens)]]
-        # By the prior, so that no family has a say in the costs of another.
-        probe = Probe(self.bench.model, texts, self.bench.prior)
-        layers = tqdm(range(self.bench.model.layers), "sensitivity", disable=None)
-        costs = mx.array([probe.costs(layer, KEEPS).tolist() for layer in layers])
-        return {name: costs[:, n] for n, name in enumerate(self.families)}
+    found = []
+    for stage in STAGES:
+        keep = round(stage.keep, 3)
+        for number in range(stage.rows(count)):
+            for family in families:
+                keys = [(family, number, way.name, keep) for way in stage.ways]
+                known = zip(stage.ways, keys, strict=True)
+                ways = [way for way, key in known if key not in done]
+                if number < len(families[family]):
+                    row = families[family][number]
+                    found.append(Todo(stage.keep, family, number, row, ways))
+    return found
 
 
-def _kept(file: Path, measure: Callable[[], dict[str, mx.array]]) -> dict:
-    """Return arrays from a file, or measure and keep them."""
-    if not file.exists():
-        with new_file(file) as scratch:
-            mx.save_safetensors(str(scratch), measure())
-    return dict(mx.load(str(file)))  # type: ignore[arg-type]
-
-
-def measure_row(
-    calibration: Calibration,
-    family: str,
-    number: int,
-    row: Row,
-    keep: float,
-    ways: list[Way],
-) -> Iterator[dict]:
+def measure_row(calibration: Calibration, todo: Todo) -> Iterator[dict]:
     """Yield a line of results for the dense model and for every way, with the
     processor time it took; a way's slices are made but once.
     """
-    bench = calibration.bench
+    bench, (keep, family, number, row, ways) = calibration.bench, todo
     clock = Clock()
     reading = bench.read(row)
     about = {"family": family, "row": number, "keep": round(keep, 3)}
@@ -252,61 +187,93 @@ def own_copy(source: Path) -> Path:
     return copy
 
 
-def rows_in_turn(bench: Bench, count: int) -> Iterator[tuple[str, int, Row]]:
-    """Yield family, number and row: the first of every family, then the second, ..."""
-    for number in range(count):
-        for family, found in families_of(bench).items():
-            if number < len(found):
-                yield family, number, found[number]
+class Run:
+    """A model's bench: what its logs have, and what is left.
+
+    Args:
+        name: smollm2 or gemma3.
+        rows: of each family, in the first table.
+        settings: what decides the results.
+    """
+
+    def __init__(self, name: str, rows: int, settings: dict[str, Any]) -> None:
+        self.name, self.rows, self.settings = name, rows, settings
+        self.folder = MODELS / "bench" / f"{name}-rows"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.source = own_copy(fetch(name))
+
+    def log(self, job: int | str) -> Log:
+        """Return the log that one job writes."""
+        return Log(self.folder / f"job-{job}", self.settings, KEY)
+
+    def lines(self) -> dict[tuple, dict]:
+        """Return the results of all jobs so far, by family, row, way and keep."""
+        found: dict[tuple, dict] = {}
+        for file in sorted(self.folder.glob("job-*")):
+            found |= Log(file, self.settings, KEY).lines
+        return found
+
+    def todo(self) -> list[Todo]:
+        """Return every row of every table, with the ways that no log has yet."""
+        _, tokenizer = load(self.source)
+        files = sorted((write_families() / "test").glob("*.jsonl"))
+        families = {f.stem: read_rows(f, tokenizer, **self.settings) for f in files}
+        return missing(families, self.lines(), self.rows)
+
+    def take_published(self) -> None:
+        """Count the published rows as measured, but for those that a log has.
+
+        Raises:
+            ValueError: if they were measured with other settings.
+        """
+        lines = read_lines(self.name)
+        longest = round(max(line.get("tokens", 0) for line in lines))
+        if longest != self.settings["answer_tokens"]:
+            raise ValueError(
+                f"The published rows of {self.name} compare {longest} answer tokens at "
+                f"most; give --answer-tokens {longest}, or leave out --published."
+            )
+        done, log = self.lines(), self.log(PUBLISHED)
+        log.add(*(line for line in lines if log.key_of(line) not in done))
+
+    def unprepared(self, job: int = 0, jobs: int = 1) -> list[str | float]:
+        """Return a job's share of what the rows that are left need, if not measured."""
+        parts: list[str | float] = [STATISTICS]
+        parts += sorted({todo.keep for todo in self.todo() if todo.ways})
+        if len(parts) == 1:
+            return []
+        mine = parts[job::jobs]
+        return [part for part in mine if not file_of(self.folder, part).exists()]
+
+    def calibrate(self, job: int, jobs: int) -> None:
+        """Measure this job's share of what the rows need."""
+        clock, parts = Clock(), self.unprepared(job, jobs)
+        times = sum(key[0] == ALL for key in self.lines())
+        if not parts:
+            return
+        calibration = Calibration(Bench(self.source, **self.settings), self.folder)
+        for part in parts:
+            calibration.prepare(part)
+        line = dict(zip(KEY, (ALL, times + job, CALIBRATION, 0.0), strict=True))
+        self.log(job).add(line | {"seconds": clock.lap()})
+
+    def measure(self, job: int, jobs: int) -> None:
+        """Measure this job's share of the rows that are left."""
+        todo = [entry for entry in self.todo()[job::jobs] if entry.ways]
+        if not todo:
+            return
+        calibration = Calibration(Bench(self.source, **self.settings), self.folder)
+        log = self.log(job)
+        for entry in tqdm(todo, disable=None):
+            log.add(*measure_row(calibration, entry))
 
 
-@cache
-def families_of(bench: Bench) -> dict[str, list[Row]]:
-    """Return the held-out rows of every family."""
-    files = sorted((write_families() / "test").glob("*.jsonl"))
-    return {
-        file.stem: read_rows(file, bench.tokenizer, answer_tokens=bench.answer_tokens)
-        for file in files
-    }
-
-
-def read_logs(folder: Path, settings: dict) -> dict[tuple, dict]:
-    """Return the results of all jobs so far, by family, row, way and keep."""
-    found: dict[tuple, dict] = {}
-    for file in sorted(folder.glob("job-*")):
-        found |= Log(file, settings, KEY).lines
-    return found
-
-
-def calibrate(name: str, folder: Path, settings: dict) -> None:
-    """Measure what all jobs need, once."""
-    log, clock = Log(folder / "job-calibration", settings, KEY), Clock()
-    key = (ALL, 0, CALIBRATION, 0.0)
-    if key not in log:
-        Calibration(Bench(own_copy(fetch(name)), **settings), folder)
-        log.add(dict(zip(KEY, key, strict=True)) | {"seconds": clock.lap()})
-
-
-def measure(
-    name: str, folder: Path, settings: dict, rows: int, job: int, jobs: int
-) -> None:
-    """Measure this job's share of what no log has yet."""
-    done = read_logs(folder, settings)
-    bench = Bench(own_copy(fetch(name)), **settings)
-    calibration = Calibration(bench, folder)
-    log = Log(folder / f"job-{job}", settings, KEY)
-    todo = [
-        (stage, *row)
-        for stage in STAGES
-        for row in rows_in_turn(bench, stage.rows(rows))
-    ]
-    for stage, family, number, row in tqdm(todo[job::jobs], disable=None):
-        keep = round(stage.keep, 3)
-        ways = [w for w in stage.ways if (family, number, w.name, keep) not in done]
-        if not ways:
-            continue
-        log.add(*measure_row(calibration, family, number, row, stage.keep, ways))
-        done |= log.lines
+def in_parallel(phase: str, jobs: int) -> None:
+    """Run one phase of this command line in one process per job."""
+    again = [sys.executable, __file__, *sys.argv[1:], "--phase", phase, "--job"]
+    processes = [subprocess.Popen([*again, str(job)]) for job in range(jobs)]
+    if any([process.wait() for process in processes]):
+        sys.exit("A job failed; run this again to go on.")
 
 
 def main() -> None:
@@ -317,20 +284,19 @@ def main() -> None:
     add("--rows", type=int, default=40, help="of each family, in the first table")
     add("--answer-tokens", type=int, default=96, help="compared in a row, at most")
     add("--jobs", type=int, default=2, help="processes")
+    add("--published", action="store_true", help="go on from the rows in the CSV")
+    add("--phase", choices=("calibrate", "measure"), help=argparse.SUPPRESS)
     add("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    settings = {"answer_tokens": args.answer_tokens}
-    folder = MODELS / "bench" / f"{args.name}-rows"
-    folder.mkdir(parents=True, exist_ok=True)
-    if args.job is not None:
-        measure(args.name, folder, settings, args.rows, args.job, args.jobs)
+    run = Run(args.name, args.rows, {"answer_tokens": args.answer_tokens})
+    if args.phase is not None:
+        getattr(run, args.phase)(args.job, args.jobs)
         return
-    calibrate(args.name, folder, settings)
-    again = [sys.executable, __file__, *sys.argv[1:], "--job"]
-    jobs = [subprocess.Popen([*again, str(job)]) for job in range(args.jobs)]
-    if any(job.wait() for job in jobs):
-        sys.exit("A job failed; run this again to go on.")
-    print(write_report(args.name, list(read_logs(folder, settings).values())))
+    if args.published:
+        run.take_published()
+    for phase in ("calibrate", "measure"):
+        in_parallel(phase, args.jobs)
+    print(write_report(args.name, list(run.lines().values())))
 
 
 if __name__ == "__main__":

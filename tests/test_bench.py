@@ -18,6 +18,7 @@ from ifp_mlx.selectors import task_scores
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
+import bench_calibration
 import bench_report as report
 import selectors_bench
 from bench_model import Bench, energy
@@ -71,12 +72,11 @@ def test_a_reading_shows_the_prompts_channels(bench):
 
 def test_a_familys_scores_are_those_of_a_task_mask(bench, monkeypatch, tmp_path):
     rows = [ROW, Row([4, 8], [15, 16, 23]), Row([42, 7, 7], [5])]
-    monkeypatch.setattr(selectors_bench.Calibration, "_measure_costs", lambda _: {})
-    monkeypatch.setattr(selectors_bench, "read_rows", lambda *_, **__: rows)
-    monkeypatch.setattr(selectors_bench, "write_families", lambda: tmp_path)
+    monkeypatch.setattr(bench_calibration, "read_rows", lambda *_, **__: rows)
+    monkeypatch.setattr(bench_calibration, "write_families", lambda: tmp_path)
     (tmp_path / "calibration").mkdir()
     (tmp_path / "calibration" / "ant.jsonl").touch()
-    scores = selectors_bench.Calibration(bench, tmp_path).scores("task", "ant")
+    scores = bench_calibration.Calibration(bench, tmp_path).scores("task", "ant")
     pairs = [(row.prompt, row.answer) for row in rows]
     np.testing.assert_allclose(scores, task_scores(bench.dense, pairs), rtol=2e-3)
 
@@ -157,59 +157,84 @@ def test_a_page_is_made_of_its_rows_alone(tmp_path, monkeypatch):
     assert report.write_page("tiny").read_text() == page
 
 
-def test_a_stopped_run_goes_on_and_measures_nothing_twice(
-    tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run on two families of three rows, in a folder of its own."""
     for part in ("calibration", "test"):
         for family in ("ant", "bee"):
             file = tmp_path / part / f"{family}.jsonl"
             file.parent.mkdir(exist_ok=True)
-            line = {
-                "prompt": f"Tell me of the {family}." * 3,
-                "completion": "It is so.",
-            }
+            prompt = f"Tell me of the {family}." * 3
+            line = {"prompt": prompt, "completion": "It is so."}
             file.write_text((json.dumps(line) + "\n") * 3)
-    folder, log = write_folder(tmp_path / "tiny"), tmp_path / "log"
-    log.mkdir()
-    way = Way("task", "sensitivity", "examples")
-    stages = (Stage((DEFAULT, way), 0.5, 1), Stage((DEFAULT, STATIC), 0.5, 1))
+    folder = write_folder(tmp_path / "tiny")
+    stages = (
+        Stage((DEFAULT, Way("task", "sensitivity", "examples")), 0.5, 1),
+        Stage((DEFAULT, STATIC), 0.5, 1),
+    )
+    for module in (selectors_bench, bench_calibration):
+        monkeypatch.setattr(module, "write_families", lambda: tmp_path)
     monkeypatch.setattr(selectors_bench, "STAGES", stages)
-    monkeypatch.setattr(selectors_bench, "write_families", lambda: tmp_path)
     monkeypatch.setattr(selectors_bench, "fetch", lambda name: folder)
     monkeypatch.setattr(selectors_bench, "MODELS", tmp_path)
+    monkeypatch.setattr(report, "PAGES", tmp_path)
+    return selectors_bench.Run("tiny", 2, {"answer_tokens": 96})
+
+
+def test_a_stopped_run_goes_on_and_measures_nothing_twice(run, monkeypatch):
     measured, real = [], selectors_bench.measure_row
 
-    def stopped(calibration, family, number, *rest):
+    def stopped(calibration, todo):
         if len(measured) == 3:
             raise KeyboardInterrupt
-        measured.append((family, number))
-        return real(calibration, family, number, *rest)
+        measured.append((todo.family, todo.number))
+        return real(calibration, todo)
 
     monkeypatch.setattr(selectors_bench, "measure_row", stopped)
-    selectors_bench.calibrate("tiny", log, {})
+    for job in range(2):
+        run.calibrate(job, 2)
+    assert not run.unprepared()
     with pytest.raises(KeyboardInterrupt):
-        selectors_bench.measure("tiny", log, {}, 2, 0, 1)
+        run.measure(0, 1)
     assert measured == [("ant", 0), ("bee", 0), ("ant", 1)]
-    found = selectors_bench.read_logs(log, {})
+    found = {k: v for k, v in run.lines().items() if k[2] != "dense"}
     monkeypatch.setattr(selectors_bench, "measure_row", real)
-    selectors_bench.measure("tiny", log, {}, 2, 0, 1)
-    after = selectors_bench.read_logs(log, {})
-    assert {k: v for k, v in after.items() if k in found and k[2] != "dense"} == {
-        k: v for k, v in found.items() if k[2] != "dense"
-    }
-    # Calibration, and of four rows the dense model and three ways.
-    assert len(after) == 1 + 4 * (1 + 3)
+    for job in range(2):
+        run.measure(job, 2)
+    after = run.lines()
+    assert {k: v for k, v in after.items() if k in found} == found
+    # Two jobs calibrated; of four rows the dense model and three ways.
+    assert len(after) == 2 + 4 * (1 + 3)
+    assert all(np.isfinite(v["kl"]) for k, v in after.items() if k[0] != report.ALL)
     monkeypatch.setattr(selectors_bench, "measure_row", None)
-    selectors_bench.measure("tiny", log, {}, 2, 0, 1)
-    assert all(
-        np.isfinite(line["kl"])
-        for key, line in after.items()
-        if key[1:2] != (0,) or key[0] != "all"
-    )
+    run.measure(0, 1)
+    run.calibrate(0, 1)
+    assert run.lines() == after
+
+
+def test_a_run_goes_on_from_published_rows(run, monkeypatch):
+    lines = lines_of("dense", {"ant": [(96, 0.0)] * 2, "bee": [(3, 0.0)] * 2})
+    for way in (DEFAULT, STATIC):
+        lines += lines_of(way.name, {"ant": [(96, 1.5)] * 2, "bee": [(3, 2.5)] * 2})
+    for line in lines:  # as they are logged
+        if line["way"] != "dense":
+            del line["tokens"]
+    report.write_report("tiny", lines)
+    run.take_published()
+    assert sorted(run.lines().values(), key=str) == sorted(lines, key=str)
+    assert [[way.name for way in todo.ways] for todo in run.todo()] == [
+        ["task, sensitivity, compensated by examples"]
+    ] * 4 + [[]] * 4
+    run.take_published()
+    assert len(run.lines()) == len(lines)
+    run.settings["answer_tokens"] = 32
+    run.folder = run.folder / "other"
+    with pytest.raises(ValueError, match="compare 96 answer tokens at most"):
+        run.take_published()
 
 
 def test_the_measured_figures_are_those_of_the_published_rows():
-    lines = report.read_rows("smollm2")
+    lines = report.read_lines("smollm2")
     way = Way("activation", "first-layer")  # auto, where no prior was computed
     found = {}
     for stage in STAGES:
