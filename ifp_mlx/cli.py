@@ -103,14 +103,29 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
-def add_compensate_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--compensate``."""
-    parser.add_argument(
-        "--compensate",
-        action="store_true",
-        help="let kept channels make up for dropped ones, by the dense model's reading "
-        "of the instruction: closer to the dense model, slower to load",
+def add_compensate_option(
+    parser: argparse.ArgumentParser, *, tasks: bool = False
+) -> None:
+    """Add ``--compensate``.
+
+    Args:
+        parser: takes the option.
+        tasks: whether task masks are compensated without asking; the option is
+            ``None`` where it is not given.
+    """
+    about = (
+        "let kept channels make up for dropped ones, by the dense model's reading of a "
+        "task's examples, else of the instruction: closer to the dense model, slower to "
+        "load"
     )
+    if tasks:
+        parser.add_argument(
+            "--compensate",
+            action=argparse.BooleanOptionalAction,
+            help=f"{about}; default: for task masks, where the model is not quantised",
+        )
+    else:
+        parser.add_argument("--compensate", action="store_true", help=about)
 
 
 def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
@@ -147,10 +162,12 @@ def warn_of_low_keep(selection: Selection) -> None:
         return
     if card := selection.info.get("evaluation"):
         measured = json.loads(card)
+        found = measured
+        if "compensated by" in selection.info:
+            found = measured.get("compensated", measured)
         expect = (
             f"this task mask chose the dense model's next token "
-            f"{measured['agreement']:.0%} of the time on {measured['rows']} other "
-            "examples"
+            f"{found['agreement']:.0%} of the time on {measured['rows']} other examples"
         )
     else:
         keep = min(k for k in AGREEMENT if k >= share - 0.005)

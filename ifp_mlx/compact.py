@@ -78,7 +78,9 @@ def write_compact(
     check_can_write(model, selection, quantisation)
     compact = model.compact(selection, compensate=compensate, progress=progress)
     if compensate is not None:
-        how = f"{len(model.instruction_tokens(compensate))} tokens of the instruction"
+        own = compensate is selection.text
+        source = "the task's examples" if own else "the instruction"
+        how = f"{len(model.instruction_tokens(compensate))} tokens of {source}"
         selection = replace(selection, info=selection.info | {"compensated by": how})
     selection = _with_slicing(model, compact, selection, progress)
     return write_plain(model, compact, selection, out, quantisation=quantisation)
@@ -118,7 +120,8 @@ def write_plain(
         compact, config = _quantise(compact, config, quantisation)
     with new_folder(out) as scratch:
         _write(compact, config, model.path, scratch)
-        selection.save(scratch / MASK_FILE)
+        # The examples of a task stay with its maker: folders are passed on.
+        replace(selection, text=None).save(scratch / MASK_FILE)
         card = _card(model, selection, quantisation, config, said)
         (scratch / "README.md").write_text(card, encoding="utf-8")
     return out
@@ -317,7 +320,7 @@ def build_parser() -> cli.Parser:
     )
     cli.add_model_option(parser, shipped=True)
     cli.add_selection_options(parser)
-    cli.add_compensate_option(parser)
+    cli.add_compensate_option(parser, tasks=True)
     add = parser.add_argument
     add("--mlx-path", required=True, help="the folder to make")
     add_quantisation_options(parser)
@@ -344,11 +347,6 @@ def _command(args: Any) -> None:
     refuse_existing(Path(args.mlx_path))
     if args.instruction is None and args.mask_file is None:
         raise ValueError("Give --instruction or --mask-file: it says what is kept.")
-    if args.compensate and args.instruction is None:
-        raise ValueError(
-            "--compensate needs the text of an instruction, and a mask has none; give "
-            "--instruction."
-        )
     options = cli.selection_options(args)
     model, _ = load(args.model)
     progress = partial(tqdm, disable=None, leave=False)
@@ -363,17 +361,36 @@ def _command(args: Any) -> None:
         selection,
         args.mlx_path,
         quantisation=quantisation,
-        compensate=args.instruction if args.compensate else None,
+        compensate=_text_of(args, model, selection),
         progress=progress,
     )
-    cli.warn_of_low_keep(selection)
     written = Selection.load(out / MASK_FILE)
+    if how := written.info.get("compensated by"):
+        print(f"Compensated by {how}.", file=sys.stderr)
+    cli.warn_of_low_keep(written)
     slicing = model.slicing(written)
     cli.say_slicing(slicing, written)
     about: dict[str, Any] = {"path": str(out), "mask_id": written.mask_id}
     about |= {"layers": written.sizes, "down_proj": slicing}
     about["requantisation_kl"] = _cost_of(written)
     print(json.dumps(about) if args.json else out)
+
+
+def _text_of(args: Any, model: IFPModel, selection: Selection) -> Any:
+    """Return the text to compensate by: a task's own examples unless asked otherwise,
+    and where they can.
+    """
+    if args.compensate is None:
+        return selection.text if model.can_compensate(selection) else None
+    if not args.compensate:
+        return None
+    text = selection.text if args.instruction is None else args.instruction
+    if text is None:
+        raise ValueError(
+            "--compensate needs the text of an instruction, and this mask has none; "
+            "give --instruction, or a task mask."
+        )
+    return text
 
 
 def _cost_of(written: Selection) -> float | None:

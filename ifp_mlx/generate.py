@@ -111,8 +111,8 @@ def stream_generate(
         keep, target_size, selector, allocation, granularity, seed: see
             :meth:`IFPModel.select`.
         selection: use this one and select nothing.
-        compensate: let the kept channels make up for the dropped ones, as far as the
-            instruction shows how; see :meth:`IFPModel.compact`.
+        compensate: let kept channels make up for dropped ones, as ``selection.text``,
+            else the instruction shows; see :meth:`IFPModel.compact`.
         memory_bytes: that compact model, KV cache and predictor may take; chooses the
             largest ``keep`` that fits, or refuses the one that does not. The model is
             then read in one sweep, a dense layer at a time.
@@ -139,8 +139,8 @@ def stream_generate(
     options |= {"selector": selector, "allocation": allocation}
     options |= {"granularity": granularity, "seed": seed}
     context = len(tokens) + kwargs.get("max_tokens", STOCK_MAX_TOKENS)
-    room, text = _Room(memory_bytes, context, cache), selecting if compensate else None
-    ready = _prepare(model, selecting, options, selection, text, room, progress)
+    room = _Room(memory_bytes, context, cache)
+    ready = _prepare(model, selecting, options, selection, compensate, room, progress)
     if prefill == "dense":
         ready, kwargs["prompt_cache"] = _read_densely(model, ready, tokens[:-1])
         tokens = tokens[-1:]
@@ -171,7 +171,7 @@ def _prepare(
     instruction: Prompt,
     options: dict[str, Any],
     selection: Selection | None,
-    compensate: Prompt | None,
+    compensate: bool,
     room: _Room,
     progress: Progress,
 ) -> _Ready:
@@ -182,7 +182,7 @@ def _prepare(
         reading = len(model.instruction_tokens(instruction))
         fit(model, options, selection, room.memory_bytes, room.context, reading)
     start = time.perf_counter()
-    swept = room.memory_bytes is not None and compensate is None
+    swept = room.memory_bytes is not None and not compensate
     if swept and selection is None:
         cache = room.cache or CompactCache()
         found = sweep_once(model, instruction, options, cache, progress)
@@ -193,7 +193,8 @@ def _prepare(
     if selection is None:
         selection = model.select(instruction, **options, progress=progress)
     selected = time.perf_counter()
-    compact = model.compact(selection, compensate=compensate, progress=progress)
+    text = (selection.text or instruction) if compensate else None
+    compact = model.compact(selection, compensate=text, progress=progress)
     loaded = time.perf_counter()
     seconds = Seconds(select=selected - start, load=loaded - selected)
     return _Ready(selection, compact, seconds)

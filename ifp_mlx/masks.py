@@ -34,6 +34,8 @@ class Selection:
         info: how it was made (selector, allocation, instruction, ...), free text.
         fingerprint: float16 ``[D]``, the final norm's weights of the model it was
             made for, or ``None`` when unknown.
+        text: token ids of a task's examples, from which the kept channels can learn to
+            make up for the dropped ones, or ``None``.
     """
 
     indices: tuple[mx.array, ...] = field(repr=False)
@@ -41,6 +43,7 @@ class Selection:
     channels: int
     info: dict[str, str] = field(default_factory=dict)
     fingerprint: mx.array | None = field(default=None, repr=False)
+    text: tuple[int, ...] | None = field(default=None, repr=False)
 
     @property
     def sizes(self) -> list[int]:
@@ -90,6 +93,8 @@ class Selection:
                 arrays[f"layers.{layer}.gates"] = np.array(self.gates[layer])
         if self.fingerprint is not None:
             arrays["fingerprint"] = np.array(self.fingerprint)
+        if self.text is not None:
+            arrays["text"] = np.array(self.text, dtype=np.int32)
         if scores is not None:
             arrays["scores"] = np.array(scores).astype(np.float16)
         about = {
@@ -408,11 +413,12 @@ def _assemble(
                     f"layer {layer} has {gate.size} gates for {index.size}"
                 )
             gates.append(mx.array(gate.astype(np.float32)))
-    fingerprint = arrays.get("fingerprint")
+    fingerprint, text = arrays.get("fingerprint"), arrays.get("text")
     return Selection(
         tuple(indices),
         tuple(gates) if has_gates else None,
         channels,
         info,
         None if fingerprint is None else mx.array(fingerprint),
+        None if text is None else tuple(text.tolist()),
     )

@@ -288,6 +288,12 @@ class IFPModel:
         mx.eval(model.parameters())
         return model
 
+    def can_compensate(self, selection: Selection) -> bool:
+        """Whether :meth:`compact` can compensate a selection: not in a quantised model,
+        nor with gates.
+        """
+        return max(self.groups) == 1 and selection.gates is None
+
     def cut_layers(self, selection: Selection) -> list[int]:
         """Return the layers in which a selection cuts quantisation groups, so that
         :meth:`compact` quantises their ``down_proj`` again, with some loss.

@@ -3,7 +3,9 @@
 A task mask is chosen by what prompt and answer use together, over all the examples,
 so it also knows the channels that only answers need, which no prompt can show. It is
 an ordinary mask file that says how it was made and what it cost when that was
-measured; a folder of them is a library (`--task NAME` in the other commands).
+measured; a folder of them is a library (`--task NAME` in the other commands). It keeps
+the first tokens of its examples, from which the kept channels can learn to make up for
+the dropped ones.
 """
 
 import json
@@ -25,6 +27,7 @@ from .masks import Allocation, Selection, find_mask
 from .model import IFPModel, Progress, load
 
 EXAMPLES = 16
+TEXT_TOKENS = 1000  # of the examples, for compensation
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Task:
 
     Attributes:
         selection: its ``info`` holds ``task`` (the name), ``made`` and, once measured,
-            ``evaluation``, both JSON.
+            ``evaluation``, both JSON; its ``text`` is the beginning of the examples.
         scores: ``[L, F]``, so that tasks can be merged.
     """
 
@@ -105,7 +108,8 @@ def make(
     tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
     about = {"examples": len(examples), "tokens": tokens}
     size: dict[str, Any] = {"keep": keep, "target_size": target_size}
-    return _task(model, name, scores, about, allocation=allocation, **size)
+    text = sum(([*prompt, *answer] for prompt, answer in pairs), [])[:TEXT_TOKENS]
+    return _task(model, name, scores, about, text, allocation=allocation, **size)
 
 
 def merge(
@@ -141,13 +145,18 @@ def merge(
         energy = energy + square / square.sum(axis=1, keepdims=True)
     about = {"merged": [task.name for task in tasks]}
     size: dict[str, Any] = {"keep": keep, "target_size": target_size}
-    return _task(model, name, mx.sqrt(energy), about, allocation=allocation, **size)
+    each = TEXT_TOKENS // len(tasks)
+    text = sum((list(task.selection.text or ())[:each] for task in tasks), [])
+    return _task(
+        model, name, mx.sqrt(energy), about, text, allocation=allocation, **size
+    )
 
 
 def measure(
     model: IFPModel, task: Task, rows: Sequence[Row], *, progress: Progress = iter
 ) -> Task:
-    """Measure a task mask on examples; return it with its evaluation card.
+    """Measure a task mask on examples; return it with its evaluation card, which also
+    says, as ``compensated``, what it costs when its text makes up for dropped channels.
 
     Args:
         model: that it was made with.
@@ -160,13 +169,24 @@ def measure(
             f"No example is left to measure the task {task.name} on; give others than "
             "those it is made from."
         )
-    evaluator, mask = Evaluator(model), task.selection.mask()
-    found = [
-        evaluator.measure(row, mask, evaluator.reference(row)) for row in progress(rows)
-    ]
-    card = {metric: float(np.mean([f[metric] for f in found])) for metric in METRICS}
-    info = task.selection.info | {"evaluation": json.dumps(card | {"rows": len(rows)})}
-    return replace(task, selection=replace(task.selection, info=info))
+    selection = task.selection
+    evaluator, mask, compensated = Evaluator(model), selection.mask(), None
+    if selection.text is not None and model.can_compensate(selection):
+        compensated = model.compact(selection, compensate=selection.text)
+    plain, better = [], []
+    for row in progress(rows):
+        reference = evaluator.reference(row)
+        plain.append(evaluator.measure(row, mask, reference))
+        if compensated is not None:
+            better.append(evaluator.compare(row, compensated, reference))
+    card: dict[str, Any] = _means(plain) | {"rows": len(rows)}
+    card |= {"compensated": _means(better)} if better else {}
+    info = selection.info | {"evaluation": json.dumps(card)}
+    return replace(task, selection=replace(selection, info=info))
+
+
+def _means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {metric: float(np.mean([f[metric] for f in found])) for metric in METRICS}
 
 
 def overlap(a: Selection, b: Selection) -> np.ndarray:
@@ -203,7 +223,12 @@ def library(folder: Path) -> list[Task]:
 
 
 def _task(
-    model: IFPModel, name: str, scores: mx.array, about: dict[str, Any], **size: Any
+    model: IFPModel,
+    name: str,
+    scores: mx.array,
+    about: dict[str, Any],
+    text: list[int],
+    **size: Any,
 ) -> Task:
     from datetime import UTC, datetime
     from importlib.metadata import version
@@ -215,7 +240,7 @@ def _task(
     about["versions"] = {n: version(n) for n in ("ifp_mlx", "mlx", "mlx-lm")}
     info = {"selector": "task", "task": name, "made": json.dumps(about)}
     info["model"] = model.name
-    selection = replace(selection, info=selection.info | info)
+    selection = replace(selection, info=selection.info | info, text=tuple(text) or None)
     return Task(selection, scores)
 
 
@@ -334,14 +359,19 @@ def _about(task: Task) -> dict[str, Any]:
 
 def _list(args: Any) -> None:
     tasks = [_about(task) for task in library(cli.library_folder(args))]
-    print("| task | keep | allocation | made from | KL to dense | agreement | mask |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| task | keep | allocation | made from | KL to dense | agreement "
+        "| KL compensated | mask |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for task in tasks:
         made, card = task["made"], task["evaluation"]
         source = f"{made.get('examples')} examples, {made.get('tokens')} tokens"
         if "merged" in made:
             source = " + ".join(made["merged"])
-        cost = f"{card['kl']:.3f} | {card['agreement']:.1%}" if card else "| "
+        cost = f"{card['kl']:.3f} | {card['agreement']:.1%}" if card else " | "
+        better = card.get("compensated") if card else None
+        cost += f" | {better['kl']:.3f}" if better else " | "
         print(
             f"| {task['name']} | {task['keep']:g} | {task['allocation']} | {source} "
             f"| {cost} | {task['mask_id']} |"

@@ -1,14 +1,17 @@
 import json
+from dataclasses import replace
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from conftest import run_command, write_folder
 
-from ifp_mlx import Selection, compact, load, tasks
+from ifp_mlx import Selection, compact, generate, load, tasks
 from ifp_mlx.compensation import read_channels
 from ifp_mlx.evaluate import Evaluator, Row, read_rows
 from ifp_mlx.generate import main as generate_main
+from ifp_mlx.model import IFPModel
 from ifp_mlx.tasks import Task, main
 
 ROWS = [
@@ -65,6 +68,21 @@ def test_a_task_file_says_how_it_was_made_and_gives_the_task_back(opened, tmp_pa
     assert set(about) == {"examples", "tokens", "date", "versions"}
     assert mx.array_equal(again.selection.fingerprint, model.fingerprint)
     assert again.evaluation is None
+
+
+def test_a_task_keeps_the_beginning_of_its_examples(opened, tmp_path, monkeypatch):
+    model, _ = opened
+    made = tasks.make(model, "french", EXAMPLES)
+    text = (5, 9, 77, 200, 13, 8, 9, 3, 4, 250, 60, 61)
+    assert made.selection.text == text
+    assert Selection.load(made.save(tmp_path)).text == text
+    other = tasks.make(model, "other", EXAMPLES[1:])
+    monkeypatch.setattr(tasks, "TEXT_TOKENS", 6)
+    assert tasks.make(model, "french", EXAMPLES).selection.text == text[:6]
+    merged = tasks.merge(model, "both", [made, other]).selection
+    assert merged.text == (5, 9, 77, 3, 4, 250)
+    bare = Task(replace(made.selection, text=None), made.scores)  # of an older version
+    assert tasks.merge(model, "both", [bare, bare]).selection.text is None
 
 
 def test_a_mask_without_scores_is_no_task(opened, tmp_path):
@@ -143,6 +161,10 @@ def test_measuring_gives_the_means_of_evaluate(opened, data):
     card = measured.evaluation
     assert card["rows"] == 2
     assert card["kl"] == pytest.approx(np.mean([a["kl"] for a in alone]))
+    better = model.compact(task.selection, compensate=task.selection.text)
+    alone = [evaluator.compare(r, better, evaluator.reference(r)) for r in rows[1:3]]
+    found = card["compensated"]["kl"]
+    assert found == pytest.approx(np.mean([a["kl"] for a in alone]))
     assert measured.selection.mask_id == task.selection.mask_id
     with pytest.raises(ValueError, match="No example is left to measure"):
         tasks.measure(model, task, [])
@@ -207,6 +229,68 @@ def test_other_commands_take_a_task_by_its_name(opened, tmp_path, capsys):
         generate_main, capsys, *given, "-p", "Hello", "--keep", "0.5"
     )
     assert status == 2 and "leave out --keep" in err
+
+
+def test_a_compact_folder_of_a_task_is_compensated_by_its_examples(
+    opened, data, tmp_path, capsys
+):
+    model, tokenizer = opened
+    task = tasks.make(model, "french", read_rows(data, tokenizer), keep=0.5)
+    task.save(tmp_path)
+    given = ["--model", model.path, "--task", "french", "--tasks-folder", tmp_path]
+
+    def answer(name, *options):
+        command = [*given, *options, "--mlx-path", tmp_path / name]
+        status, _, err = run_command(compact.main, capsys, *command)
+        assert status == 0
+        saved = Selection.load(tmp_path / name / compact.MASK_FILE)
+        assert saved.text is None and saved.mask_id == task.selection.mask_id
+        return err, mlx_lm.load(str(tmp_path / name))[0](mx.array([[5, 9, 77, 200]]))
+
+    err, found = answer("default")
+    assert f"by {len(task.selection.text)} tokens of the task's examples." in err
+    assert (
+        "tokens of the task's examples" in (tmp_path / "default/README.md").read_text()
+    )
+    better = model.compact(task.selection, compensate=task.selection.text)
+    np.testing.assert_allclose(found, better(mx.array([[5, 9, 77, 200]])), atol=1e-4)
+    err, found = answer("plain", "--no-compensate")
+    assert "ompensated" not in err
+    plain = model.compact(task.selection)(mx.array([[5, 9, 77, 200]]))
+    np.testing.assert_allclose(found, plain, atol=1e-4)
+
+
+def test_generate_compensates_a_task_by_its_examples_when_asked(
+    opened, tmp_path, monkeypatch
+):
+    model, tokenizer = opened
+    task = tasks.make(model, "french", EXAMPLES, keep=0.5)
+    seen, real = [], IFPModel.compact
+
+    def spy(self, selection, *, compensate=None, **kwargs):
+        seen.append(compensate)
+        return real(self, selection, compensate=compensate, **kwargs)
+
+    monkeypatch.setattr(IFPModel, "compact", spy)
+    options = {"selection": task.selection, "max_tokens": 1}
+    generate(model, tokenizer, "Hello", **options)
+    generate(model, tokenizer, "Hello", **options, compensate=True)
+    assert seen == [None, task.selection.text]
+
+
+def test_a_quantised_models_task_is_left_uncompensated(opened, data, tmp_path, capsys):
+    small = tmp_path / "small"
+    mlx_lm.convert(str(opened[0].path), str(small), quantize=True, q_group_size=32)
+    model, tokenizer = load(small)
+    rows = read_rows(data, tokenizer)
+    task = tasks.make(model, "french", rows[:2], keep=0.5, allocation="uniform")
+    assert "compensated" not in tasks.measure(model, task, rows[2:]).evaluation
+    task.save(tmp_path)
+    given = ["--model", small, "--task", "french", "--tasks-folder", tmp_path]
+    given += ["--mlx-path", tmp_path / "out"]
+    status, _, err = run_command(compact.main, capsys, *given, "--compensate")
+    assert status == 2 and "is quantised here" in err
+    assert run_command(compact.main, capsys, *given)[0] == 0
 
 
 def test_the_library_is_found_beside_the_model(opened, tmp_path, capsys, monkeypatch):

@@ -116,6 +116,19 @@ class Evaluator:
             found = _join(reference.log_probabilities[:1], rest)
         return metrics(row, found, reference.log_probabilities)
 
+    def compare(
+        self, row: Row, model: nn.Module, reference: Reference
+    ) -> dict[str, float]:
+        """Return the metrics of one row of another model that reads the prompt too.
+
+        Args:
+            row: ``A`` answer tokens.
+            model: any mlx-lm model of the same tokens.
+            reference: from :meth:`reference`.
+        """
+        found = log_probabilities(model, row)
+        return metrics(row, found, reference.log_probabilities)
+
     def masks(
         self, row: Row, settings: Sequence[Setting], seed: int = 0
     ) -> Iterator[tuple[Setting, mx.array]]:

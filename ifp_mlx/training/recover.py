@@ -178,7 +178,7 @@ def start(
     config: TrainConfig,
 ) -> nn.Module:
     """Return the compact model that training begins with."""
-    if config.compensate and selection.gates is None and max(model.groups) == 1:
+    if config.compensate and model.can_compensate(selection):
         order = np.random.default_rng(config.seed).permutation(len(records))
         texts = np.concatenate([records[i].tokens for i in order])
         compact = model.dense()
