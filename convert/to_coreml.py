@@ -37,7 +37,6 @@ QUERY = 256  # tokens in one call: the logits of them all are an output
 BITS, GROUPS = (4, 8), (32, 64, 128)
 PROMPT = "What is the capital of France?"  # to verify with, where no text selected
 PROMPT_TOKENS, STEPS = 32, 8
-WHOLE = [0]  # selects with --keep 1, where there is nothing to choose
 LIMIT = 0.02  # of the largest logit: an error above it is no rounding
 
 
@@ -266,9 +265,8 @@ def _interface(options: Options) -> Any:
 
 
 def _prompt(model: IFPModel, selection: Selection, options: Options) -> list[int]:
-    assert options.context_length is not None
     text = selection.info.get("instruction", PROMPT)
-    room = min(PROMPT_TOKENS, options.context_length) - STEPS
+    room = min(PROMPT_TOKENS, options.context_length or CONTEXT) - STEPS
     return model.instruction_tokens(text)[:room]
 
 
@@ -412,11 +410,11 @@ def _selections(
 def _command(args: Any) -> None:
     given = [args.instruction, args.mask_file, args.functions]
     if not any(given) and args.keep == 1:
-        args.instruction = WHOLE
+        args.instruction = [0]  # any token: with all channels there is no choice
     elif sum(value is not None for value in given) != 1:
         raise ValueError(
-            "Give one of --instruction, --mask-file and --functions: it says what is "
-            "kept; or --keep 1 for all of the model, as of a folder that is compact."
+            "Give one of --instruction, --mask-file and --functions, or --keep 1: it "
+            "says what is kept."
         )
     if args.format == "coreai":
         from convert.to_coreai import command

@@ -327,7 +327,7 @@ def test_a_folder_that_is_compact_is_exported_whole(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "Give one of --instruction, --mask-file and --functions"),
+        ([], "Give one of --instruction, --mask-file and --functions, or --keep 1"),
         (["--instruction", "x", "--functions", "a=b"], "Give one of"),
         (["--functions", "a"], "--functions has 'a'"),
         (["--mask-file", "m", "--keep", "0.5"], "leave out --keep"),
