@@ -2,13 +2,14 @@
 a model's channels, and what pruning a layer costs on them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from bench_model import Bench, energy
+from bench_ways import Way
 from task_families import write as write_families
 from tqdm import tqdm
 
@@ -16,11 +17,30 @@ from ifp_mlx import Selection, masks
 from ifp_mlx.atomic import new_file
 from ifp_mlx.compensation import read_channels
 from ifp_mlx.evaluation.rows import Row, read_rows
-from ifp_mlx.sensitivity import Probe
+from ifp_mlx.sensitivity import Probe, calibration_texts
 
 TASK_TOKENS = 1000  # of the calibration examples, for the task's own compensation
 PARTS = ("prompt", "answer")
 STATISTICS = "statistics"
+Part = tuple[str, float]  # statistics, or costs on a text at a keep
+
+
+def parts_of(ways: Iterable[Way], keep: float) -> set[Part]:
+    """Return what must be known to measure some ways at a keep."""
+    found: set[Part] = set()
+    for way in ways:
+        if way.scores in ("others", "task"):
+            found.add((STATISTICS, 0.0))
+        if way.allocation == "sensitivity":
+            found.add((way.costs, keep))
+    return found
+
+
+def file_of(folder: Path, part: Part) -> Path:
+    """Return where a part is kept."""
+    text, keep = part
+    name = text if text == STATISTICS else f"costs-{text}-{keep:.3g}"
+    return folder / f"{name}.safetensors"
 
 
 class Calibration:
@@ -34,7 +54,7 @@ class Calibration:
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.bench, self._folder = bench, folder
         self._examples: dict[str, list[Row]] = {}
-        self._costs: dict[float, dict[str, mx.array]] = {}
+        self._costs: dict[Part, dict[str, mx.array]] = {}
         self._compensated: dict[tuple, list[nn.Module]] = {}
         files = sorted((write_families() / "calibration").glob("*.jsonl"))
         self.families = [file.stem for file in files]
@@ -42,12 +62,12 @@ class Calibration:
             rows = read_rows(file, bench.tokenizer, answer_tokens=bench.answer_tokens)
             self._examples[file.stem] = rows
 
-    def prepare(self, part: str | float) -> None:
-        """Measure ``STATISTICS``, or the costs at a keep, unless it is done."""
-        if part == STATISTICS:
+    def prepare(self, part: Part) -> None:
+        """Measure a part, unless it is done."""
+        if part[0] == STATISTICS:
             mx.eval(self._energy)
         else:
-            self._costs_at(float(part))
+            self._known_costs(part)
 
     def scores(self, kind: str, family: str) -> mx.array:
         """Return the static scores ``others`` or ``task`` of a family, ``[L, F]``."""
@@ -59,12 +79,12 @@ class Calibration:
         shares = [part / part.sum(axis=1, keepdims=True) for part in parts]
         return mx.sqrt(sum(shares, mx.array(0.0)))
 
-    def costs(self, kind: str, family: str, keep: float) -> mx.array:
+    def costs(self, way: Way, family: str, keep: float) -> mx.array:
         """Return what keeping that share costs each layer, as :func:`masks.layer_sizes`
         takes it, ``[L, 6]``: a task's mask may know its own family, others may not.
         """
-        known = self._costs_at(keep).items()
-        found = [c for name, c in known if kind == "task" or name != family]
+        known = self._known_costs((way.costs, keep)).items()
+        found = [c for name, c in known if way.scores == "task" or name != family]
         # It is known at this very keep: nothing is to be read off between shares.
         column = mx.stack(found).mean(axis=0)[:, None]
         return mx.repeat(column, len(masks.MEASURED_SHARES), axis=1)
@@ -83,13 +103,14 @@ class Calibration:
 
     @cached_property
     def _energy(self) -> dict[str, mx.array]:
-        return _kept(file_of(self._folder, STATISTICS), self._measure_energy)
+        file = file_of(self._folder, (STATISTICS, 0.0))
+        return _kept(file, self._measure_energy)
 
-    def _costs_at(self, keep: float) -> dict[str, mx.array]:
-        if keep not in self._costs:
-            measure = partial(self._measure_costs, keep)
-            self._costs[keep] = _kept(file_of(self._folder, keep), measure)
-        return self._costs[keep]
+    def _known_costs(self, part: Part) -> dict[str, mx.array]:
+        if part not in self._costs:
+            measure = partial(self._measure_costs, *part)
+            self._costs[part] = _kept(file_of(self._folder, part), measure)
+        return self._costs[part]
 
     def _measure_energy(self) -> dict[str, mx.array]:
         """Return the squared statistic of each family's prompts and answers."""
@@ -106,27 +127,33 @@ class Calibration:
             found |= {f"{name}.{p}": e for p, e in zip(PARTS, parts, strict=True)}
         return found
 
-    def _measure_costs(self, keep: float) -> dict[str, mx.array]:
-        """Return each family's costs, ``[L]``, by a text of its calibration rows."""
-        texts = []
-        for name in self.families:
-            every = [row.prompt + row.answer for row in self._examples[name]]
-            enough = [text for text in every if len(text) > 60]
-            texts += [min(enough, key=len)[: round(1.15 * self.bench.answer_tokens)]]
-        # By the prior, so that no family has a say in the costs of another.
-        probe = Probe(self.bench.model, texts, self.bench.prior)
+    def _measure_costs(self, text: str, keep: float) -> dict[str, mx.array]:
+        """Return each family's costs, ``[L]``, or those on the package's texts."""
+        if text == "tasks":
+            names, texts = self.families, self._texts()
+            # By the prior, so that no family has a say in the costs of another.
+            probe = Probe(self.bench.model, texts, self.bench.prior)
+        else:  # as ifp_mlx.sensitivity does
+            texts = calibration_texts(self.bench.model)
+            names, probe = (
+                list(map(str, range(len(texts)))),
+                Probe(self.bench.model, texts),
+            )
         about = f"costs at {keep:.3g}"
         layers = tqdm(range(self.bench.model.layers), about, disable=None)
         costs = mx.array(
             [probe.costs(layer, [keep])[:, 0].tolist() for layer in layers]
         )
-        return {name: costs[:, n] for n, name in enumerate(self.families)}
+        return {name: costs[:, n] for n, name in enumerate(names)}
 
-
-def file_of(folder: Path, part: str | float) -> Path:
-    """Return where ``STATISTICS``, or the costs at a keep, are kept."""
-    name = "energies" if part == STATISTICS else f"costs-{part:.3g}"
-    return folder / f"{name}.safetensors"
+    def _texts(self) -> list[list[int]]:
+        """Return one of each family's calibration rows, cut."""
+        texts = []
+        for name in self.families:
+            every = [row.prompt + row.answer for row in self._examples[name]]
+            enough = [text for text in every if len(text) > 60]
+            texts += [min(enough, key=len)[: round(1.15 * self.bench.answer_tokens)]]
+        return texts
 
 
 def _kept(file: Path, measure: Callable[[], dict[str, mx.array]]) -> dict:

@@ -13,17 +13,21 @@ class Way(NamedTuple):
         allocation: how the kept channels are spread over the layers.
         compensation: the text that it learns from, ``prompt`` or ``examples``.
         prompt: which model reads the prompt, ``compact`` or ``dense``.
+        costs: on what the layers' costs are measured that the allocation
+            ``sensitivity`` goes by: ``tasks``, or the text that ships with the package.
     """
 
     scores: str
     allocation: Allocation
     compensation: str = ""
     prompt: str = "compact"
+    costs: str = "tasks"
 
     @property
     def name(self) -> str:
         """What the table calls it."""
         text = f"{self.scores}, {self.allocation}"
+        text += "" if self.costs == "tasks" else f" on the {self.costs}'s text"
         text += f", compensated by {self.compensation}" if self.compensation else ""
         return text + (", dense prompt" if self.prompt == "dense" else "")
 
@@ -56,6 +60,7 @@ MAIN = (
     Way("task", "sensitivity"),
 )
 OTHER_KEEPS = (*MAIN, Way("activation", "first-layer"))
+COMPENSATED = Way("task", "sensitivity", "examples")
 FURTHER = (
     DEFAULT,
     STATIC,
@@ -67,11 +72,14 @@ FURTHER = (
     Way("blend", "first-layer", prompt="dense"),
     Way("blend", "first-layer", "prompt"),
     Way("blend", "sensitivity"),
+    Way("blend", "sensitivity", costs="package"),
     Way("task", "uniform"),
     Way("task", "first-layer"),
     Way("task", "sensitivity"),
     Way("task", "sensitivity", prompt="dense"),
-    Way("task", "sensitivity", "examples"),
+    COMPENSATED,
+    COMPENSATED._replace(allocation="first-layer"),
+    COMPENSATED._replace(allocation="uniform"),
 )
 STAGES = (
     Stage(MAIN, 0.5, 1),

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from bench_calibration import STATISTICS, Calibration, file_of
+from bench_calibration import Calibration, Part, file_of, parts_of
 from bench_model import Bench, Reading, energy
 from bench_report import ALL, CALIBRATION, read_lines, write_report
 from bench_ways import STAGES, Way
@@ -100,10 +100,13 @@ def measure_row(calibration: Calibration, todo: Todo) -> Iterator[dict]:
         **_short(reference),
         "seconds": clock.lap(),
     }
-    scores = row_scores(calibration, family, number, reading)
+    scores = {
+        kind: scores_of(kind, calibration, family, number, reading)
+        for kind in {way.scores for way in ways}
+    }
     sliced: dict[tuple, list[nn.Module]] = {}
     for way in ways:
-        key = way[:3]
+        key = way._replace(prompt="")
         if key not in sliced:
             sliced[key] = modules_of(calibration, family, reading, way, keep, scores)
         if way.prompt == "dense":
@@ -126,7 +129,7 @@ def modules_of(
     model = calibration.bench.model
     costs = None
     if way.allocation == "sensitivity":
-        costs = calibration.costs(way.scores, family, keep)
+        costs = calibration.costs(way, family, keep)
     k = masks.target_size(model.channels, keep, model.granularity)
     sizes = masks.layer_sizes(
         k, model.layers, model.channels, way.allocation, model.granularity, costs
@@ -138,21 +141,20 @@ def modules_of(
     return calibration.bench.sliced(selection, seen)
 
 
-def row_scores(
-    calibration: Calibration, family: str, number: int, reading: Reading
-) -> dict[str, mx.array]:
-    """Return the scores of every kind for one row, each ``[L, F]``."""
+def scores_of(
+    kind: str, calibration: Calibration, family: str, number: int, reading: Reading
+) -> mx.array:
+    """Return one row's scores of a kind, ``[L, F]``."""
     prior = calibration.bench.prior
+    if kind in ("others", "task"):
+        return calibration.scores(kind, family)
+    if kind == "prior":
+        return prior
+    if kind == "random":
+        L, F = prior.shape
+        return selectors.random_scores(L, F, seed=number)
     local = mx.sqrt(mx.stack([energy(h) for h in reading.channels]))
-    L, F = local.shape
-    return {
-        "random": selectors.random_scores(L, F, seed=number),
-        "activation": local,
-        "prior": prior,
-        "blend": selectors.blend_scores(local, prior),
-        "others": calibration.scores("others", family),
-        "task": calibration.scores("task", family),
-    }
+    return local if kind == "activation" else selectors.blend_scores(local, prior)
 
 
 def _short(values: dict[str, float]) -> dict[str, float]:
@@ -236,13 +238,10 @@ class Run:
         done, log = self.lines(), self.log(PUBLISHED)
         log.add(*(line for line in lines if log.key_of(line) not in done))
 
-    def unprepared(self, job: int = 0, jobs: int = 1) -> list[str | float]:
+    def unprepared(self, job: int = 0, jobs: int = 1) -> list[Part]:
         """Return a job's share of what the rows that are left need, if not measured."""
-        parts: list[str | float] = [STATISTICS]
-        parts += sorted({todo.keep for todo in self.todo() if todo.ways})
-        if len(parts) == 1:
-            return []
-        mine = parts[job::jobs]
+        needed = [parts_of(todo.ways, todo.keep) for todo in self.todo()]
+        mine = sorted(set().union(*needed))[job::jobs]
         return [part for part in mine if not file_of(self.folder, part).exists()]
 
     def calibrate(self, job: int, jobs: int) -> None:

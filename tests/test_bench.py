@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from conftest import write_folder
 
-from ifp_mlx import cli, load
+from ifp_mlx import cli, compact, load
 from ifp_mlx.compensation import compensated_down
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.teacher import Evaluator, metrics
-from ifp_mlx.masks import select
+from ifp_mlx.masks import MEASURED_SHARES, select
 from ifp_mlx.selectors import task_scores
+from ifp_mlx.sensitivity import measure_sensitivity
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -157,6 +158,22 @@ def test_a_page_is_made_of_its_rows_alone(tmp_path, monkeypatch):
     assert report.write_page("tiny").read_text() == page
 
 
+def test_only_what_the_ways_need_is_measured():
+    parts = bench_calibration.parts_of
+    assert parts([DEFAULT, Way("random", "uniform")], 0.5) == set()
+    assert parts([STATIC], 0.5) == {("statistics", 0.0)}
+    both = [Way("task", "sensitivity"), Way("blend", "sensitivity", costs="package")]
+    expected = {("statistics", 0.0), ("tasks", 0.75), ("package", 0.75)}
+    assert parts(both, 0.75) == expected
+
+
+def test_costs_on_the_packages_text_are_those_of_the_command(bench, tmp_path):
+    way = Way("blend", "sensitivity", costs="package")
+    costs = bench_calibration.Calibration(bench, tmp_path).costs(way, "code", 0.5)
+    kept = measure_sensitivity(bench.model)[:, MEASURED_SHARES.index(0.5)]
+    np.testing.assert_allclose(costs[:, 0], kept, rtol=1e-3, atol=1e-7)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run on two families of three rows, in a folder of its own."""
@@ -231,6 +248,16 @@ def test_a_run_goes_on_from_published_rows(run, monkeypatch):
     run.folder = run.folder / "other"
     with pytest.raises(ValueError, match="compare 96 answer tokens at most"):
         run.take_published()
+
+
+def test_the_cost_of_uniform_widths_is_that_of_the_published_rows():
+    found = []
+    for model in ("smollm2", "gemma3"):
+        ways = report.ways_of(report.read_lines(model), STAGES[3])
+        uniform = DEFAULT._replace(allocation="uniform")
+        found += [report.macro(ways[w.name], "kl") for w in (DEFAULT, uniform)]
+    said = [kl for pair in compact.WIDTHS_KL.values() for kl in pair]
+    assert said == pytest.approx(found, abs=0.0051)
 
 
 def test_the_measured_figures_are_those_of_the_published_rows():
