@@ -91,15 +91,18 @@ PARTS = (
         Way("task", "sensitivity"),
     ),
 )
-NOTES = """
+PARTS_NOTES = """
 The first layer is what SmolLM2 needs most and Gemma-3-270m among what it needs least, so
 keeping it whole, the default, is right for one and slightly wrong for the other. Widths
 by sensitivity need no such luck: on both they are no worse than the default's, within
-what these rows can tell. Compensation helped every way it was tried with, on both. In
-Python a task mask is compensated by `model.compact(task.selection, compensate=tokens)`
-with tokens of its examples.
+what these rows can tell. Compensation helped every way it was tried with, on both: a task
+mask's by its examples is what `compact --task` writes and `generate --task --compensate`
+does.
+"""
+RUN_NOTES = """
+## How it was run
 
-How it was run: in several goes, each gone on with where the last was stopped. The costs
+In several goes, each gone on with where the last was stopped. The costs
 of SmolLM2's layers were measured at five widths, which took 12 of the 15 minutes of its
 calibration, and read off between two of them at keep 0.333; the script now measures the
 three keeps. By the times of these rows, and with that calibration in one process, 40 rows
@@ -134,8 +137,9 @@ def page() -> str:
         if (PAGES / f"selectors-{name}.csv").exists():
             text += [f"## {title}", "", *model_table(name), ""]
     names = [n for n in MODELS if (PAGES / f"selectors-{n}.csv").exists()]
-    text += [PARTS_HEAD, *parts_table(names), "", MEANS_HEAD, *means_table(names)]
-    return "\n".join([*text, NOTES])
+    text += [PARTS_HEAD, *parts_table(names), PARTS_NOTES]
+    text += [MEANS_HEAD, *means_table(names), RUN_NOTES]
+    return "\n".join(text)
 
 
 def means_table(names: list[str]) -> list[str]:
@@ -153,7 +157,7 @@ def means_table(names: list[str]) -> list[str]:
             rows = found.get(way.name)
             for per_token in (True, False):
                 mean = macro(rows, "kl", per_token=per_token) if rows else None
-                cells.append("" if mean is None else f"{mean:.2f}")
+                cells.append("" if mean is None else f"{mean:.3f}")
         text.append(f"| {way.name} | " + " | ".join(cells) + " |")
     return text
 
