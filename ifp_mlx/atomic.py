@@ -1,5 +1,8 @@
 """Write beside, then rename: no output is ever left half-written."""
 
+import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -12,6 +15,9 @@ from pathlib import Path
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` when the block ends well.
 
+    What a killed process left of the same folder is deleted first: its scratch folder
+    is the one that nobody holds a lock on.
+
     Args:
         path: the folder to make; its parents are made too.
 
@@ -21,7 +27,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _delete_leftovers(target)
+    scratch, lock = _locked_scratch(target)
     try:
         yield scratch
         scratch.chmod(0o755)  # mkdtemp makes it private
@@ -29,6 +36,35 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_scratch(target: Path) -> tuple[Path, int]:
+    """Return a new scratch folder and its lock, which ends with this process."""
+    while True:
+        made = tempfile.mkdtemp(prefix=f".{target.name}.ifp-", dir=target.parent)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(made, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # not every file system has locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(made):  # else another took it for a leftover just now
+                return Path(made), lock
+            os.close(lock)
+
+
+def _delete_leftovers(target: Path) -> None:
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.ifp-*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except OSError:  # it has just become its target, or is not ours
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # a live process writes it
+            pass
+        finally:
+            os.close(lock)
 
 
 @contextmanager

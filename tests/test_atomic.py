@@ -1,3 +1,7 @@
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from ifp_mlx.atomic import new_file, new_folder
@@ -17,6 +21,45 @@ def test_a_failure_leaves_no_folder(tmp_path):
         (scratch / "a").write_text("1")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+WRITER = """
+import sys
+from ifp_mlx.atomic import new_folder
+with new_folder(sys.argv[1]) as scratch:
+    (scratch / "large").write_text("1")
+    print(scratch.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_a_live_one_writes_stays(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", WRITER, str(out)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as killed:
+        left = killed.stdout.readline().strip()
+        with subprocess.Popen(command, **pipes) as live:
+            other = live.stdout.readline().strip()
+            killed.send_signal(signal.SIGKILL)
+            killed.wait()
+            assert {p.name for p in tmp_path.iterdir()} == {left, other}
+            with pytest.raises(ZeroDivisionError), new_folder(out):
+                assert (tmp_path / other / "large").read_text() == "1"
+                assert not (tmp_path / left).exists()
+                raise ZeroDivisionError
+            live.communicate("")
+            assert live.returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_hidden_folder_of_another_name_is_nobodys_leftover(tmp_path):
+    kept = {".out", ".out.backup", ".out2.ifp-12345678", "out.ifp-12345678"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "out"):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == kept | {"out"}
 
 
 def test_an_existing_folder_is_not_touched(tmp_path):
