@@ -276,7 +276,7 @@ def _card(
         "Mask": f"`{selection.mask_id}`, in {MASK_FILE}",
         **{key[0].upper() + key[1:]: value for key, value in info},
         "Architecture": config["model_type"],
-        "Quantisation": json.dumps(config.get("quantization"))
+        "Quantisation": json.dumps(config.get("quantization") or "none").strip('"')
         if quantisation is None
         else f"{quantisation.bits} bits, groups of {quantisation.group_size}, "
         f"{quantisation.mode}",
@@ -294,8 +294,8 @@ CARD = """---
 
 # {name}, compact
 
-Part of {name}: the FFN channels that one instruction needs, sliced out. It loads like
-any mlx-lm model:
+Part of {name}: the FFN channels that one instruction or task needs, sliced out. It
+loads like any mlx-lm model:
 
     mlx_lm.generate --model . --prompt "..."
 

@@ -191,6 +191,7 @@ def test_the_recovered_folder_is_closer_and_its_card_tells_the_truth(
     assert np.mean(found) == pytest.approx(report["kl_after"], rel=1e-4)
     card = (folder / "README.md").read_text()
     assert f"before and is {report['kl_after']:.3f} now" in card
+    assert "| Quantisation | none |" in card
     saved = Selection.load(folder / MASK_FILE)
     assert saved.mask_id == report["mask_id"] and "recovered by" in saved.info
     assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 32
