@@ -27,7 +27,6 @@ from .pruning import (
     ffn_layers,
     fill_model,
     group_sizes,
-    share_core,
 )
 
 PRIOR_FILE, PREDICTOR_FOLDER = "prior.safetensors", "predictor"
@@ -277,11 +276,10 @@ class IFPModel:
             )
             mx.eval(model.parameters())
             return model
-        model = self.source.open()
-        donors = None
-        if beside is not None:
-            share_core(model, beside[0])
-            donors = _donors(*beside)
+        if beside is None:
+            model, donors = self.source.open(), None
+        else:
+            model, donors = self.source.open_beside(beside[0]), _donors(*beside)
         ffns = [ffn.module for ffn in ffn_layers(model)]
         fills = self.source.fill_all(ffns, selection.indices, donors)
         fill_model(model, fills, selection, progress=progress)

@@ -244,6 +244,13 @@ def share_core(model: nn.Module, other: nn.Module) -> None:
     model.update(tree_unflatten([(name, theirs[name]) for name in names]))
 
 
+def twin(model: nn.Module) -> nn.Module:
+    """Return a model of the same structure that has the very arrays of this one; what
+    is set in one of them does not reach the other.
+    """
+    return copy.deepcopy(model, {id(leaf): leaf for _, leaf in tree_flatten(model)})
+
+
 def slice_ffn(ffn: nn.Module, index: mx.array, *, requantise: bool = True) -> None:
     """Keep the channels ``index`` of one FFN, in place.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .channel_store.layout import AGAIN, CHANNEL_FILE, DTYPES, Layout, read_layout
 from .channel_store.tensors import digest_of, weights_of
-from .pruning import Donor, ffn_layers, slice_ffn
+from .pruning import Donor, ffn_layers, share_core, slice_ffn, twin
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -110,6 +110,14 @@ class Folder:
         check_folder(self.path)
         return _load_lazily(self.path, None)[0]
 
+    def open_beside(self, other: "nn.Module") -> "nn.Module":
+        """Return what :meth:`open` does, with all but the FFNs of another compact model
+        of this source, which :meth:`open` and :meth:`fill` have made.
+        """
+        model = self.open()
+        share_core(model, other)
+        return model
+
     def fill(
         self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
     ) -> None:
@@ -163,6 +171,12 @@ class ChannelStore(Folder):
     def open(self) -> "nn.Module":
         """See :meth:`Folder.open`."""
         return _load_lazily(self.path, self.reader.layout)[0]
+
+    def open_beside(self, other: "nn.Module") -> "nn.Module":
+        """See :meth:`Folder.open_beside`; building the model takes longer than reading
+        what a switch changes, so it is copied.
+        """
+        return twin(other)
 
     def fill(
         self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
