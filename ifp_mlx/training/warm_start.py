@@ -85,9 +85,33 @@ def warm_start(
     for batch in progress(batches):
         wanted.append(channel_importance(model, batch))
         features.append(np.array(predictor.features(batch.instruction, batch.lengths)))
-    y, x = np.concatenate(wanted), np.concatenate(features).astype(np.float64)
-    shape = y.shape[1:]
-    y = y.reshape(len(y), -1)
+    y, x = np.concatenate(wanted), np.concatenate(features)
+    found = solve_head(predictor, x, y, centred=centred, decorrelate=decorrelate)
+    return found | {"prior": mx.array(y.mean(axis=0))}
+
+
+def solve_head(
+    predictor: SparsityPredictor,
+    features: np.ndarray,
+    importance: np.ndarray,
+    *,
+    centred: bool,
+    decorrelate: bool,
+) -> dict[str, Any]:
+    """Solve the predictor's head from what was measured on ``N`` examples, in place.
+
+    Args:
+        predictor: its backbone stays as it is.
+        features: what the head reads of every example, ``[N, D]``.
+        importance: of :func:`channel_importance`, ``[N, L, F]``.
+        centred: as in :func:`warm_start`.
+        decorrelate: as in :func:`warm_start`.
+
+    Returns:
+        ``explained`` and ``rank``, as :func:`warm_start` gives them.
+    """
+    x = features.astype(np.float64)
+    y = importance.reshape(len(importance), -1)
     prior, middle = y.mean(axis=0), x.mean(axis=0)
     y = y - prior
     if centred:
@@ -102,11 +126,7 @@ def warm_start(
     head[0].weight, head[0].bias = mx.array(weights), mx.array(biases)
     head[1].weight = mx.array(np.pad(expand, padding).astype(np.float32))
     head[1].bias = mx.array(np.zeros_like(prior) if centred else prior)
-    return {
-        "prior": mx.array(prior.reshape(shape)),
-        "explained": explained,
-        "rank": rank,
-    }
+    return {"explained": explained, "rank": rank}
 
 
 def scale_layers(
