@@ -7,7 +7,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..pruning import Donor
-from .layout import DTYPES, Layout, Part
+from .layout import DTYPES, Layout, Part, units_of
 
 STRIP = 64  # channels whose columns are written at a time
 PAD = 64  # bytes between rows: rows a power of two apart share a place in the cache
@@ -127,7 +127,7 @@ def _held(layout: Layout, donor: Donor | None) -> tuple[nn.Module | None, np.nda
     """Return the units that a donor can give: none if it cut one."""
     if donor is not None:
         channels, size = np.array(donor.channels), layout.unit
-        units = np.unique(channels // size)
+        units = units_of(channels, size)
         if channels.size == units.size * size:
             return donor.ffn, units
     return None, np.empty(0, int)
@@ -150,9 +150,10 @@ def _parts_of(layout: Layout, layer: int, ffn: nn.Module) -> list[mx.array]:
 
 def _bytes(arrays: list[mx.array]) -> list[np.ndarray]:
     """View contiguous arrays as uint8; what is written there is written into them."""
-    flat = [array.reshape(-1).view(mx.uint8) for array in arrays]
-    mx.eval(arrays, flat)  # at once: each call has a price
-    return [np.array(array, copy=False) for array in flat]
+    # NumPy has no bfloat16.
+    known = [a.view(mx.uint16) if a.dtype == mx.bfloat16 else a for a in arrays]
+    mx.eval(arrays, known)  # at once: each call has a price
+    return [np.array(a, copy=False).reshape(-1).view(np.uint8) for a in known]
 
 
 def _rows(

@@ -246,3 +246,9 @@ def _layout(about: dict[str, Any], tables: np.ndarray) -> Layout:
         order=words[0],
         checksums=words[1],
     )
+
+
+def units_of(channels: np.ndarray, size: int) -> np.ndarray:
+    """Return the units of ``size`` channels in which sorted channels lie."""
+    units = channels // size
+    return units[np.diff(units, prepend=-1) > 0]

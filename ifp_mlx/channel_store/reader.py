@@ -14,7 +14,7 @@ import numpy as np
 from ..pruning import Donor, slice_ffn
 from .arriving import ArrivingLayer
 from .device import CACHED, Device, Range, device_of, pieces, plan
-from .layout import AGAIN, Layout, read_layout
+from .layout import AGAIN, Layout, read_layout, units_of
 
 PIECE_BYTES = 2 << 20  # read and checked at a time: what still stays in the cache
 THREADS = 4
@@ -113,7 +113,7 @@ class ChannelReader:
         """Start reading a layer's channels; the future is done when they are there."""
         units = np.arange(self.layout.units)
         if index is not None:
-            units = _units(np.array(index), self.layout.unit)
+            units = units_of(np.array(index), self.layout.unit)
         scratch = self._spare.pop() if self._spare else None
         arriving = ArrivingLayer(self.layout, layer, units, donor, scratch)
         places = self.layout.places[layer][arriving.missing]
@@ -150,7 +150,7 @@ class ChannelReader:
             ffn[projection][tensor] = array
         if index is not None:
             channels, size = np.array(index), self.layout.unit
-            held = _units(channels, size)[:, None] * size + np.arange(size)
+            held = units_of(channels, size)[:, None] * size + np.arange(size)
             if channels.size < held.size:
                 slice_ffn(ffn, mx.array(np.searchsorted(held.ravel(), channels)))
 
@@ -248,9 +248,3 @@ class ChannelReader:
                     f"{unit * self.layout.unit} in layer {layer} fails its checksum; "
                     f"{AGAIN}."
                 )
-
-
-def _units(channels: np.ndarray, size: int) -> np.ndarray:
-    """Return the units in which sorted channels lie."""
-    units = channels // size
-    return units if size == 1 else np.unique(units)
