@@ -108,19 +108,15 @@ class ArrivingLayer:
         if tensor.old is None:
             _copy_in_strips(tensor.rows, tensor.units)
             return
-        # One gather from old and new side by side: scattering columns is slow.
-        held = len(tensor.old)
-        both = np.empty(
-            (tensor.rows.shape[1], held + len(tensor.rows), tensor.rows.shape[2]),
-            tensor.rows.dtype,
-        )
-        both[:, :held] = tensor.old.transpose(1, 0, 2)
-        _copy_in_strips(tensor.rows, both[:, held:].transpose(1, 0, 2))
-        source = np.empty(len(tensor.units), int)
+        # All columns are gathered from the old ones, which is quick, and those that
+        # were read then put between them.
+        source = np.zeros(len(tensor.units), int)
         source[self._copied] = self._from
-        source[self._read] = held + np.arange(len(tensor.rows))
-        out = tensor.units.transpose(1, 0, 2)
-        np.take(both, source, axis=1, out=out, mode="clip")  # raise would copy
+        old, out = (units.transpose(1, 0, 2) for units in (tensor.old, tensor.units))
+        np.take(old, source, axis=1, out=out, mode="clip")  # raise would copy
+        for start in range(0, len(tensor.rows), STRIP):
+            strip = slice(start, start + STRIP)
+            tensor.units[self._read[strip]] = tensor.rows[strip]
 
 
 def _held(layout: Layout, donor: Donor | None) -> tuple[nn.Module | None, np.ndarray]:
