@@ -3,7 +3,7 @@
     python examples/recovery_arms.py data        # the mask and two folders of examples
     python examples/recovery_arms.py task        # train on the task's examples
     python examples/recovery_arms.py other       # the same command, but for its data
-    python examples/recovery_arms.py ffn-25      # 25 steps of the first: FFNs and norms
+    python examples/recovery_arms.py ffn-25      # a short run, of FFNs and norms
     python examples/recovery_arms.py lora-25     # the same with LoRA
     python examples/recovery_arms.py compare     # print the tables, of what was trained
 
@@ -17,8 +17,8 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from task_families import write as write_families
 from tqdm import tqdm
 
 from ifp_mlx import Selection, load
+from ifp_mlx.atomic import new_file
 from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.evaluation.statistics import bootstrap, macro_mean
 from ifp_mlx.evaluation.teacher import log_probabilities, metrics
@@ -37,9 +38,9 @@ from ifp_mlx.training.records import Reader
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = MODELS / "recovery"
 TASK = "data2text"
-# Of each arm: whose examples, which weights, how many steps.
-ARMS = {"task": ("task", "ffn", 250), "other": ("other", "ffn", 250)}
-ARMS |= {"ffn-25": ("task", "ffn", 25), "lora-25": ("task", "lora", 25)}
+# Of each arm: whose examples, which weights, how many steps, of how many rows.
+ARMS = {"task": ("task", "ffn", 250, 8), "other": ("other", "ffn", 250, 8)}
+ARMS |= {"ffn-25": ("task", "ffn", 25, 2), "lora-25": ("task", "lora", 25, 2)}
 BITS = (8, 4)  # that the arm of the task is quantised to afterwards
 OTHERS = ("code", "math", "facts", "dialog", "sql", "hella", "prose")
 UNSEEN = ("qgen", "boolq")  # families that neither arm is trained on
@@ -130,13 +131,13 @@ def _run(module: str, *options: Any) -> None:
 
 def train(arm: str) -> None:
     """Recover the mask as an arm says; a run that was stopped goes on."""
-    data, weights, steps = ARMS[arm]
+    data, weights, steps, rows = ARMS[arm]
     _run(
         *("train", "--stage", "recover", "--model", fetch("smollm2")),
         *("--task", TASK, "--tasks-folder", FOLDER / "tasks"),
         *("--data", FOLDER / "data" / data, "--output", FOLDER / arm),
-        *("--steps", steps, "--batch-size", 8, "--warmup", 20, "--lr", 3e-4),
-        *("--train", weights, "--save-every", 10, "--eval-every", 125),
+        *("--steps", steps, "--batch-size", rows, "--warmup", min(20, steps // 5)),
+        *("--lr", 3e-4, "--train", weights, "--save-every", 10, "--eval-every", 125),
     )
 
 
@@ -154,20 +155,24 @@ def compare() -> None:
         for family in (TASK, *OTHERS, *UNSEEN)
     }
     selection = Selection.load(FOLDER / "tasks" / f"{TASK}.safetensors")
-    of = partial(measure, rows, model.dense())
-    results = {"sliced": of(model.compact(selection))}
     folders = {arm: FOLDER / arm / "model" for arm in ARMS}
-    if folders["task"].exists():
-        folders |= {f"task, {bits} bits": quantised(bits) for bits in BITS}
-    results |= {name: of(stock(f)) for name, f in folders.items() if f.exists()}
+    models = {"sliced": partial(model.compact, selection)}
+    models |= {n: partial(stock, f) for n, f in folders.items() if f.exists()}
+    dense = model.dense()
+    results = measure(rows, dense, models)
     print(table(results))
-    for name, folder in folders.items():
-        if folder.exists():
-            size = (folder / "model.safetensors").stat().st_size
-            print(f"- {name}: {size / 1e6:.0f} MB")
     for one, other in (("task", "other"), ("ffn-25", "lora-25")):
         if {one, other} <= results.keys():
             print(difference(results, one, other))
+    if "task" not in results:
+        return
+    # Quantised matrices are slow on a CPU, so of the task alone.
+    small = {f"task, {b} bits": partial(stock, quantised(b)) for b in BITS}
+    found = measure({TASK: rows[TASK]}, dense, small) | {"task": results["task"]}
+    print("\nQuantised afterwards, on the prompts of the task:\n")
+    for name, values in found.items():
+        kl, same = (_mean(values, (TASK,), metric) for metric in ("kl", "agreement"))
+        print(f"- {name}: KL {kl:.3f}, agreement {same:.0%}")
 
 
 def quantised(bits: int) -> Path:
@@ -189,16 +194,28 @@ def stock(folder: Path) -> Any:
 
 
 def measure(
-    rows: dict[str, list[Row]], dense: Any, compact: Any
-) -> dict[str, list[dict[str, float]]]:
-    """Return the metrics of every row of every family."""
-    return {
-        family: [
-            metrics(row, log_probabilities(compact, row), log_probabilities(dense, row))
-            for row in tqdm(some, family, disable=None, leave=False)
-        ]
-        for family, some in rows.items()
-    }
+    rows: dict[str, list[Row]], dense: Any, models: Mapping[str, Callable[[], Any]]
+) -> Results:
+    """Return the metrics of every row of every family for each model; those that were
+    measured before are taken from models/recovery/results.
+    """
+    reference = cache(lambda family, n: log_probabilities(dense, rows[family][n]))
+    results: Results = {}
+    for name, opened in models.items():
+        file = FOLDER / "results" / f"{name}.json"
+        if not file.exists():
+            compact = opened()
+            found = {
+                family: [
+                    metrics(row, log_probabilities(compact, row), reference(family, n))
+                    for n, row in enumerate(some)
+                ]
+                for family, some in tqdm(rows.items(), name, disable=None, leave=False)
+            }
+            with new_file(file) as scratch:
+                scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        results[name] = json.loads(file.read_text(encoding="utf-8"))
+    return results
 
 
 def groups() -> dict[str, tuple[str, ...]]:
