@@ -195,8 +195,10 @@ def read_lines(model: str) -> list[dict]:
     lines: list[dict] = []
     for text in texts:
         given = {name: value for name, value in text.items() if value}
-        numbers = {name: float(given[name]) for name in FIELDS[3:] if name in given}
-        lines.append({**given, "row": int(given["row"]), **numbers})
+        whole = {name: int(given[name]) for name in ("row", "tokens") if name in given}
+        lines.append(
+            given | {n: float(given[n]) for n in FIELDS[3:] if n in given} | whole
+        )
     return lines
 
 

@@ -33,7 +33,7 @@ class Way(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One table: all its rows are measured before the next stage's.
+    """One table; a row that is in several is read once for those of a keep.
 
     Attributes:
         ways: that are compared.
@@ -83,6 +83,7 @@ FURTHER = (
 )
 STAGES = (
     Stage(MAIN, 0.5, 1),
+    Stage((DEFAULT, STATIC, Way("task", "sensitivity"), COMPENSATED), 0.5, 1),
     Stage(OTHER_KEEPS, 0.75, 0.15),
     Stage(OTHER_KEEPS, 1 / 3, 0.15),
     Stage(FURTHER, 0.5, 0.15),

@@ -63,7 +63,7 @@ class Todo(NamedTuple):
 def missing(
     families: dict[str, list[Row]], done: Container[tuple], count: int
 ) -> list[Todo]:
-    """Return every row of every table, with the ways that are not done: table by table,
+    """Return every row at every keep, with the ways of its tables that are not done:
     the first row of every family, then the second, ...
 
     Args:
@@ -72,16 +72,18 @@ def missing(
         count: rows of each family in the first table.
     """
     found = []
-    for stage in STAGES:
-        keep = round(stage.keep, 3)
-        for number in range(stage.rows(count)):
-            for family in families:
-                keys = [(family, number, way.name, keep) for way in stage.ways]
-                known = zip(stage.ways, keys, strict=True)
-                ways = [way for way, key in known if key not in done]
-                if number < len(families[family]):
-                    row = families[family][number]
-                    found.append(Todo(stage.keep, family, number, row, ways))
+    for keep in dict.fromkeys(stage.keep for stage in STAGES):
+        stages = [stage for stage in STAGES if stage.keep == keep]
+        for number in range(max(stage.rows(count) for stage in stages)):
+            tables = [stage.ways for stage in stages if number < stage.rows(count)]
+            for family, rows in families.items():
+                ways = [
+                    way
+                    for way in dict.fromkeys(sum(tables, ()))
+                    if (family, number, way.name, round(keep, 3)) not in done
+                ]
+                if number < len(rows):
+                    found.append(Todo(keep, family, number, rows[number], ways))
     return found
 
 
