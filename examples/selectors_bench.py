@@ -18,7 +18,8 @@ mask comes from:
 In the last two prompts and answers have the same say.
 
 The allocation `sensitivity` goes by costs measured on a calibration example of each
-family: of the other nine, or of all ten where the mask is the task's own.
+family: of the other nine, or of all ten where the mask is the task's own. On the
+package's text they are what `python -m ifp_mlx.sensitivity` measures by itself.
 """
 
 import argparse
