@@ -167,7 +167,10 @@ def test_only_what_the_ways_need_is_measured():
     assert parts(both, 0.75) == expected
 
 
-def test_costs_on_the_packages_text_are_those_of_the_command(bench, tmp_path):
+def test_costs_on_the_packages_text_are_those_of_the_command(
+    bench, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bench_calibration, "write_families", lambda: tmp_path)
     way = Way("blend", "sensitivity", costs="package")
     costs = bench_calibration.Calibration(bench, tmp_path).costs(way, "code", 0.5)
     kept = measure_sensitivity(bench.model)[:, MEASURED_SHARES.index(0.5)]
