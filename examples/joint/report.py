@@ -172,7 +172,8 @@ class Report:
         every = [axis.get_legend_handles_labels() for axis in axes[0]]
         axes[0][0].legend(*max(every, key=lambda found: len(found[0])))
         figure.tight_layout()
-        with new_file(path) as scratch:
+        # The same names in the file and no date: drawn again, it is the same file.
+        with new_file(path) as scratch, plt.rc_context({"svg.hashsalt": path.name}):
             figure.savefig(scratch, format="svg", metadata={"Date": None})
         plt.close(figure)
 
