@@ -124,8 +124,3 @@ class PromptMasks(nn.Module):
             for hook in hooks:
                 hook.remove()
         return top_k(torch.stack(found, dim=1), settings.k)
-
-
-def select_by_prompt(model: nn.Module) -> nn.Module:
-    """Return the masker of a stock model that selects by the prompt alone."""
-    return PromptMasks(model)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from examples.joint import torch_step
 from examples.joint.data import Rows, load
-from examples.joint.measure import measure, select_by_prompt
+from examples.joint.measure import PromptMasks, measure
 from examples.joint.torch_step import (
     Batch,
     FixedMasks,
@@ -238,9 +238,8 @@ class Lab:
         """Return what selection by the prompt leaves of the model as it is now."""
         found = {}
         for keep in (HALF, THIRD, EIGHTH):
-            masker = select_by_prompt(self.model)
             settings = Settings(1, 0, 0, 0, self.kept(keep))
-            tested = self.test(masker, settings)
+            tested = self.test(PromptMasks(self.model), settings)
             found |= {f"prompt-{keep:.3f}.{n}": v for n, v in tested.items()}
             fixed = FixedMasks(top_k(self.start["prior"], self.kept(keep)))
             tested = self.test(fixed, settings)
