@@ -9,7 +9,8 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Var
 from coremltools.converters.mil.mil.types.type_mapping import string_to_nptype
 
-from ifp_mlx.pruning import ffn_layers, pad_ffn
+from ifp_mlx.compact import pad_ffn
+from ifp_mlx.pruning import ffn_layers
 
 # How far, in steps, a zero point may be from the integer that stands in for it. MLX
 # makes it an integer; float16 and bfloat16 then round it away by up to 0.06.

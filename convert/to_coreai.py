@@ -21,10 +21,10 @@ from tqdm import tqdm
 from convert.coreai_graph import FAMILIES, STATES, Decoder
 from ifp_mlx import cli
 from ifp_mlx.atomic import new_folder, refuse_existing
-from ifp_mlx.compact import Quantisation, quantisation_of
+from ifp_mlx.compact import Quantisation, pad_ffn, quantisation_of
 from ifp_mlx.masks import Selection, check_multiple
 from ifp_mlx.model import IFPModel, Progress, load
-from ifp_mlx.pruning import ffn_layers, pad_ffn
+from ifp_mlx.pruning import ffn_layers
 
 CONTEXT = 1024
 STEPS = 8

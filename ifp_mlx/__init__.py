@@ -9,9 +9,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .generate import GenerationResponse, generate, stream_generate
+    from .generate import generate, stream_generate
     from .masks import Selection
     from .model import IFPModel, load
+    from .responses import GenerationResponse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "GenerationResponse": "generate",
+    "GenerationResponse": "responses",
     "IFPModel": "model",
     "Selection": "masks",
     "generate": "generate",

@@ -270,7 +270,8 @@ def _contest(model: IFPModel, args: Any, mask: Selection, prompt: list[int]) -> 
         selector = mask.info["selector"]
         selector = "auto" if selector == "all" else selector
         choose = partial(model.select, args.instruction, selector=selector, **options)
-    sweep = options | {"selector": "activation"}
+    # As generate does by itself.
+    sweep = options | {"selector": "activation", "compensate": True}
     return Contest(model, choose, sweep, prompt, args.max_tokens, size)
 
 

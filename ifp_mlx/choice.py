@@ -32,6 +32,11 @@ class Choice:
     allocation: Allocation
     granularity: int
 
+    @property
+    def reads(self) -> bool:
+        """Whether the dense model reads the instruction for it."""
+        return self.selector in ("activation", "blend")
+
     def channels_of(self, layer: int, scores: mx.array) -> mx.array:
         """Return what one layer keeps for its scores ``[1, F]``: int32 ``[k_l]``."""
         sizes = [self.sizes[layer]]
@@ -68,8 +73,11 @@ def decide(
     selector: str = "auto",
     allocation: Allocation | None = None,
     granularity: int | None = None,
+    seed: int = 0,
 ) -> Choice:
     """Decide what :meth:`ifp_mlx.model.IFPModel.select` leaves to the model.
+
+    It takes all its options; the seed decides nothing here.
 
     Raises:
         ValueError: on a keep, selector, allocation or granularity that cannot be had.
@@ -84,6 +92,10 @@ def decide(
 
 
 def _granularity(model: Chooser, wanted: int | None) -> int:
+    if wanted is None and model.granularity == math.lcm(*model.groups):
+        # Whole quantisation groups would lose nothing, and choose next to nothing:
+        # 64 channels that happen to lie side by side are wanted and unwanted alike.
+        return model.ifp.granularity
     if wanted is None:
         return model.granularity
     if wanted < 1 or model.channels % wanted:

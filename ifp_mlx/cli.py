@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .masks import ALLOCATIONS, Selection, find_mask
+from .masks import ALLOCATIONS, COMPENSATED, Selection, find_mask
 from .selectors import SELECTORS
 from .store import SHIPPED
 
@@ -103,29 +103,20 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
-def add_compensate_option(
-    parser: argparse.ArgumentParser, *, tasks: bool = False
-) -> None:
-    """Add ``--compensate``.
+def add_compensate_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--compensate``, ``None`` where neither it nor its opposite is given.
 
     Args:
         parser: takes the option.
-        tasks: whether task masks are compensated without asking; the option is
-            ``None`` where it is not given.
+        default: says when it is done then.
     """
-    about = (
-        "let kept channels make up for dropped ones, by the dense model's reading of a "
-        "task's examples, else of the instruction: closer to the dense model, slower to "
-        "load"
+    parser.add_argument(
+        "--compensate",
+        action=argparse.BooleanOptionalAction,
+        help="let kept channels make up for dropped ones, by the dense model's reading "
+        "of a task's examples, else of the instruction: closer to the dense model; "
+        f"default: {default}",
     )
-    if tasks:
-        parser.add_argument(
-            "--compensate",
-            action=argparse.BooleanOptionalAction,
-            help=f"{about}; default: for task masks, where the model is not quantised",
-        )
-    else:
-        parser.add_argument("--compensate", action="store_true", help=about)
 
 
 def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +154,7 @@ def warn_of_low_keep(selection: Selection) -> None:
     if card := selection.info.get("evaluation"):
         measured = json.loads(card)
         found = measured
-        if "compensated by" in selection.info:
+        if COMPENSATED in selection.info:
             found = measured.get("compensated", measured)
         expect = (
             f"this task mask chose the dense model's next token "
@@ -195,6 +186,8 @@ def say_slicing(slicing: str, selection: Selection) -> None:
             "down_proj: sliced by whole quantisation groups, nothing is lost.",
             file=sys.stderr,
         )
+    elif COMPENSATED in selection.info and slicing == "requantised":
+        print("down_proj: compensated, and quantised again.", file=sys.stderr)
     elif slicing == "requantised":
         cost = selection.info.get("requantisation KL")
         measured = f"that costs a KL of {cost}" if cost else "compact measures the cost"

@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
 from . import cli
 from .atomic import new_folder, refuse_existing
 from .companions import copy_companions, licence_of
-from .data import Prompt
-from .masks import Selection, check_multiple
+from .masks import COMPENSATED, Selection, check_multiple
 from .model import IFPModel, Progress, load
-from .pruning import dense_shape, ffn_layers, pad_ffn
+from .pruning import dense_shape, ffn_layers
 from .requantisation import requantisation_cost
 
 # Safetensors inside; not in name, for some loaders take every such file for weights,
@@ -51,7 +51,6 @@ def write_compact(
     out: str | os.PathLike[str],
     *,
     quantisation: Quantisation | None = None,
-    compensate: Prompt | None = None,
     progress: Progress = iter,
 ) -> Path:
     """Write the selected channels as an ordinary mlx-lm (and HF) folder.
@@ -66,7 +65,6 @@ def write_compact(
         selection: made with this model.
         out: the folder to make.
         quantisation: quantise the result, or leave it as the source is.
-        compensate: see :meth:`IFPModel.compact`.
         progress: wraps the iteration over layers.
 
     Returns:
@@ -80,12 +78,7 @@ def write_compact(
     out = Path(out)
     refuse_existing(out)
     check_can_write(model, selection, quantisation)
-    compact = model.compact(selection, compensate=compensate, progress=progress)
-    if compensate is not None:
-        own = compensate is selection.text
-        source = "the task's examples" if own else "the instruction"
-        how = f"{len(model.instruction_tokens(compensate))} tokens of {source}"
-        selection = replace(selection, info=selection.info | {"compensated by": how})
+    compact = model.compact(selection, progress=progress)
     selection = _with_slicing(model, compact, selection, progress)
     return write_plain(model, compact, selection, out, quantisation=quantisation)
 
@@ -139,11 +132,28 @@ def _with_slicing(
     if slicing == "not quantised":
         return selection
     about = {"down_proj": slicing}
-    if slicing == "requantised":
+    if slicing == "requantised" and not selection.compensates:
         cost = requantisation_cost(model, compact, selection, progress=progress)
         about["requantised layers"] = str(len(model.cut_layers(selection)))
         about["requantisation KL"] = f"{cost:.4g} nats per token"
     return replace(selection, info=selection.info | about)
+
+
+def pad_ffn(ffn: nn.Module, width: int) -> None:
+    """Widen one FFN to ``width`` channels, in place, without changing what it computes.
+
+    A channel of zeros adds ``act(0) * 0 = 0`` to the output.
+
+    Args:
+        ffn: not quantised, at most ``width`` wide.
+        width: channels afterwards.
+    """
+    extra = width - ffn.gate_proj.weight.shape[0]
+    for linear in (ffn.gate_proj, ffn.up_proj):
+        linear.weight = mx.pad(linear.weight, [(0, extra), (0, 0)])
+        if "bias" in linear:
+            linear.bias = mx.pad(linear.bias, (0, extra))
+    ffn.down_proj.weight = mx.pad(ffn.down_proj.weight, [(0, 0), (0, extra)])
 
 
 def can_be_ragged(model: IFPModel) -> bool:
@@ -324,7 +334,9 @@ def build_parser() -> cli.Parser:
     )
     cli.add_model_option(parser, shipped=True)
     cli.add_selection_options(parser)
-    cli.add_compensate_option(parser, tasks=True)
+    cli.add_compensate_option(
+        parser, "for task masks, and where the instruction is read to select by it"
+    )
     add = parser.add_argument
     add("--mlx-path", required=True, help="the folder to make")
     add_quantisation_options(parser)
@@ -359,17 +371,17 @@ def _command(args: Any) -> None:
     else:
         options["allocation"] = _writable_allocation(model, args.allocation)
         selection = model.select(args.instruction, progress=progress, **options)
+    selection = _with_text(args, selection, model)
     quantisation = quantisation_of(args)
     out = write_compact(
         model,
         selection,
         args.mlx_path,
         quantisation=quantisation,
-        compensate=_text_of(args, model, selection),
         progress=progress,
     )
     written = Selection.load(out / MASK_FILE)
-    if how := written.info.get("compensated by"):
+    if how := written.info.get(COMPENSATED):
         print(f"Compensated by {how}.", file=sys.stderr)
     cli.warn_of_low_keep(written)
     slicing = model.slicing(written)
@@ -380,21 +392,24 @@ def _command(args: Any) -> None:
     print(json.dumps(about) if args.json else out)
 
 
-def _text_of(args: Any, model: IFPModel, selection: Selection) -> Any:
-    """Return the text to compensate by: a task's own examples unless asked otherwise,
-    and where they can.
+def _with_text(args: Any, selection: Selection, model: IFPModel) -> Selection:
+    """Let a selection be compensated by a task's own examples, or by the instruction
+    that the dense model read, unless asked otherwise.
     """
-    if args.compensate is None:
-        return selection.text if model.can_compensate(selection) else None
-    if not args.compensate:
-        return None
-    text = selection.text if args.instruction is None else args.instruction
-    if text is None:
-        raise ValueError(
-            "--compensate needs the text of an instruction, and this mask has none; "
-            "give --instruction, or a task mask."
-        )
-    return text
+    if args.compensate is False:
+        return selection.plain()
+    reads = selection.info.get("selector") in ("activation", "blend")
+    if args.instruction is not None and (args.compensate or reads):
+        tokens = model.instruction_tokens(args.instruction)
+        return selection.compensated(tokens, "the instruction")
+    if selection.compensates or selection.text is None:
+        if args.compensate and selection.text is None:
+            raise ValueError(
+                "--compensate needs the text of an instruction, and this mask has "
+                "none; give --instruction, or a task mask."
+            )
+        return selection
+    return selection.compensated()
 
 
 def _cost_of(written: Selection) -> float | None:

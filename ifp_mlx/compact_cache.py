@@ -47,12 +47,12 @@ class CompactCache:
 
     def key(self, model: IFPModel, tokens: Sequence[int], **options: Any) -> str:
         """Return what tells a selection from all others: the model's files, the tokens
-        that select, and what is decided of the arguments of :meth:`IFPModel.select`.
+        that select, and what is decided of the arguments of :meth:`IFPModel.sweep`.
 
         A model that was copied elsewhere with new times is another one: that costs a
         sweep, where a mix of two models would answer nonsense.
         """
-        seed = options.pop("seed", 0)
+        seed, compensate = options.get("seed", 0), options.pop("compensate", False)
         choice = decide(model, **options)
         about = {
             "config": model.config,
@@ -60,6 +60,7 @@ class CompactCache:
             "files": _stamps(model.path),
             "tokens": list(tokens),
             "choice": asdict(choice),
+            "compensate": compensate,
             "seed": seed if choice.selector == "random" else None,
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())

@@ -12,45 +12,41 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .masks import Selection
-from .pruning import TappedFFN, ffn_layers, note_width, slice_ffn
+from .pruning import TappedFFN, dequantised, ffn_layers, put_down, slice_ffn
 
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
+TOKENS = 1024  # of a text that are looked at, at most
 
 
-def compensate(model: nn.Module, selection: Selection, tokens: Sequence[int]) -> None:
-    """Cut a dense model down to the selected channels, in place, compensated.
+def slice_compensated(ffn: nn.Module, index: mx.array, channels: mx.array) -> None:
+    """Keep the channels ``index`` of one FFN, in place, compensated.
+
+    A quantised ``down_proj`` is quantised again, as it was.
 
     Args:
-        model: a dense stock model; its weights are in memory meanwhile.
-        selection: made for this model, without gates.
-        tokens: ``T`` ids of the text that shows what dropped channels do.
+        ffn: has ``gate_proj`` and ``up_proj`` ``[F, D]`` and ``down_proj`` ``[D, F]``.
+        index: int32 ``[k]``, sorted.
+        channels: ``act(gate) * up`` of the dense FFN for a text, ``[T, F]``.
 
     Raises:
-        ValueError: if ``down_proj`` is quantised, or the selection has gates.
+        ValueError: as :func:`ifp_mlx.pruning.slice_ffn`.
     """
-    layers = ffn_layers(model)
-    if any("scales" in ffn.module.down_proj for ffn in layers):
-        raise ValueError(
-            "Compensation changes down_proj, which is quantised here; use the model in "
-            "16 or 32 bits, or leave compensation out."
-        )
-    if selection.gates is not None:
-        raise ValueError(
-            f"The mask {selection.mask_id} has gates from training, which compensation "
-            "does not know; leave compensation out."
-        )
-    channels = read_channels(model, tokens)
-    for ffn, index, h in zip(layers, selection.indices, channels, strict=True):
-        down = compensated_down(ffn.module.down_proj.weight, h, index)
-        slice_ffn(ffn.module, index)
-        ffn.module.down_proj.weight = down
-        mx.eval(ffn.module.parameters())
-    note_width(model)
+    if index.size == ffn.gate_proj.weight.shape[0]:
+        return  # nothing is dropped
+    some = channels[:: -(-len(channels) // TOKENS)]  # evenly spread
+    down = compensated_down(dequantised(ffn.down_proj), some, index)
+    mx.eval(down)
+    slice_ffn(ffn, index)
+    put_down(ffn.down_proj, down)
 
 
 def read_channels(model: nn.Module, tokens: Sequence[int]) -> list[mx.array]:
-    """Return each layer's channels ``act(gate) * up`` of a text, ``[T, F]``."""
+    """Return each layer's channels ``act(gate) * up`` of a text, ``[T, F]``.
+
+    Args:
+        model: a dense stock model; its weights are in memory afterwards.
+        tokens: ``T`` ids, which go through it at once.
+    """
     channels: list[mx.array] = []
 
     def keep(h: mx.array) -> mx.array:

@@ -12,11 +12,12 @@ from .data import Prompt
 from .footprint import Footprint, in_words, physical_memory
 from .masks import Selection
 from .model import IFPModel, Progress
-from .selectors import FFN_STEP
+from .selectors import FFN_STEP, PREFILL_STEP
 
 # Arrays [T, F] that are in memory at once while an FFN is read in float32; in 16 bits
 # it is the room of 3.6.
 READ_FLOATS = 5
+DOWN_FLOATS = 2  # arrays [D, F], in float32 too, while one is compensated
 CACHE_STEP = 256  # tokens by which mlx-lm lengthens its caches
 
 
@@ -27,6 +28,8 @@ def fit(
     memory_bytes: int,
     context: int,
     reading: int = 0,
+    *,
+    compensate: bool = False,
 ) -> None:
     """Choose how many channels fit into some memory, before anything is loaded.
 
@@ -38,33 +41,45 @@ def fit(
         memory_bytes: for compact model, KV cache and predictor, and for the dense
             layer and its activations that a sweep holds above them.
         context: tokens of prompt and answer.
-        reading: tokens of the instruction.
+        reading: tokens that the dense model reads in a sweep, if there is one.
+        compensate: whether it compensates.
 
     Raises:
         ValueError: if what was asked for does not fit, or nothing does.
     """
     footprint = Footprint.of(model)
-    if selection is not None:
+    chosen = decide(model, **options) if selection is None else None
+    if chosen and chosen.selector in ("prior", "blend") and model.prior is None:
+        _check_dense(model, footprint, chosen.selector, memory_bytes)
+    if compensate or (chosen and chosen.reads):
+        passing = _passing_bytes(model, footprint, context, reading, compensate)
+        footprint = replace(footprint, passing_bytes=passing)
+    if chosen is None:
+        assert selection is not None
         footprint.check_fits(selection, memory_bytes, context)
         return
-    chosen = decide(model, **_without_seed(options))
-    if chosen.selector in ("prior", "blend") and model.prior is None:
-        _check_dense(model, footprint, chosen.selector, memory_bytes)
-    if chosen.selector in ("activation", "blend"):
-        layer = round(max(footprint.layer_bytes) * model.channels)
-        tokens = min(reading, FFN_STEP)
-        activations = READ_FLOATS * tokens * model.channels * mx.float32.size
-        rounded = -(-context // CACHE_STEP) * CACHE_STEP
-        spare = footprint.kv_bytes(rounded) - footprint.kv_bytes(context)
-        footprint = replace(footprint, passing_bytes=layer + activations + spare)
     if options["keep"] is not None or options["target_size"] is not None:
         footprint.check_fits(chosen.sizes, memory_bytes, context)
         return
 
     def sizes(k: int) -> list[int]:
-        return decide(model, **_without_seed(options) | {"target_size": k}).sizes
+        return decide(model, **options | {"target_size": k}).sizes
 
     options["target_size"] = footprint.largest_size(memory_bytes, context, sizes)
+
+
+def _passing_bytes(
+    model: IFPModel, footprint: Footprint, context: int, reading: int, compensate: bool
+) -> int:
+    """Return what a sweep has in memory above the compact model for a while."""
+    layer = round(max(footprint.layer_bytes) * model.channels)
+    floats = READ_FLOATS * min(reading, FFN_STEP) * model.channels
+    if compensate:
+        floats += min(reading, PREFILL_STEP) * model.channels
+        floats += DOWN_FLOATS * model.channels * footprint.hidden_size
+    rounded = -(-context // CACHE_STEP) * CACHE_STEP
+    spare = footprint.kv_bytes(rounded) - footprint.kv_bytes(context)
+    return layer + floats * mx.float32.size + spare
 
 
 def _check_dense(
@@ -78,10 +93,6 @@ def _check_dense(
             f"of weights, and {in_words(memory_bytes)} are allowed; use the selector "
             "activation."
         )
-
-
-def _without_seed(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "seed"}
 
 
 def check_machine(
@@ -98,11 +109,11 @@ def check_machine(
     Raises:
         ValueError: naming what is needed and what would fit.
     """
-    sizes = selection or decide(model, **_without_seed(options)).sizes
+    sizes = selection or decide(model, **options).sizes
     Footprint.of(model).check_fits(sizes, physical_memory(), context)
 
 
-class Swept(NamedTuple):
+class Found(NamedTuple):
     """A selection and its compact model, and whether the cache had them."""
 
     selection: Selection
@@ -116,7 +127,7 @@ def sweep_once(
     options: dict[str, Any],
     cache: CompactCache,
     progress: Progress,
-) -> Swept:
+) -> Found:
     """Return a selection and its compact model from the cache, or by a sweep, which
     selects and loads at once.
 
@@ -127,12 +138,13 @@ def sweep_once(
         cache: where they are looked for, and kept.
         progress: wraps the iterations over calibration texts and over layers.
     """
-    if decide(model, **_without_seed(options)).selector in ("prior", "blend"):
+    choosing = {name: o for name, o in options.items() if name != "compensate"}
+    if decide(model, **choosing).selector in ("prior", "blend"):
         model.known_prior(progress)  # a part of the key
     key = cache.key(model, model.instruction_tokens(instruction), **options)
     found = cache.load(model, key)
     if found is not None:
-        return Swept(*found, hit=True)
-    selection, compact = model.sweep(instruction, **options, progress=progress)
+        return Found(*found, hit=True)
+    selection, compact, _ = model.sweep(instruction, **options, progress=progress)
     cache.save(key, selection, compact)
-    return Swept(selection, compact, hit=False)
+    return Found(selection, compact, hit=False)

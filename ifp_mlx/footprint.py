@@ -55,6 +55,7 @@ class Footprint:
 
     Attributes:
         channels: ``F``.
+        hidden_size: ``D``.
         granularity: channels that are selected together.
         shared: channels per layer that every selection keeps.
         core_bytes: all but the FFN channels: attention, embeddings, norms.
@@ -67,6 +68,7 @@ class Footprint:
     """
 
     channels: int
+    hidden_size: int
     granularity: int
     shared: int
     core_bytes: int
@@ -113,6 +115,7 @@ class Footprint:
         ffn_bytes = [_channels_bytes(ffn.module) for ffn in ffn_layers(dense)]
         return Footprint(
             channels=channels,
+            hidden_size=ffn_layers(dense)[0].module.down_proj.weight.shape[0],
             granularity=math.lcm(granularity, group_size(dense)),
             shared=shared,
             core_bytes=model_bytes(dense) - sum(ffn_bytes),

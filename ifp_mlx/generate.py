@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,66 +14,17 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from . import cli
+from .choice import decide
 from .compact_cache import CompactCache
 from .data import Prompt, as_messages, instruction_of, is_tokens, tokenize
-from .dense_prefill import dense_cache
+from .dense_prefill import read_densely
 from .fit import check_machine, fit, sweep_once
 from .masks import Allocation, Selection
 from .model import IFPModel, Progress, load
+from .responses import GenerationResponse, Seconds, report
 
-Prefill = Literal["compact", "dense"]
+Prefill = Literal["auto", "compact", "dense"]
 STOCK_MAX_TOKENS = 256  # mlx-lm's, where the caller names none
-
-
-@dataclass
-class Seconds:
-    """Where the time of one generation went, in seconds (the paper's Table 3).
-
-    Attributes:
-        select: from the instruction to the selection.
-        load: reading and slicing the selected channels.
-        prefill: the prompt through the compact model.
-        decode: from the first token to now.
-        ttft: select + load + prefill, the time to the first token.
-    """
-
-    select: float = 0.0
-    load: float = 0.0
-    prefill: float = 0.0
-    decode: float = 0.0
-    ttft: float = 0.0
-
-
-@dataclass
-class GenerationResponse:
-    """One step of :func:`stream_generate`.
-
-    Attributes:
-        text: the next piece of text, possibly empty.
-        token: the token's id.
-        finish_reason: ``"stop"``, ``"length"``, or ``None`` while it goes on.
-        selection: the channels it was generated with.
-        seconds: the time spent so far.
-        prompt_tokens: tokens in the prompt.
-        prompt_tps: prefill speed, tokens per second.
-        generation_tokens: tokens generated so far.
-        generation_tps: decode speed, tokens per second.
-        peak_memory_bytes: MLX's peak since the process started, in bytes.
-        cache: with a memory limit, ``hit`` if the compact model was there already,
-            ``miss`` if it was swept and kept (``select`` is the whole sweep then).
-    """
-
-    text: str
-    token: int
-    finish_reason: str | None
-    selection: Selection
-    seconds: Seconds
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory_bytes: int
-    cache: str | None = None
 
 
 def stream_generate(
@@ -89,11 +40,11 @@ def stream_generate(
     allocation: Allocation | None = None,
     granularity: int | None = None,
     selection: Selection | None = None,
-    compensate: bool = False,
+    compensate: bool | None = None,
     seed: int = 0,
     memory_bytes: int | None = None,
     cache: CompactCache | None = None,
-    prefill: Prefill = "compact",
+    prefill: Prefill = "auto",
     chat_template: bool = True,
     progress: Progress = iter,
     **kwargs: Any,
@@ -112,13 +63,13 @@ def stream_generate(
             :meth:`IFPModel.select`.
         selection: use this one and select nothing.
         compensate: let kept channels make up for dropped ones, as ``selection.text``,
-            else the instruction shows; see :meth:`IFPModel.compact`.
+            else the instruction shows. Default: where the dense model reads that
+            anyway, to select by it; a given ``selection`` as its ``compensates`` says.
         memory_bytes: that compact model, KV cache and predictor may take; chooses the
-            largest ``keep`` that fits, or refuses the one that does not. The model is
-            then read in one sweep, a dense layer at a time.
-        cache: where a swept compact model is kept, and taken from the next time.
-        prefill: which model reads the prompt, all but its last token: ``compact``, or
-            the whole ``dense`` one (better, slower; see :mod:`ifp_mlx.dense_prefill`).
+            largest ``keep`` that fits, or refuses the one that does not.
+        cache: where a compact model that had to fit is kept for the next time.
+        prefill: which model reads the prompt: ``compact``, the whole ``dense`` one, or
+            ``auto``: dense as far as that has read it to select, else compact.
         chat_template: ``False`` leaves the chat template out.
         progress: wraps iterations over calibration texts and over layers.
         kwargs: passed on to ``mlx_lm.stream_generate`` (``max_tokens``, ...).
@@ -135,16 +86,15 @@ def stream_generate(
         tokenizer, prompt, system_prompt=system_prompt, chat_template=chat_template
     )
     selecting = selecting if instruction is None else instruction
-    options: dict[str, Any] = {"keep": keep, "target_size": target_size}
-    options |= {"selector": selector, "allocation": allocation}
-    options |= {"granularity": granularity, "seed": seed}
+    options = {"keep": keep, "target_size": target_size, "selector": selector}
+    options |= {"allocation": allocation, "granularity": granularity, "seed": seed}
     context = len(tokens) + kwargs.get("max_tokens", STOCK_MAX_TOKENS)
     room = _Room(memory_bytes, context, cache)
     ready = _prepare(model, selecting, options, selection, compensate, room, progress)
-    if prefill == "dense":
-        ready, kwargs["prompt_cache"] = _read_densely(model, ready, tokens[:-1])
-        tokens = tokens[-1:]
-    for step in stock_stream_generate(ready.compact, tokenizer, tokens, **kwargs):
+    if prefill != "compact":
+        ready = _read(model, ready, selecting, tokens, whole=prefill == "dense")
+    rest, kwargs = tokens[ready.read :], kwargs | ready.kv_options
+    for step in stock_stream_generate(ready.compact, tokenizer, rest, **kwargs):
         yield _response(step, ready)
 
 
@@ -163,7 +113,13 @@ class _Ready(NamedTuple):
     compact: nn.Module
     seconds: Seconds
     cache: str | None = None
-    read: int = 0  # tokens of the prompt, in seconds.prefill
+    kv: list[Any] | None = None  # of the tokens that the dense model has read
+    read: int = 0  # how many tokens of the prompt those are
+
+    @property
+    def kv_options(self) -> dict[str, Any]:
+        """What mlx-lm's ``stream_generate`` is to be told of them."""
+        return {"prompt_cache": self.kv} if self.read else {}
 
 
 def _prepare(
@@ -171,43 +127,86 @@ def _prepare(
     instruction: Prompt,
     options: dict[str, Any],
     selection: Selection | None,
-    compensate: bool,
+    compensate: bool | None,
     room: _Room,
     progress: Progress,
 ) -> _Ready:
-    """Select and load: one after the other, or in one sweep that fits into memory."""
+    """Select and load: one after the other, or in one sweep."""
+    reads = selection is None and decide(model, **options).reads
+    if compensate is None:
+        compensate = reads if selection is None else selection.compensates
+    if selection is not None:
+        selection = _compensated(model, selection, instruction, compensate)
+    text = selection.text if selection else model.instruction_tokens(instruction)
     if room.memory_bytes is None:
         check_machine(model, options, selection, room.context)
     else:
-        reading = len(model.instruction_tokens(instruction))
-        fit(model, options, selection, room.memory_bytes, room.context, reading)
+        read = len(text or ()) if reads or compensate else 0
+        limits = room.memory_bytes, room.context, read
+        fit(model, options, selection, *limits, compensate=compensate)
+    if selection is None and (reads or room.memory_bytes is not None):
+        options = options | {"compensate": compensate}
+        return _sweep(model, instruction, options, room, progress)
     start = time.perf_counter()
-    swept = room.memory_bytes is not None and not compensate
-    if swept and selection is None:
-        cache = room.cache or CompactCache()
-        found = sweep_once(model, instruction, options, cache, progress)
-        spent = time.perf_counter() - start
-        if found.hit:
-            return _Ready(*found[:2], Seconds(load=spent), "hit")
-        return _Ready(*found[:2], Seconds(select=spent), "miss")
     if selection is None:
         selection = model.select(instruction, **options, progress=progress)
+        selection = _compensated(model, selection, instruction, compensate)
     selected = time.perf_counter()
-    text = (selection.text or instruction) if compensate else None
-    compact = model.compact(selection, compensate=text, progress=progress)
+    compact = model.compact(selection, progress=progress)
     loaded = time.perf_counter()
     seconds = Seconds(select=selected - start, load=loaded - selected)
     return _Ready(selection, compact, seconds)
 
 
-def _read_densely(
-    model: IFPModel, ready: _Ready, tokens: list[int]
-) -> tuple[_Ready, list[Any]]:
-    """Return what is decoded with, and the cache of a prompt the dense model read."""
+def _compensated(
+    model: IFPModel, selection: Selection, instruction: Prompt, compensate: bool
+) -> Selection:
+    """Return a selection, compensated by its own text, else by the instruction."""
+    if not compensate:
+        return selection.plain()
+    if selection.text is None:
+        tokens = model.instruction_tokens(instruction)
+        return selection.compensated(tokens, "the instruction")
+    return selection if selection.compensates else selection.compensated()
+
+
+def _sweep(
+    model: IFPModel,
+    instruction: Prompt,
+    options: dict[str, Any],
+    room: _Room,
+    progress: Progress,
+) -> _Ready:
+    """Select and load in one pass; what had to fit is kept for the next time."""
     start = time.perf_counter()
-    cache = dense_cache(model, tokens)
-    seconds = replace(ready.seconds, prefill=time.perf_counter() - start)
-    return ready._replace(seconds=seconds, read=len(tokens)), cache
+    if room.memory_bytes is None:
+        selection, compact, kv = model.sweep(instruction, **options, progress=progress)
+        seconds = Seconds(select=time.perf_counter() - start)
+        return _Ready(selection, compact, seconds, kv=kv)
+    kept = room.cache or CompactCache()
+    selection, compact, hit = sweep_once(model, instruction, options, kept, progress)
+    # No KV cache goes with it: the answer must not depend on what was kept.
+    spent = time.perf_counter() - start
+    if hit:
+        return _Ready(selection, compact, Seconds(load=spent), "hit")
+    return _Ready(selection, compact, Seconds(select=spent), "miss")
+
+
+def _read(
+    model: IFPModel,
+    ready: _Ready,
+    instruction: Prompt,
+    tokens: list[int],
+    *,
+    whole: bool,
+) -> _Ready:
+    """Let the dense model's reading of the prompt be gone on from; where there is none,
+    it reads now, if it is to read the whole.
+    """
+    read = model.instruction_tokens(instruction)
+    found = read_densely(ready.kv, read, tokens, model if whole else None)
+    seconds = replace(ready.seconds, prefill=found.seconds)
+    return ready._replace(seconds=seconds, kv=found.kv, read=found.tokens)
 
 
 def _response(step: Any, ready: _Ready) -> GenerationResponse:
@@ -215,6 +214,7 @@ def _response(step: Any, ready: _Ready) -> GenerationResponse:
     spent = ready.seconds
     prefill = spent.prefill + step.prompt_tokens / step.prompt_tps
     prompt_tokens = ready.read + step.prompt_tokens
+    selected = ready.read and not spent.prefill  # read while selecting
     seconds = Seconds(
         select=spent.select,
         load=spent.load,
@@ -229,7 +229,7 @@ def _response(step: Any, ready: _Ready) -> GenerationResponse:
         selection=ready.selection,
         seconds=seconds,
         prompt_tokens=prompt_tokens,
-        prompt_tps=prompt_tokens / prefill,
+        prompt_tps=prompt_tokens / (prefill + (spent.select if selected else 0)),
         generation_tokens=step.generation_tokens,
         generation_tps=step.generation_tps,
         peak_memory_bytes=mx.get_peak_memory(),
@@ -264,7 +264,7 @@ def build_parser() -> cli.Parser:
     add("--prompt", "-p", required=True, help="the user's message; - reads stdin")
     add("--system-prompt", help="system message, put before the prompt")
     cli.add_selection_options(parser)
-    cli.add_compensate_option(parser)
+    cli.add_compensate_option(parser, "where that is read anyway, to select by it")
     add(
         "--memory-gb",
         type=float,
@@ -274,10 +274,11 @@ def build_parser() -> cli.Parser:
     )
     add(
         "--prefill",
-        choices=("compact", "dense"),
-        default="compact",
-        help="which model reads the prompt; dense is nearer to the whole model, and has "
-        "it in memory meanwhile; default: %(default)s",
+        choices=("auto", "compact", "dense"),
+        default="auto",
+        help="which model reads the prompt; dense has the whole model in memory "
+        "meanwhile, unless it reads the prompt to select; auto is dense as far as that "
+        "goes, else compact; default: %(default)s",
     )
     add("--cache-folder", type=Path, help="where that is; default: ~/.cache/ifp_mlx")
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
@@ -349,29 +350,6 @@ def _print_stream(
         pieces.append(step.text)
     print(flush=True)
     return "".join(pieces), step
-
-
-def report(last: GenerationResponse) -> dict[str, Any]:
-    """Return the last response's figures as plain data, without the text."""
-    selection = last.selection
-    return {
-        "prompt_tokens": last.prompt_tokens,
-        "generation_tokens": last.generation_tokens,
-        "finish_reason": last.finish_reason,
-        "selection": {
-            "selector": selection.info.get("selector"),
-            "allocation": selection.info.get("allocation"),
-            "mask_id": selection.mask_id,
-            "kept_channels": sum(selection.sizes),
-            "total_channels": selection.channels * len(selection.sizes),
-            "layers": selection.sizes,
-        },
-        "seconds": asdict(last.seconds),
-        "generation_tps": last.generation_tps,
-        "prompt_tps": last.prompt_tps,
-        "peak_memory_bytes": last.peak_memory_bytes,
-        "cache": last.cache,
-    }
 
 
 def _summary(last: GenerationResponse) -> str:

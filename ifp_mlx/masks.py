@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ MASK_FORMAT = "ifp_mlx.mask.1"
 
 # The kept shares of F at which a layer's sensitivity is measured.
 MEASURED_SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+COMPENSATED = "compensated by"
 LEAST_SHARE = 0.125  # that every layer keeps under the allocation by sensitivity
 
 
@@ -31,11 +32,12 @@ class Selection:
         gates: ``L`` arrays, float32 ``[k_l]``, multiplied onto the kept channels,
             or ``None`` when every kept channel has weight 1.
         channels: ``F``, the width of the dense FFN.
-        info: how it was made (selector, allocation, instruction, ...), free text.
+        info: how it was made (selector, allocation, instruction, ...), free text;
+            ``compensated by`` is there if it :attr:`compensates`.
         fingerprint: float16 ``[D]``, the final norm's weights of the model it was
             made for, or ``None`` when unknown.
-        text: token ids of a task's examples, from which the kept channels can learn to
-            make up for the dropped ones, or ``None``.
+        text: token ids of a task's examples or of an instruction, from which the kept
+            channels can learn to make up for the dropped ones, or ``None``.
     """
 
     indices: tuple[mx.array, ...] = field(repr=False)
@@ -54,6 +56,30 @@ class Selection:
     def target_size(self) -> int | None:
         """``k`` when it is the same in every layer, else ``None`` (ragged)."""
         return self.sizes[0] if len(set(self.sizes)) == 1 else None
+
+    @property
+    def compensates(self) -> bool:
+        """Whether kept channels make up for dropped ones, as ``text`` shows."""
+        return self.text is not None and COMPENSATED in self.info
+
+    def compensated(
+        self, tokens: Sequence[int] | None = None, source: str = "the task's examples"
+    ) -> "Selection":
+        """Return the same channels, compensated.
+
+        Args:
+            tokens: ``T`` ids that show how; default: its own ``text``, if there is one.
+            source: what they are, in words.
+        """
+        text = self.text if tokens is None else tuple(tokens)
+        assert text is not None
+        how = {COMPENSATED: f"{len(text)} tokens of {source}"}
+        return replace(self, text=text, info=self.info | how)
+
+    def plain(self) -> "Selection":
+        """Return the same channels, not compensated."""
+        info = {name: how for name, how in self.info.items() if name != COMPENSATED}
+        return replace(self, info=info) if info != self.info else self
 
     @cached_property
     def mask_id(self) -> str:

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import compensation, masks, selectors, store, sweep
+from . import masks, selectors, store, sweep
 from .atomic import new_file
-from .choice import decide
+from .choice import Choice, decide
 from .config import CONFIG_FILE, IFPConfig
 from .data import Message, Prompt, as_messages, instruction_of, is_tokens, tokenize
 from .masks import Allocation, Selection
@@ -27,7 +27,9 @@ from .pruning import (
     ffn_layers,
     fill_model,
     group_sizes,
+    share_core,
 )
+from .sweep import Choose, Swept
 
 PRIOR_FILE, PREDICTOR_FOLDER = "prior.safetensors", "predictor"
 SENSITIVITY_FILE = "sensitivity.safetensors"
@@ -51,8 +53,7 @@ class IFPModel:
         layers: ``L``.
         channels: ``F``, the width of the dense FFN.
         groups: every layer's quantisation group along ``F``, 1 where there is none.
-        granularity: channels that are selected together unless asked otherwise, so
-            that no group is cut.
+        granularity: what widths are multiples of, so that they are whole groups.
     """
 
     def __init__(
@@ -155,9 +156,9 @@ class IFPModel:
             allocation: ``uniform``, ``first-layer`` or, once measured,
                 ``sensitivity``. Default: uniform for a trained predictor, else
                 first-layer where the budget pays for it.
-            granularity: channels that are selected together. Less than the
-                quantisation group is a finer choice for which ``down_proj`` must be
-                quantised again; widths stay whole groups.
+            granularity: channels that are selected together. Default: as the
+                checkpoint says, else 1, for which a quantised ``down_proj`` is
+                quantised again; whole groups lose nothing and choose worse.
             seed: of the selector ``random``.
             scores: ``[L, F]``, the selector's own if they are known already.
             progress: wraps the iterations over calibration texts and over layers.
@@ -198,9 +199,10 @@ class IFPModel:
         selector: str = "auto",
         allocation: Allocation | None = None,
         granularity: int | None = None,
+        compensate: bool = False,
         seed: int = 0,
         progress: Progress = iter,
-    ) -> tuple[Selection, nn.Module]:
+    ) -> Swept:
         """Select and make the compact model in one pass over the layers.
 
         With the selectors activation and blend every layer is read once, and about
@@ -210,10 +212,10 @@ class IFPModel:
         Args:
             instruction, keep, target_size, selector, allocation, granularity, seed: see
                 :meth:`select`.
+            compensate: let kept channels make up for dropped ones, as the instruction
+                shows; see :meth:`ifp_mlx.Selection.compensated`.
             progress: wraps the iterations over calibration texts and over layers.
 
-        Returns:
-            What :meth:`select` and then :meth:`compact` give.
         """
         choice = decide(self, keep, target_size, selector, allocation, granularity)
         options: dict[str, Any] = {
@@ -223,11 +225,27 @@ class IFPModel:
             "granularity": granularity,
             "seed": seed,
         }
-        if choice.selector not in ("activation", "blend"):
-            selection = self.select(instruction, **options, progress=progress)
-            return selection, self.compact(selection, progress=progress)
+        tokens = self.instruction_tokens(instruction)
+        swept = None
+        if choice.reads:
+            rows = [mx.array(0.0)] * self.layers
+            choose = self._chooser(choice, rows, progress)
+            swept = sweep.compact_model(
+                self.source, tokens, choose, compensate=compensate, progress=progress
+            )
+            options["scores"] = mx.stack(rows)
+        selection = self.select(instruction, **options, progress=progress)
+        if compensate:
+            selection = selection.compensated(tokens, "the instruction")
+        if swept is None:
+            return Swept(selection, self.compact(selection, progress=progress))
+        return Swept(selection, *swept)
+
+    def _chooser(
+        self, choice: Choice, rows: list[mx.array], progress: Progress
+    ) -> Choose:
+        """Return what chooses a layer's channels, and keeps its scores in ``rows``."""
         prior = self.known_prior(progress) if choice.selector == "blend" else None
-        rows = [mx.array(0.0)] * self.layers
 
         def choose(layer: int, scores: mx.array) -> mx.array:
             row = scores[None]
@@ -236,28 +254,24 @@ class IFPModel:
             rows[layer] = row[0]
             return choice.channels_of(layer, row)
 
-        tokens = self.instruction_tokens(instruction)
-        compact = sweep.compact_model(self.source, tokens, choose, progress=progress)
-        return self.select(instruction, **options, scores=mx.stack(rows)), compact
+        return choose
 
     def compact(
         self,
         selection: Selection,
         *,
-        compensate: Prompt | None = None,
         beside: tuple[nn.Module, Selection] | None = None,
         progress: Progress = iter,
     ) -> nn.Module:
         """Load the selected channels as an ordinary mlx-lm model.
 
         Args:
-            selection: made with this model.
-            compensate: a text, as :meth:`select` takes it, on which the kept channels
-                learn to make up for the dropped ones (:mod:`ifp_mlx.compensation`);
-                the dense model reads it once and is in memory meanwhile.
-            beside: another compact model of this one, not compensated, and its
-                selection. Attention, embeddings and norms are used again instead of
-                read; so are, from a channel store, channels without gates.
+            selection: made with this model. If it is compensated, the dense model
+                reads its text, layer by layer (:mod:`ifp_mlx.compensation`), and a
+                quantised ``down_proj`` is quantised again.
+            beside: another compact model of this one, and its selection. Attention,
+                embeddings and norms are used again instead of read; so are, from a
+                channel store, channels that are neither compensated nor have gates.
             progress: wraps the iteration over layers.
 
         Returns:
@@ -265,16 +279,14 @@ class IFPModel:
             is folded in: gates are part of the weights.
 
         Raises:
-            ValueError: if the selection is of another model, or cannot be
-                compensated.
+            ValueError: if the selection is of another model, or is compensated and
+                has gates.
         """
         selection.check_fits(self.layers, self.channels, self.fingerprint)
-        if compensate is not None:
-            model = self.dense()
-            compensation.compensate(
-                model, selection, self.instruction_tokens(compensate)
-            )
-            mx.eval(model.parameters())
+        if selection.compensates:
+            model = sweep.compensated_model(self.source, selection, progress=progress)
+            if beside is not None:
+                share_core(model, beside[0])
             return model
         if beside is None:
             model, donors = self.source.open(), None
@@ -285,12 +297,6 @@ class IFPModel:
         fill_model(model, fills, selection, progress=progress)
         mx.eval(model.parameters())
         return model
-
-    def can_compensate(self, selection: Selection) -> bool:
-        """Whether :meth:`compact` can compensate a selection: not in a quantised model,
-        nor with gates.
-        """
-        return max(self.groups) == 1 and selection.gates is None
 
     def cut_layers(self, selection: Selection) -> list[int]:
         """Return the layers in which a selection cuts quantisation groups, so that
@@ -309,7 +315,8 @@ class IFPModel:
         """
         if max(self.groups) == 1:
             return "not quantised"
-        return "requantised" if self.cut_layers(selection) else "whole groups"
+        again = masks.COMPENSATED in selection.info or self.cut_layers(selection)
+        return "requantised" if again else "whole groups"
 
     def instruction_tokens(self, instruction: Prompt) -> list[int]:
         """Return the token ids that select, for anything :meth:`select` takes."""
@@ -412,8 +419,8 @@ def load(model: str | os.PathLike[str] = store.SHIPPED) -> tuple[IFPModel, Any]:
 
 
 def _donors(other: nn.Module, its: Selection) -> list[Donor] | None:
-    """Return the FFNs of another model to take channels from: none if it has gates."""
-    if its.gates is not None:
+    """Return the FFNs to take channels from; none if they are not as they were read."""
+    if its.gates is not None or its.compensates:
         return None
     layers = zip(ffn_layers(other), its.indices, strict=True)
     return [Donor(ffn.module, index) for ffn, index in layers]

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -272,6 +272,30 @@ def slice_ffn(ffn: nn.Module, index: mx.array, *, requantise: bool = True) -> No
         _keep_rows(ffn.up_proj, index)
 
 
+def dequantised(linear: nn.Module) -> mx.array:
+    """Return a linear's weight, ``[O, I]``, whether it is quantised or not."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight
+    return mx.dequantize(
+        linear.weight, linear.scales, linear.get("biases"), **_quantisation(linear)
+    )
+
+
+def put_down(linear: nn.Module, weight: mx.array) -> None:
+    """Give a ``down_proj`` other weights, in place, quantised as it is.
+
+    Args:
+        linear: any stock linear.
+        weight: ``[D, k]``; ``k`` makes whole quantisation groups.
+    """
+    if not isinstance(linear, nn.QuantizedLinear):
+        linear.weight = weight
+        return
+    linear.weight, linear.scales, *biases = mx.quantize(weight, **_quantisation(linear))
+    if biases:
+        linear.biases = biases[0]
+
+
 def scale_channels(ffn: nn.Module, gate: mx.array) -> None:
     """Fold gates into the rows of ``up_proj``, in place.
 
@@ -280,23 +304,6 @@ def scale_channels(ffn: nn.Module, gate: mx.array) -> None:
         gate: float32 ``[k]``, what each channel is multiplied with.
     """
     _scale_rows(ffn.up_proj, gate)
-
-
-def pad_ffn(ffn: nn.Module, width: int) -> None:
-    """Widen one FFN to ``width`` channels, in place, without changing what it computes.
-
-    A channel of zeros adds ``act(0) * 0 = 0`` to the output.
-
-    Args:
-        ffn: not quantised, at most ``width`` wide.
-        width: channels afterwards.
-    """
-    extra = width - ffn.gate_proj.weight.shape[0]
-    for linear in (ffn.gate_proj, ffn.up_proj):
-        linear.weight = mx.pad(linear.weight, [(0, extra), (0, 0)])
-        if "bias" in linear:
-            linear.bias = mx.pad(linear.bias, (0, extra))
-    ffn.down_proj.weight = mx.pad(ffn.down_proj.weight, [(0, 0), (0, extra)])
 
 
 def group_size(model: nn.Module) -> int:
@@ -316,6 +323,10 @@ def cuts_groups(index: mx.array, group: int, channels: int) -> bool:
     group of ``down_proj`` apart, so that it must be quantised again.
     """
     return index.size < channels and not _is_whole_blocks(index, group)
+
+
+def _quantisation(linear: nn.QuantizedLinear) -> dict[str, Any]:
+    return {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
 
 
 def _keep_rows(linear: nn.Module, index: mx.array) -> None:
@@ -346,18 +357,15 @@ def _cut_groups(
     linear: nn.QuantizedLinear, index: mx.array, requantise: bool
 ) -> nn.Module:
     """Return the columns ``index`` of a quantised ``down_proj`` as another linear."""
-    how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
     if requantise and index.size % linear.group_size:
         channels = linear.scales.shape[1] * linear.group_size
         check_multiple(index.size, linear.group_size, channels)
-    whole = mx.dequantize(linear.weight, linear.scales, linear.get("biases"), **how)
+    columns = dequantised(linear)[:, index]
     if requantise:
-        linear.weight, linear.scales, *biases = mx.quantize(whole[:, index], **how)
-        if biases:
-            linear.biases = biases[0]
+        put_down(linear, columns)
         return linear
     cut = nn.Linear(1, 1, bias=False)
-    cut.weight = whole[:, index]
+    cut.weight = columns
     if "bias" in linear:
         cut.bias = linear.bias
     return cut

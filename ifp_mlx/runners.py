@@ -2,7 +2,8 @@
 
 - dense: the whole model, as mlx_lm runs it;
 - compact: the selection costs no dense pass (a mask file, a predictor, a prior);
-- activation: the dense model reads the instruction first, in one sweep over its layers;
+- activation: the dense model reads the prompt to select by it, in one sweep over its
+  layers, as ``ifp_mlx.generate`` does;
 - stock: mlx-lm's own class with the compact model's width, weights random: what the
   compact model's speed should be.
 """
@@ -19,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from .dense_prefill import read_densely
 from .masks import Selection
 from .model import IFPModel
 
@@ -87,44 +89,48 @@ class Contest:
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         read = bytes_read()
-        model, run = self._open(row)
+        model, run, kv = self._open(row)
         run.read_bytes = None if read is None else (bytes_read() or 0) - read
         if not cold:
-            run.prefill, run.decode = generate(model, self.prompt, self.max_tokens)
+            run.prefill, run.decode = self._generate(model, kv)
         run.peak_bytes = mx.get_peak_memory() - before
         return run
 
-    def _open(self, row: str) -> tuple[nn.Module, Run]:
+    def _open(self, row: str) -> tuple[nn.Module, Run, list[Any] | None]:
+        """Return a row's model, what it took, and the KV cache that came with it."""
         start = time.perf_counter()
         if row == "dense":
             model = self.model.dense()
             mx.eval(model.parameters())
-            return model, Run(0.0, time.perf_counter() - start)
+            return model, Run(0.0, time.perf_counter() - start), None
         if row == "activation":
-            _, model = self.model.sweep(self.prompt, **self.options)
-            return model, Run(time.perf_counter() - start, 0.0)
+            _, model, kv = self.model.sweep(self.prompt, **self.options)
+            return model, Run(time.perf_counter() - start, 0.0), kv
         if row == "stock":
-            return stock_of_width(self.model, self.size), Run(0.0, 0.0)
+            return stock_of_width(self.model, self.size), Run(0.0, 0.0), None
         selection = self.choose()
         selected = time.perf_counter()
         model = self.model.compact(selection)
-        return model, Run(selected - start, time.perf_counter() - selected)
+        return model, Run(selected - start, time.perf_counter() - selected), None
 
+    def _generate(self, model: nn.Module, kv: list[Any] | None) -> tuple[float, float]:
+        """Return seconds to the first token, and from there to the last."""
+        from mlx_lm.generate import generate_step
 
-def generate(
-    model: nn.Module, prompt: list[int], max_tokens: int
-) -> tuple[float, float]:
-    """Return seconds to the first token, and from there to the last."""
-    from mlx_lm.generate import generate_step
-
-    start = time.perf_counter()
-    # One step below the text level: no end-of-sequence token cuts a run short.
-    steps = generate_step(mx.array(prompt), model, max_tokens=max_tokens)
-    next(steps)
-    first = time.perf_counter()
-    for _ in steps:
-        pass
-    return first - start, time.perf_counter() - first
+        start = time.perf_counter()
+        kv, read, _ = read_densely(kv, self.prompt, self.prompt, None)
+        # One step below the text level: no end-of-sequence token cuts a run short.
+        steps = generate_step(
+            mx.array(self.prompt[read:]),
+            model,
+            max_tokens=self.max_tokens,
+            prompt_cache=kv if read else None,
+        )
+        next(steps)
+        first = time.perf_counter()
+        for _ in steps:
+            pass
+        return first - start, time.perf_counter() - first
 
 
 def stock_of_width(model: IFPModel, k: int) -> nn.Module:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -127,7 +128,7 @@ def read_text(
     model: nn.Module,
     tokens: Sequence[int],
     visit: Callable[[int, mx.array], mx.array],
-) -> None:
+) -> list[Any]:
     """Run a text through a dense model, its FFNs computed by ``visit``.
 
     The forward pass is mlx-lm's own. The output layer is not computed.
@@ -137,6 +138,9 @@ def read_text(
         tokens: ``T`` ids; they go through in :func:`steps_of`.
         visit: computes the FFN of a layer, by number, ``[1, T, D]`` to ``[1, T, D]``.
             It is called layer after layer, :func:`visits_of` times in every step.
+
+    Returns:
+        The text's KV cache, as mlx-lm makes it.
 
     Raises:
         ValueError: if there are no tokens.
@@ -150,6 +154,7 @@ def read_text(
         for step in steps_of(tokens):
             model(mx.array(step)[None], cache=cache)
             mx.eval([layer.state for layer in cache])
+    return cache
 
 
 def visits_of(model: nn.Module) -> list[int]:
@@ -184,17 +189,21 @@ def _computed_by(
 
 
 def steps_of(tokens: Sequence[int]) -> list[list[int]]:
-    """Return the parts in which a text goes through the model."""
-    starts = range(0, len(tokens), PREFILL_STEP)
-    return [list(tokens[start : start + PREFILL_STEP]) for start in starts]
+    """Return the parts in which a text goes through the model; the last is whole."""
+    ends = range(len(tokens), 0, -PREFILL_STEP)
+    return [list(tokens[max(0, end - PREFILL_STEP) : end]) for end in reversed(ends)]
 
 
-def read_ffn(ffn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
+def read_ffn(
+    ffn: nn.Module, x: mx.array, seen: list[mx.array] | None = None
+) -> tuple[mx.array, mx.array]:
     """Compute one FFN, and how strongly each of its channels was used.
 
     Args:
         ffn: the stock module; its weights are read if they are still lazy.
         x: ``[1, T, D]``.
+        seen: gets the channels ``act(gate) * up`` of one part of the tokens after the
+            other, ``[<= FFN_STEP, F]``.
 
     Returns:
         The output ``[1, T, D]``, and each channel's energy, float32 ``[F]``; both
@@ -207,6 +216,8 @@ def read_ffn(ffn: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
         square = mx.square(h.astype(mx.float32))
         share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
         energy = energy + share.sum(axis=(0, 1))
+        if seen is not None:
+            seen.append(h[0])
         return h
 
     outputs = []

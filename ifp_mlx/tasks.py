@@ -171,8 +171,8 @@ def measure(
         )
     selection = task.selection
     evaluator, mask, compensated = Evaluator(model), selection.mask(), None
-    if selection.text is not None and model.can_compensate(selection):
-        compensated = model.compact(selection, compensate=selection.text)
+    if selection.text is not None:
+        compensated = model.compact(selection.compensated())
     plain, better = [], []
     for row in progress(rows):
         reference = evaluator.reference(row)

@@ -175,9 +175,8 @@ def test_a_quantised_folder_is_sliced_exactly_and_stock_mlx_lm_loads_it(
 
     source = write_quantised(tmp_path / "q", **how)
     given = ["--model", source, "--instruction", "Hi", "--target-size", step * 2]
-    status, out, err = run_command(
-        main, capsys, *given, "--mlx-path", tmp_path / "out", "--json"
-    )
+    given += ["--granularity", step, "--no-compensate", "--json"]
+    status, out, err = run_command(main, capsys, *given, "--mlx-path", tmp_path / "out")
     report = json.loads(out)
     assert status == 0 and report["layers"] == [step * 2] * 3
     assert report["down_proj"] == "whole groups" and not report["requantisation_kl"]
@@ -196,9 +195,8 @@ def test_a_finer_choice_requantises_and_the_card_says_what_that_costs(tmp_path, 
     source = write_quantised(tmp_path / "q")
     given = ["--model", source, "--instruction", "Hi", "--keep", "0.5", "--json"]
     out = tmp_path / "out"
-    status, line, err = run_command(
-        main, capsys, *given, "--granularity", "1", "--mlx-path", out
-    )
+    given += ["--no-compensate", "--mlx-path", out]
+    status, line, err = run_command(main, capsys, *given)
     report = json.loads(line)
     assert status == 0 and report["layers"] == [256] * 3
     assert report["down_proj"] == "requantised"

@@ -1,12 +1,19 @@
+import json
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import run_command, tiny_model
+from mlx.utils import tree_flatten
+from mlx_lm import convert
 
-from ifp_mlx import load
+from ifp_mlx import compensation, load, selectors
 from ifp_mlx.compact import main as compact
-from ifp_mlx.compensation import compensated_down, read_channels
+from ifp_mlx.compensation import compensated_down, read_channels, slice_compensated
+from ifp_mlx.dense_prefill import dense_cache
 from ifp_mlx.generate import main as generate
+from ifp_mlx.pruning import ffn_layers
 
 RNG = np.random.default_rng(0)
 D, F = 6, 12
@@ -70,19 +77,95 @@ def test_an_infinitely_cautious_correction_is_none():
     assert half.dtype == mx.float16
 
 
-def test_a_compact_model_comes_closer_to_the_dense_one_on_its_text(tiny_folder):
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_compact_model_comes_closer_to_the_dense_one_on_its_text(
+    tiny_folder, tmp_path, quantised
+):
+    if quantised:
+        convert(str(tiny_folder), str(tmp_path / "q"), quantize=True, q_group_size=32)
+    model, _ = load(tmp_path / "q" if quantised else tiny_folder)
+    text = list(range(40, 90))
+    dense = model.dense()(mx.array([text]))
+    selection = model.select(text, keep=0.5, allocation="uniform")
+    by_text = selection.compensated(text, "a text")
+    assert by_text.compensates and not by_text.plain().compensates
+    assert by_text.mask_id == selection.mask_id
+    error = [
+        mx.square(model.compact(chosen)(mx.array([text])) - dense).mean()
+        for chosen in (selection, by_text)
+    ]
+    assert error[1] < 0.7 * error[0]
+    everything = model.select(text, keep=1.0).compensated(text, "a text")
+    same = model.compact(everything)(mx.array([text]))
+    assert mx.allclose(same, dense, atol=1e-5)
+
+
+def weights(model):
+    return dict(tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_sweep_gives_what_selecting_and_then_compensating_gives(
+    tiny_folder, monkeypatch, steps
+):
     model, _ = load(tiny_folder)
     text = list(range(40, 90))
-    selection = model.select(text, keep=0.5, allocation="uniform")
-    dense = model.dense()(mx.array([text]))
-    error = [
-        mx.square(model.compact(selection, compensate=by)(mx.array([text])) - dense)
-        for by in (None, text)
-    ]
-    assert error[1].mean() < 0.7 * error[0].mean()
-    whole = model.select(text, keep=1.0)
-    same = model.compact(whole, compensate=text)(mx.array([text]))
-    assert mx.allclose(same, dense, atol=1e-5)
+    monkeypatch.setattr(selectors, "PREFILL_STEP", -(-len(text) // steps))
+    selection, compact, cache = model.sweep(text, keep=0.5, compensate=True)
+    assert selection.text == tuple(text) and selection.compensates
+    chosen = model.select(text, keep=0.5)
+    assert selection.mask_id == chosen.mask_id
+    again = weights(model.compact(chosen.compensated(text, "the instruction")))
+    assert all(mx.array_equal(w, again[n]) for n, w in weights(compact).items())
+    # By hand, of the last step's tokens.
+    last = len(selectors.steps_of(text)[-1])
+    dense = model.dense()
+    seen = read_channels(dense, text)
+    for number, (ffn, index) in enumerate(
+        zip(ffn_layers(dense), chosen.indices, strict=True)
+    ):
+        down = compensated_down(
+            ffn.module.down_proj.weight, seen[number][-last:], index
+        )
+        found = ffn_layers(compact)[number].module.down_proj.weight
+        assert mx.allclose(found, down, atol=1e-4)
+    # The keys and values are the dense model's.
+    fresh = dense_cache(model, text)
+    assert [layer.offset for layer in cache] == [len(text)] * 3
+    pairs = zip(cache, fresh, strict=True)
+    assert all(mx.allclose(a.state[0], b.state[0], atol=1e-5) for a, b in pairs)
+
+
+def test_no_more_tokens_than_needed_are_looked_at(tiny_folder, monkeypatch):
+    model, _ = load(tiny_folder)
+    text = list(range(40, 90))
+    monkeypatch.setattr(compensation, "TOKENS", 20)
+    index = mx.arange(0, 64, 2)
+    ffn, seen = ffn_layers(model.dense())[0].module, read_channels(model.dense(), text)
+    expected = compensated_down(ffn.down_proj.weight, seen[0][::3], index)
+    slice_compensated(ffn, index, seen[0])
+    assert mx.allclose(ffn.down_proj.weight, expected)
+
+
+def test_gates_are_refused(tiny_folder):
+    model, _ = load(tiny_folder)
+    selection = model.select("Hello", keep=0.5)
+    gates = tuple(mx.ones(index.size) for index in selection.indices)
+    gated = replace(selection, gates=gates).compensated([5, 6], "a text")
+    with pytest.raises(ValueError, match=f"{gated.mask_id} has gates"):
+        model.compact(gated)
+
+
+def test_core_is_shared_with_a_model_beside_a_compensated_one(tiny_folder):
+    model, _ = load(tiny_folder)
+    first, compact, _ = model.sweep("One thing.", keep=0.5, compensate=True)
+    other = model.select("Another.", keep=0.5)
+    for selection in (other, other.compensated([5, 6, 7], "a text")):
+        beside = weights(model.compact(selection, beside=(compact, first)))
+        alone = weights(model.compact(selection))
+        assert all(mx.array_equal(w, alone[name]) for name, w in beside.items())
+        core = [name for name in beside if ".mlp." not in name]
+        assert all(beside[name] is weights(compact)[name] for name in core)
 
 
 def test_reading_leaves_the_model_as_it_was():
@@ -93,35 +176,53 @@ def test_reading_leaves_the_model_as_it_was():
     assert [type(layer.mlp) for layer in model.layers] == before
 
 
-def test_the_commands_compensate_and_say_so(tiny_folder, tmp_path, capsys):
-    given = ["--model", tiny_folder, "--keep", "0.5", "--compensate"]
-    status, plain, _ = run_command(
-        generate, capsys, *given[:-1], "--prompt", "hello", "-m", "8"
-    )
-    status, text, _ = run_command(
-        generate, capsys, *given, "--prompt", "hello", "-m", 8
-    )
-    assert status == 0 and text != plain
-    out = tmp_path / "out"
-    made = [*given, "--instruction", "hello", "--mlx-path", out]
-    status, _, _ = run_command(compact, capsys, *made)
-    assert (
-        status == 0 and "tokens of the instruction" in (out / "README.md").read_text()
-    )
+def test_generate_compensates_where_the_instruction_is_read_anyway(
+    tiny_folder, tmp_path, capsys
+):
+    given = ["--model", tiny_folder, "--keep", "0.5", "--prompt", "hello", "-m", "8"]
+
+    def said(*options):
+        status, out, err = run_command(generate, capsys, *given, "--json", *options)
+        assert status == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    mask = tmp_path / "mask.safetensors"
+    found = said("--save-mask", mask)
+    assert found["selection"]["compensated"]
+    plain = said("--no-compensate", "--prefill", "compact")
+    assert not plain["selection"]["compensated"] and plain["text"] != found["text"]
+    assert not said("--selector", "random")["selection"]["compensated"]
+    assert said("--selector", "random", "--compensate")["selection"]["compensated"]
+    # A mask file brings it along.
+    del given[2:4]
+    again = said("--mask-file", mask, "--prefill", "dense")
+    assert again["selection"]["compensated"] and again["text"] == found["text"]
+    without = said("--mask-file", mask, "--no-compensate", "--prefill", "compact")
+    assert without["text"] == plain["text"]
 
 
-def test_what_cannot_be_compensated_is_refused(tiny_folder, tmp_path, capsys):
-    from mlx_lm import convert
+def test_compact_compensates_by_the_instruction_and_says_so(
+    tiny_folder, tmp_path, capsys
+):
+    given = ["--model", tiny_folder, "--keep", "0.5", "--instruction", "hello"]
 
+    def card(name, *options):
+        command = [*given, *options, "--mlx-path", tmp_path / name]
+        status, _, err = run_command(compact, capsys, *command)
+        assert status == 0, err
+        return err, (tmp_path / name / "README.md").read_text()
+
+    err, text = card("default")
+    assert "tokens of the instruction" in err and "tokens of the instruction" in text
+    for name, option in (("no", ["--no-compensate"]), ("r", ["--selector", "random"])):
+        err, text = card(name, *option)
+        assert "ompensated" not in err + text
+
+
+def test_a_mask_without_a_text_cannot_be_compensated(tiny_folder, tmp_path, capsys):
     model, _ = load(tiny_folder)
     mask = tmp_path / "mask.safetensors"
     model.select("hello", keep=0.5, allocation="uniform").save(mask)
     given = ["--model", tiny_folder, "--mask-file", mask, "--mlx-path", tmp_path / "o"]
     status, _, err = run_command(compact, capsys, *given, "--compensate")
     assert status == 2 and "needs the text of an instruction" in err
-    small = tmp_path / "small"
-    convert(str(tiny_folder), str(small), quantize=True, q_group_size=32)
-    capsys.readouterr()
-    given = ["--model", small, "--prompt", "hello", "--keep", "0.5", "--compensate"]
-    status, _, err = run_command(generate, capsys, *given)
-    assert status == 2 and "is quantised here" in err

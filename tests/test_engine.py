@@ -65,7 +65,8 @@ def text_of(events):
 def test_it_answers_as_generate_does(engine, folder):
     model, tokenizer = load(folder)
     for keep in (0.5, 1.0):
-        expected = generate(model, tokenizer, "What is it?", keep=keep, max_tokens=12)
+        options = {"keep": keep, "max_tokens": 12, "prefill": "compact"}
+        expected = generate(model, tokenizer, "What is it?", **options)
         found = engine.generate("What is it?", keep=keep, max_tokens=12)
         assert found == expected
 
@@ -76,7 +77,7 @@ def test_every_stage_is_reported_and_everything_is_plain_data(folder):
         events = list(engine.stream("Hello there.", max_tokens=3))
     stages = [e.stage for e in [*seen, *events] if isinstance(e, Progress)]
     order = list(dict.fromkeys(stages))
-    assert order == ["load", "select", "channels", "prefill", "decode"]
+    assert order == ["load", "select", "prefill", "decode"]
     prefill = [e for e in events if isinstance(e, Progress) and e.stage == "prefill"]
     assert prefill[0].done == 0
     assert prefill[-1].done == prefill[-1].total == events[-1].prompt_tokens
@@ -239,7 +240,9 @@ def test_preparing_can_be_cancelled_between_layers(engine, stage):
         if (event.stage, event.done, event.total) == (stage, 1, 3):
             stop.cancel()
 
-    options = {"keep": 0.7, "selector": "activation", "progress": progress}
+    # By activation, selecting and reading are one pass.
+    selector = {"select": "activation", "channels": "random"}[stage]
+    options = {"keep": 0.7, "selector": selector, "progress": progress}
     with pytest.raises(Cancelled, match=f"after 1 of 3: {stage}"):
         engine.prepare(f"New to {stage}.", name=stage, stop=stop, **options)
     assert steps[-1] == (stage, 1, 3)

@@ -183,14 +183,18 @@ def test_a_prior_that_only_the_dense_model_could_compute_is_refused(tmp_path):
     fit(opened, NOTHING | {"selector": "blend"}, None, memory - 1, context=32)
 
 
+@pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize(("tokens", "megabytes"), [(100, 24), (300, 30)])
-def test_a_sweep_stays_within_the_memory_it_was_given(tmp_path, tokens, megabytes):
+def test_a_sweep_stays_within_the_memory_it_was_given(
+    tmp_path, tokens, megabytes, compensate
+):
     shape = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 2048}
     model, _ = load(write_folder(tmp_path / "wide", num_hidden_layers=8, **shape))
     instruction, context = [5, 9, 77, 200] * (tokens // 4), tokens + 8
     memory, options = megabytes * 10**6, dict(NOTHING)
-    fit(model, options, None, memory, context, tokens)
+    fit(model, options, None, memory, context, tokens, compensate=compensate)
     assert 0 < options["target_size"] < model.channels
+    options["compensate"] = compensate
     model.sweep(instruction, **options)  # what is only made once is not counted
     mx.clear_cache()
     before = mx.get_active_memory()

@@ -152,6 +152,7 @@ def test_a_predictor_is_part_of_what_stays_in_memory(tmp_path):
 
 FOOTPRINT = Footprint(
     channels=96,
+    hidden_size=16,
     granularity=8,
     shared=0,
     core_bytes=1000,

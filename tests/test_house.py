@@ -42,13 +42,13 @@ MAY_IMPORT = {
     "planning.machine": {"caches", "planning.devices"},
     "planning.roofline": {"footprint", "planning.devices", "pruning"},
     "tables": NOTHING,
-    "runners": {"masks", "model"},
+    "runners": {"dense_prefill", "masks", "model"},
     "model": {"masks", "predictor", "data", "pruning", "selectors", "store"}
-    | {"choice", "compensation", "config", "sweep"},
+    | {"choice", "config", "sweep"},
     "choice": {"config", "masks", "selectors"},
-    "sweep": {"pruning", "selectors", "store"},
+    "sweep": {"compensation", "masks", "pruning", "selectors", "store"},
     "cli": {"masks", "selectors", "store"},
-    "compensation": {"masks", "pruning"},
+    "compensation": {"pruning"},
     "serving.errors": NOTHING,
     "serving.events": NOTHING,
     "serving.worker": {"serving.errors"},
@@ -61,11 +61,12 @@ MAY_IMPORT = {
     "fit": {"choice", "compact_cache", "data", "footprint", "masks", "model"}
     | {"selectors"},
     "dense_prefill": {"model", "selectors"},
+    "responses": {"masks"},
     "generate": {"masks", "data", "selectors", "model", "cli", "compact_cache", "fit"}
-    | {"dense_prefill"},
+    | {"choice", "dense_prefill", "responses"},
     "compact": {"masks", "data", "pruning", "selectors", "companions", "model", "cli"}
     | {"requantisation"},
-    "__init__": {"masks", "model", "generate"},
+    "__init__": {"masks", "model", "generate", "responses"},
 }
 # Who may take parts out of a room of the package.
 ENTRANCES = {"engine", "evaluate", "plan", "server", "store", "train", "visualize"}

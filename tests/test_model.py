@@ -202,7 +202,7 @@ def test_mistaken_choices_are_named(tiny_folder):
         model.select("  ")
 
 
-def test_a_quantised_folder_is_selected_by_whole_groups(tmp_path):
+def test_a_quantised_folder_has_whole_groups_and_is_selected_by_them_if_asked(tmp_path):
     import mlx.nn as nn
     from mlx.utils import tree_flatten
 
@@ -224,7 +224,9 @@ def test_a_quantised_folder_is_selected_by_whole_groups(tmp_path):
         ValueError, match="target_size=100 .* 32 channels; use 96 or 128"
     ):
         model.select("Hi", target_size=100)
-    selection = model.select("Hi", keep=0.75)
+    assert model.slicing(model.select("Hi", keep=0.75)) == "requantised"
+    selection = model.select("Hi", keep=0.75, granularity=32)
+    assert model.slicing(selection) == "whole groups"
     masked = model.dense()
     set_masks(mask_model(masked), selection.mask())
     assert relative_error(model.compact(selection)(TOKENS), masked(TOKENS)) <= 1e-5

@@ -161,7 +161,7 @@ def test_measuring_gives_the_means_of_evaluate(opened, data):
     card = measured.evaluation
     assert card["rows"] == 2
     assert card["kl"] == pytest.approx(np.mean([a["kl"] for a in alone]))
-    better = model.compact(task.selection, compensate=task.selection.text)
+    better = model.compact(task.selection.compensated())
     alone = [evaluator.compare(r, better, evaluator.reference(r)) for r in rows[1:3]]
     found = card["compensated"]["kl"]
     assert found == pytest.approx(np.mean([a["kl"] for a in alone]))
@@ -252,7 +252,7 @@ def test_a_compact_folder_of_a_task_is_compensated_by_its_examples(
     assert (
         "tokens of the task's examples" in (tmp_path / "default/README.md").read_text()
     )
-    better = model.compact(task.selection, compensate=task.selection.text)
+    better = model.compact(task.selection.compensated())
     np.testing.assert_allclose(found, better(mx.array([[5, 9, 77, 200]])), atol=1e-4)
     err, found = answer("plain", "--no-compensate")
     assert "ompensated" not in err
@@ -267,30 +267,33 @@ def test_generate_compensates_a_task_by_its_examples_when_asked(
     task = tasks.make(model, "french", EXAMPLES, keep=0.5)
     seen, real = [], IFPModel.compact
 
-    def spy(self, selection, *, compensate=None, **kwargs):
-        seen.append(compensate)
-        return real(self, selection, compensate=compensate, **kwargs)
+    def spy(self, selection, **kwargs):
+        seen.append(selection.compensates and selection.text)
+        return real(self, selection, **kwargs)
 
     monkeypatch.setattr(IFPModel, "compact", spy)
     options = {"selection": task.selection, "max_tokens": 1}
     generate(model, tokenizer, "Hello", **options)
     generate(model, tokenizer, "Hello", **options, compensate=True)
-    assert seen == [None, task.selection.text]
+    assert seen == [False, task.selection.text]
 
 
-def test_a_quantised_models_task_is_left_uncompensated(opened, data, tmp_path, capsys):
+def test_a_quantised_models_task_is_compensated_too(opened, data, tmp_path, capsys):
     small = tmp_path / "small"
     mlx_lm.convert(str(opened[0].path), str(small), quantize=True, q_group_size=32)
     model, tokenizer = load(small)
     rows = read_rows(data, tokenizer)
     task = tasks.make(model, "french", rows[:2], keep=0.5, allocation="uniform")
-    assert "compensated" not in tasks.measure(model, task, rows[2:]).evaluation
+    card = tasks.measure(model, task, rows[2:]).evaluation
+    assert card["compensated"]["kl"] < card["kl"]
     task.save(tmp_path)
     given = ["--model", small, "--task", "french", "--tasks-folder", tmp_path]
     given += ["--mlx-path", tmp_path / "out"]
-    status, _, err = run_command(compact.main, capsys, *given, "--compensate")
-    assert status == 2 and "is quantised here" in err
-    assert run_command(compact.main, capsys, *given)[0] == 0
+    status, _, err = run_command(compact.main, capsys, *given)
+    assert status == 0 and "compensated, and quantised again" in err
+    found = mlx_lm.load(str(tmp_path / "out"))[0](mx.array([[5, 9, 77, 200]]))
+    better = model.compact(task.selection.compensated())
+    assert mx.array_equal(found, better(mx.array([[5, 9, 77, 200]])))
 
 
 def test_the_library_is_found_beside_the_model(opened, tmp_path, capsys, monkeypatch):

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,10 +11,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..choice import decide
 from ..data import Prompt
 from ..footprint import Footprint
 from ..masks import Selection
 from ..model import IFPModel
+from ..pruning import share_core
 from .errors import Cancelled, OutOfMemory, UnknownTask
 from .events import CancelToken, Progress, Stage, Task
 from .lanes import mask_figures
@@ -47,9 +49,18 @@ class Shelf:
         self._remembered: OrderedDict[Any, Selection] = OrderedDict()
 
     def select(
-        self, choice: Choice, messages: Prompt, emit: Emit, stop: CancelToken
+        self,
+        choice: Choice,
+        messages: Prompt,
+        emit: Emit,
+        stop: CancelToken,
+        load: bool = True,
     ) -> Selection:
-        """Return the selection of a choice, made once for each instruction."""
+        """Return the selection of a choice, made once for each instruction.
+
+        Where the dense model reads that, the compact model is made on the way, unless
+        it is not to be loaded.
+        """
         if choice.task is not None:
             if choice.task not in self.named:
                 known = ", ".join(sorted(self.named)) or "none is prepared"
@@ -65,20 +76,37 @@ class Shelf:
         key = (tuple(tokens), *choice.options.values())
         if key not in self._remembered:
             emit(Progress("select", 0, 0))
-            self._remembered[key] = self.model.select(
-                instruction, progress=reporting("select", emit, stop), **choice.options
-            )
+            progress = reporting("select", emit, stop)
+            self._remembered[key] = self._choose(instruction, choice, progress, load)
         self._remembered.move_to_end(key)
         most = REMEMBERED_BYTES // (4 * self.model.layers * self.model.channels)
         while len(self._remembered) > max(16, most):
             self._remembered.popitem(last=False)
         return self._remembered[key]
 
+    def _choose(
+        self, instruction: Prompt, choice: Choice, progress: Any, load: bool
+    ) -> Selection:
+        options = choice.options
+        decided = decide(self.model, **options)
+        if decided.reads and load:
+            self.check_limit(decided.sizes)
+            self._touch_used()
+            return self.residents.sweep(instruction, options, decided.sizes, progress)
+        selection = self.model.select(instruction, **options, progress=progress)
+        if not decided.reads:
+            return selection
+        tokens = self.model.instruction_tokens(instruction)
+        return selection.compensated(tokens, "the instruction")
+
+    def _touch_used(self) -> None:
+        for used in self.in_use():
+            self.residents.get(used)
+
     def load(self, selection: Selection, emit: Emit, stop: CancelToken) -> nn.Module:
         """Return the compact model of a selection, reading it if it is not there."""
         self.check_limit(selection)
-        for used in self.in_use():
-            self.residents.get(used)
+        self._touch_used()
         return self.residents.get(selection, progress=reporting("channels", emit, stop))
 
     def prepare(
@@ -91,7 +119,7 @@ class Shelf:
     ) -> Task:
         """Select and load under a name (default: the mask's id); see ``Engine``."""
         start = time.perf_counter()
-        selection = self.select(choice, choice.instruction or "", emit, stop)
+        selection = self.select(choice, choice.instruction or "", emit, stop, load)
         selected = time.perf_counter()
         if load:
             self.load(selection, emit, stop)
@@ -135,19 +163,20 @@ class Shelf:
         self.task(name)
         return np.array(self.named[name].mask())
 
-    def weigh(self, *selections: Selection) -> int:
-        """Return the bytes of the compact models of selections, without loading them.
+    def weigh(self, *selections: Selection | Sequence[int]) -> int:
+        """Return the bytes of the compact models of selections, or of so many channels
+        in each layer, without loading them.
 
         They share attention, embeddings and norms.
         """
         channels = sum(map(self.footprint.channel_bytes, selections))
         return self.footprint.core_bytes + channels
 
-    def check_limit(self, selection: Selection, tokens: int = 0) -> int:
+    def check_limit(self, selection: Selection | Sequence[int], tokens: int = 0) -> int:
         """Return the bytes of the KV cache of a request.
 
         Args:
-            selection: of the request.
+            selection: of the request, or what it keeps of each layer.
             tokens: of its prompt and its answer.
 
         Raises:
@@ -178,11 +207,12 @@ class Residents:
     Args:
         model: the large model.
         budget: bytes of all of them together.
-        channel_bytes: returns the bytes that a selection adds.
+        channel_bytes: returns the bytes that a selection adds, or that so many channels
+            of each layer do.
     """
 
     def __init__(
-        self, model: IFPModel, budget: int, channel_bytes: Callable[[Selection], int]
+        self, model: IFPModel, budget: int, channel_bytes: Callable[[Any], int]
     ) -> None:
         self._model, self._budget, self._adds = model, budget, channel_bytes
         self._models: OrderedDict[str, tuple[nn.Module, Selection]] = OrderedDict()
@@ -201,6 +231,29 @@ class Residents:
         self._models.move_to_end(selection.mask_id)
         self._make_room()
         return self._models[selection.mask_id][0]
+
+    def sweep(
+        self,
+        instruction: Prompt,
+        options: dict[str, Any],
+        sizes: Sequence[int],
+        progress: Any,
+    ) -> Selection:
+        """Select and make the compact model in one pass, and keep it.
+
+        The dense model's KV cache is not kept: answers would depend on which of two
+        prompts that begin alike came first.
+        """
+        self._make_room(self._adds(sizes))
+        selection, compact, _ = self._model.sweep(
+            instruction, **options, compensate=True, progress=progress
+        )
+        other = next(iter(self._models.values()), None)
+        if other is not None:
+            share_core(compact, other[0])
+        self._models[selection.mask_id] = compact, selection
+        self._make_room()
+        return selection
 
     def _nearest(self, selection: Selection) -> tuple[nn.Module, Selection] | None:
         """Return the resident that has most of a selection's channels already."""

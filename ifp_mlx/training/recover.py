@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
 from ..compact import MASK_FILE, check_can_write, write_plain
-from ..compensation import compensate
 from ..data import Batches, Record
 from ..evaluation.rows import Row
 from ..evaluation.teacher import METRICS, log_probabilities, metrics
@@ -54,7 +53,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     assert config.mask_file is not None
     output, first = Path(config.output), mx.distributed.init().rank() == 0
     model, tokenizer = load(config.model)
-    selection = Selection.load(config.mask_file)
+    selection = Selection.load(config.mask_file).plain()
     selection.check_fits(model.layers, model.channels, model.fingerprint)
     check_can_write(model, selection)
     records, rows = read(config, model, tokenizer, say)
@@ -178,13 +177,12 @@ def start(
     config: TrainConfig,
 ) -> nn.Module:
     """Return the compact model that training begins with."""
-    if config.compensate and model.can_compensate(selection):
+    if config.compensate and selection.gates is None:
         order = np.random.default_rng(config.seed).permutation(len(records))
         texts = np.concatenate([records[i].tokens for i in order])
-        compact = model.dense()
-        compensate(compact, selection, texts[:SOLVED_ON].tolist())
-    else:
-        compact = model.compact(selection)
+        text = texts[:SOLVED_ON].tolist()
+        selection = selection.compensated(text, "the training examples")
+    compact = model.compact(selection)
     if config.dtype != "stored":
         compact.set_dtype(getattr(mx, config.dtype))
     mx.eval(compact.parameters())
