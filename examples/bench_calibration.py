@@ -56,6 +56,7 @@ class Calibration:
         self._examples: dict[str, list[Row]] = {}
         self._costs: dict[Part, dict[str, mx.array]] = {}
         self._compensated: dict[tuple, list[nn.Module]] = {}
+        self._seen: dict[str, list[mx.array]] = {}  # channels of its examples
         files = sorted((write_families() / "calibration").glob("*.jsonl"))
         self.families = [file.stem for file in files]
         for file in files:
@@ -95,10 +96,11 @@ class Calibration:
         """
         key = family, selection.mask_id
         if key not in self._compensated:
-            texts = [row.prompt + row.answer for row in self._examples[family]]
-            tokens = sum(texts, [])[:TASK_TOKENS]
-            channels = read_channels(self.bench.dense, tokens)
-            self._compensated[key] = self.bench.sliced(selection, channels)
+            if family not in self._seen:
+                texts = [row.prompt + row.answer for row in self._examples[family]]
+                tokens = sum(texts, [])[:TASK_TOKENS]
+                self._seen[family] = read_channels(self.bench.dense, tokens)
+            self._compensated[key] = self.bench.sliced(selection, self._seen[family])
         return self._compensated[key]
 
     @cached_property

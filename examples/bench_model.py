@@ -19,6 +19,8 @@ from ifp_mlx.compensation import down_correction
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.pruning import TappedFFN, ffn_layers, stock_forward
 
+GROUP = 64  # channels that a quantised model has in one group
+
 
 class Reading(NamedTuple):
     """What the dense model made of a row.
@@ -120,15 +122,23 @@ class Bench:
             return mx.concatenate([first, log_probabilities(rest[0])])
 
     def sliced(
-        self, selection: Selection, channels: Sequence[mx.array] | None = None
+        self,
+        selection: Selection,
+        channels: Sequence[mx.array] | None = None,
+        *,
+        quantise: bool = False,
     ) -> list[nn.Module]:
-        """Return the selected FFNs, compensated by what a text's channels showed."""
+        """Return the selected FFNs, compensated by what a text's channels showed, and
+        rounded as quantising ``down_proj`` again does.
+        """
         modules: list[nn.Module] = []
         for layer, (_, _, ffn) in enumerate(self.ffns):
             index, down = selection.indices[layer], self.down[layer]
             part = [ffn.gate_proj.weight[index], ffn.up_proj.weight[index], down[index]]
             if channels is not None:
                 part[2] += down_correction(down.T, channels[layer], index)
+            if quantise:
+                part[2] = rounded(part[2])
             mx.eval(part)
             modules.append(SlicedFFN(ffn, *part))
         return modules
@@ -153,6 +163,13 @@ class Bench:
         mx.eval([layer.state for layer in cache])
         answer = mx.array([[row.prompt[-1], *row.answer[:-1]]])
         return log_probabilities(self.dense(answer, cache=cache)[0]), cache
+
+
+def rounded(down: mx.array) -> mx.array:
+    """Return ``down_proj``, channel by channel ``[k, D]``, as it is at 4 bits."""
+    weight, scales, biases = mx.quantize(down.T, group_size=GROUP, bits=4)
+    whole = mx.dequantize(weight, scales, biases, group_size=GROUP, bits=4)
+    return mx.contiguous(whole.T)
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

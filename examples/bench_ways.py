@@ -15,6 +15,9 @@ class Way(NamedTuple):
         prompt: which model reads the prompt, ``compact`` or ``dense``.
         costs: on what the layers' costs are measured that the allocation
             ``sensitivity`` goes by: ``tasks``, or the text that ships with the package.
+        quantised: how the channels of a model at 4 bits are taken: by whole ``groups``,
+            which loses nothing, or by ``channels``, for which ``down_proj`` is
+            quantised again; so it is if compensated.
     """
 
     scores: str
@@ -22,6 +25,7 @@ class Way(NamedTuple):
     compensation: str = ""
     prompt: str = "compact"
     costs: str = "tasks"
+    quantised: str = ""
 
     @property
     def name(self) -> str:
@@ -29,6 +33,7 @@ class Way(NamedTuple):
         text = f"{self.scores}, {self.allocation}"
         text += "" if self.costs == "tasks" else f" on the {self.costs}'s text"
         text += f", compensated by {self.compensation}" if self.compensation else ""
+        text += f", 4 bits by {self.quantised}" if self.quantised else ""
         return text + (", dense prompt" if self.prompt == "dense" else "")
 
 
@@ -50,17 +55,22 @@ class Stage(NamedTuple):
         return max(2, round(wanted * self.share))  # one has no spread
 
 
-DEFAULT = Way("blend", "first-layer")
+PLAIN = Way("blend", "first-layer")
+DEFAULT = PLAIN._replace(compensation="prompt")
+NO_PRIOR = DEFAULT._replace(scores="activation")  # the default before one is computed
 STATIC = Way("others", "first-layer")  # that did not see the family
+TASK = Way("task", "sensitivity")
+COMPENSATED = TASK._replace(compensation="examples")
 MAIN = (
     Way("activation", "uniform"),
     Way("activation", "uniform", prompt="dense"),
     DEFAULT,
+    PLAIN,
     STATIC,
-    Way("task", "sensitivity"),
+    TASK,
+    COMPENSATED,
 )
-OTHER_KEEPS = (*MAIN, Way("activation", "first-layer"))
-COMPENSATED = Way("task", "sensitivity", "examples")
+OTHER_KEEPS = (*MAIN, NO_PRIOR)
 FURTHER = (
     DEFAULT,
     STATIC,
@@ -68,22 +78,29 @@ FURTHER = (
     Way("prior", "first-layer"),
     Way("others", "uniform"),
     Way("activation", "first-layer"),
+    NO_PRIOR,
     Way("blend", "uniform"),
-    Way("blend", "first-layer", prompt="dense"),
-    Way("blend", "first-layer", "prompt"),
+    PLAIN,
+    PLAIN._replace(prompt="dense"),
+    DEFAULT._replace(prompt="dense"),
+    DEFAULT._replace(allocation="uniform"),
     Way("blend", "sensitivity"),
+    DEFAULT._replace(allocation="sensitivity"),
     Way("blend", "sensitivity", costs="package"),
+    PLAIN._replace(quantised="groups"),
+    PLAIN._replace(quantised="channels"),
+    DEFAULT._replace(quantised="groups"),
+    DEFAULT._replace(quantised="channels"),
     Way("task", "uniform"),
     Way("task", "first-layer"),
-    Way("task", "sensitivity"),
-    Way("task", "sensitivity", prompt="dense"),
+    TASK,
+    TASK._replace(prompt="dense"),
     COMPENSATED,
     COMPENSATED._replace(allocation="first-layer"),
     COMPENSATED._replace(allocation="uniform"),
 )
 STAGES = (
     Stage(MAIN, 0.5, 1),
-    Stage((DEFAULT, STATIC, Way("task", "sensitivity"), COMPENSATED), 0.5, 1),
     Stage(OTHER_KEEPS, 0.75, 0.15),
     Stage(OTHER_KEEPS, 1 / 3, 0.15),
     Stage(FURTHER, 0.5, 0.15),

@@ -19,7 +19,9 @@ In the last two prompts and answers have the same say.
 
 The allocation `sensitivity` goes by costs measured on a calibration example of each
 family: of the other nine, or of all ten where the mask is the task's own. On the
-package's text they are what `python -m ifp_mlx.sensitivity` measures by itself.
+package's text they are what `python -m ifp_mlx.sensitivity` measures by itself. Of a
+model at 4 bits only what selecting adds is measured: whole groups of 64 channels kept or
+dropped, or `down_proj` at 4 bits; gate and up, which lose nothing, stay as they are.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from bench_calibration import Calibration, Part, file_of, parts_of
-from bench_model import Bench, Reading, energy
+from bench_model import GROUP, Bench, Reading, energy
 from bench_report import ALL, CALIBRATION, read_lines, write_report
 from bench_ways import STAGES, Way
 from fetch import MODELS, fetch
@@ -133,15 +135,18 @@ def modules_of(
     costs = None
     if way.allocation == "sensitivity":
         costs = calibration.costs(way, family, keep)
-    k = masks.target_size(model.channels, keep, model.granularity)
+    step = GROUP if way.quantised else 1
+    k = masks.target_size(model.channels, keep, step)
     sizes = masks.layer_sizes(
-        k, model.layers, model.channels, way.allocation, model.granularity, costs
+        k, model.layers, model.channels, way.allocation, step, costs
     )
-    selection = masks.select(scores[way.scores], sizes, granularity=model.granularity)
+    granularity = GROUP if way.quantised == "groups" else 1
+    selection = masks.select(scores[way.scores], sizes, granularity=granularity)
     if way.compensation == "examples":
         return calibration.compensated(family, selection)
     seen = reading.channels if way.compensation else None
-    return calibration.bench.sliced(selection, seen)
+    again = way.quantised == "channels" or bool(way.quantised and way.compensation)
+    return calibration.bench.sliced(selection, seen, quantise=again)
 
 
 def scores_of(

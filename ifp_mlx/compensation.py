@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .pruning import TappedFFN, dequantised, ffn_layers, put_down, slice_ffn
+from .pruning import TappedFFN, dequantised, ffn_layers, put_down, slice_rows
 
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
 TOKENS = 1024  # of a text that are looked at, at most
@@ -36,7 +36,7 @@ def slice_compensated(ffn: nn.Module, index: mx.array, channels: mx.array) -> No
     some = channels[:: -(-len(channels) // TOKENS)]  # evenly spread
     down = compensated_down(dequantised(ffn.down_proj), some, index)
     mx.eval(down)
-    slice_ffn(ffn, index)
+    slice_rows(ffn, index)
     put_down(ffn.down_proj, down)
 
 
@@ -104,8 +104,9 @@ def down_correction(
         return mx.zeros((index.size, D))
     h = channels.astype(mx.float32)
     h = h / mx.maximum(mx.linalg.norm(h, axis=1, keepdims=True), 1e-6)
-    kept, all_columns = h[:, index], down.astype(mx.float32)
-    missing = h @ all_columns.T - kept @ all_columns[:, index].T
+    kept, dropped = h[:, index], mx.ones(F)
+    dropped[index] = 0
+    missing = (h * dropped) @ down.astype(mx.float32).T
     with mx.stream(mx.cpu):  # where linear systems are solved
         return _ridge(kept, missing, strength)
 

@@ -268,8 +268,16 @@ def slice_ffn(ffn: nn.Module, index: mx.array, *, requantise: bool = True) -> No
     """
     if index.size < ffn.gate_proj.weight.shape[0]:
         _keep_columns(ffn, index, requantise)
-        _keep_rows(ffn.gate_proj, index)
-        _keep_rows(ffn.up_proj, index)
+        slice_rows(ffn, index)
+
+
+def slice_rows(ffn: nn.Module, index: mx.array) -> None:
+    """Do the half of :func:`slice_ffn` that never loses anything: gate and up."""
+    for linear in (ffn.gate_proj, ffn.up_proj):
+        # Every row carries its own scales, so quantised rows move as they are.
+        for name in ("weight", "scales", "biases", "bias"):
+            if name in linear:
+                linear[name] = linear[name][index]
 
 
 def dequantised(linear: nn.Module) -> mx.array:
@@ -285,12 +293,17 @@ def put_down(linear: nn.Module, weight: mx.array) -> None:
     """Give a ``down_proj`` other weights, in place, quantised as it is.
 
     Args:
-        linear: any stock linear.
-        weight: ``[D, k]``; ``k`` makes whole quantisation groups.
+        linear: any stock linear, dense in shape.
+        weight: ``[D, k]``.
+
+    Raises:
+        ValueError: if ``k`` channels do not make whole quantisation groups.
     """
     if not isinstance(linear, nn.QuantizedLinear):
         linear.weight = weight
         return
+    channels = linear.scales.shape[1] * linear.group_size
+    check_multiple(weight.shape[1], linear.group_size, channels)
     linear.weight, linear.scales, *biases = mx.quantize(weight, **_quantisation(linear))
     if biases:
         linear.biases = biases[0]
@@ -329,13 +342,6 @@ def _quantisation(linear: nn.QuantizedLinear) -> dict[str, Any]:
     return {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
 
 
-def _keep_rows(linear: nn.Module, index: mx.array) -> None:
-    # Every row carries its own scales, so quantised rows move as they are.
-    for name in ("weight", "scales", "biases", "bias"):
-        if name in linear:
-            linear[name] = linear[name][index]
-
-
 def _keep_columns(ffn: nn.Module, index: mx.array, requantise: bool) -> None:
     linear = ffn.down_proj
     if not isinstance(linear, nn.QuantizedLinear):
@@ -357,9 +363,6 @@ def _cut_groups(
     linear: nn.QuantizedLinear, index: mx.array, requantise: bool
 ) -> nn.Module:
     """Return the columns ``index`` of a quantised ``down_proj`` as another linear."""
-    if requantise and index.size % linear.group_size:
-        channels = linear.scales.shape[1] * linear.group_size
-        check_multiple(index.size, linear.group_size, channels)
     columns = dequantised(linear)[:, index]
     if requantise:
         put_down(linear, columns)
