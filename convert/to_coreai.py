@@ -21,7 +21,7 @@ from tqdm import tqdm
 from convert.coreai_graph import FAMILIES, STATES, Decoder
 from ifp_mlx import cli
 from ifp_mlx.atomic import new_folder, refuse_existing
-from ifp_mlx.compact import Quantisation, pad_ffn, quantisation_of
+from ifp_mlx.compact import Quantisation, pad_ffn, quantisation_of, with_text
 from ifp_mlx.masks import Selection, check_multiple
 from ifp_mlx.model import IFPModel, Progress, load
 from ifp_mlx.pruning import ffn_layers
@@ -200,11 +200,13 @@ def command(args: Any) -> None:
     progress = partial(tqdm, disable=None, leave=False)
     select = cli.selection_options(args) | {"progress": progress}
     model, _ = load(args.model)
+    if args.mask_file:
+        selection = Selection.load(args.mask_file)
+    else:
+        selection = model.select(args.instruction, **select)
     report = export_coreai(
         model,
-        Selection.load(args.mask_file)
-        if args.mask_file
-        else model.select(args.instruction, **select),
+        with_text(args, selection, model),
         args.output,
         quantisation=quantisation_of(args),
         context_length=args.context_length,

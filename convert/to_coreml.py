@@ -22,8 +22,10 @@ from ifp_mlx import cli
 from ifp_mlx.atomic import new_folder, refuse_existing
 from ifp_mlx.compact import (
     Quantisation,
+    add_compensation_option,
     add_quantisation_options,
     quantisation_of,
+    with_text,
 )
 from ifp_mlx.masks import Selection, check_multiple
 from ifp_mlx.model import IFPModel, Progress, load
@@ -344,6 +346,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="to_coreml.py", description=__doc__)
     cli.add_model_option(parser)
     cli.add_selection_options(parser)
+    add_compensation_option(parser)
     add = parser.add_argument
     add("--functions", help="NAME=MASK_FILE,...: one function per mask, first default")
     add("--output", required=True, help="NAME.mlpackage, or a folder to make")
@@ -400,11 +403,10 @@ def _mask_files(args: Any) -> dict[str, Path]:
 def _selections(
     args: Any, files: dict[str, Path], model: IFPModel, select: dict[str, Any]
 ) -> dict[str, Selection]:
-    if files:
-        return {name: Selection.load(file) for name, file in files.items()}
-    if args.mask_file:
-        return {"main": Selection.load(args.mask_file)}
-    return {"main": model.select(args.instruction, **select)}
+    files = {"main": args.mask_file} if args.mask_file else files
+    found = {name: Selection.load(file) for name, file in files.items()}
+    found = found or {"main": model.select(args.instruction, **select)}
+    return {name: with_text(args, one, model) for name, one in found.items()}
 
 
 def _command(args: Any) -> None:
@@ -428,13 +430,8 @@ def _command(args: Any) -> None:
     files = {} if args.functions is None else _mask_files(args)
     select = cli.selection_options(args) | {"progress": progress}
     model, _ = load(args.model)
-    options = Options(
-        quantisation_of(args),
-        args.lut,
-        args.context_length,
-        args.consumer,
-        not args.no_verify,
-    )
+    length, verify = args.context_length, not args.no_verify
+    options = Options(quantisation_of(args), args.lut, length, args.consumer, verify)
     selections = _selections(args, files, model, select)
     report = export(model, selections, args.output, options, progress=progress)
     print(summary(report), file=sys.stderr)

@@ -126,12 +126,15 @@ def check(folder: Path, scratch: Path, turns: int, large: bool) -> dict[str, Any
 
 
 def task_masks(model: IFPModel) -> list[Selection]:
+    """Return masks of whole quantisation groups, which is what a store reads best."""
     dense = model.dense()
+    options: dict[str, Any] = {"keep": KEEP, "allocation": "uniform"}
+    options["granularity"] = model.granularity
     masks = []
     for text in TASKS:
         tokens = model.instruction_tokens(text)
         scores = model.scores(tokens, "activation", dense=dense)
-        masks.append(model.select(text, keep=KEEP, allocation="uniform", scores=scores))
+        masks.append(model.select(text, **options, scores=scores))
     return masks
 
 

@@ -35,7 +35,7 @@ class Choice:
     @property
     def reads(self) -> bool:
         """Whether the dense model reads the instruction for it."""
-        return self.selector in ("activation", "blend")
+        return self.selector in selectors.READING
 
     def channels_of(self, layer: int, scores: mx.array) -> mx.array:
         """Return what one layer keeps for its scores ``[1, F]``: int32 ``[k_l]``."""

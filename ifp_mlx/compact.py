@@ -20,6 +20,7 @@ from .masks import COMPENSATED, Selection, check_multiple
 from .model import IFPModel, Progress, load
 from .pruning import dense_shape, ffn_layers
 from .requantisation import requantisation_cost
+from .selectors import READING
 
 # Safetensors inside; not in name, for some loaders take every such file for weights,
 # those of subfolders too (mlx-swift-lm 3.31.4).
@@ -31,9 +32,9 @@ UNTRAINED = (
 )
 NAS_MULTIPLE = 256  # nemotron-nas rounds every FFN width up to this
 
-# The KL to the dense model of the default scores at keep 0.5, with the first layer whole
-# and with uniform widths: examples/quality.md.
-WIDTHS_KL = {"SmolLM2-135M": (1.31, 1.59), "Gemma-3-270m": (0.90, 0.84)}
+# The KL to the dense model of the default at keep 0.5, with the first layer whole and
+# with uniform widths: examples/quality.md.
+WIDTHS_KL = {"SmolLM2-135M": (1.00, 1.08), "Gemma-3-270m": (0.69, 0.68)}
 
 
 @dataclass(frozen=True)
@@ -334,9 +335,7 @@ def build_parser() -> cli.Parser:
     )
     cli.add_model_option(parser, shipped=True)
     cli.add_selection_options(parser)
-    cli.add_compensate_option(
-        parser, "for task masks, and where the instruction is read to select by it"
-    )
+    add_compensation_option(parser)
     add = parser.add_argument
     add("--mlx-path", required=True, help="the folder to make")
     add_quantisation_options(parser)
@@ -344,6 +343,13 @@ def build_parser() -> cli.Parser:
         "--json", action="store_true", help="print one line of JSON instead of the path"
     )
     return parser
+
+
+def add_compensation_option(parser: cli.Parser) -> None:
+    """Add the option that says whether a written model is compensated."""
+    cli.add_compensate_option(
+        parser, "for task masks, and where the instruction is read to select by it"
+    )
 
 
 def add_quantisation_options(parser: cli.Parser) -> None:
@@ -371,7 +377,7 @@ def _command(args: Any) -> None:
     else:
         options["allocation"] = _writable_allocation(model, args.allocation)
         selection = model.select(args.instruction, progress=progress, **options)
-    selection = _with_text(args, selection, model)
+    selection = with_text(args, selection, model)
     quantisation = quantisation_of(args)
     out = write_compact(
         model,
@@ -392,13 +398,18 @@ def _command(args: Any) -> None:
     print(json.dumps(about) if args.json else out)
 
 
-def _with_text(args: Any, selection: Selection, model: IFPModel) -> Selection:
-    """Let a selection be compensated by a task's own examples, or by the instruction
+def with_text(args: Any, selection: Selection, model: IFPModel) -> Selection:
+    """Return a selection, compensated by a task's own examples, or by the instruction
     that the dense model read, unless asked otherwise.
+
+    Args:
+        args: with the options of :func:`add_compensation_option`, and ``instruction``.
+        selection: made with this model.
+        model: the large model.
     """
     if args.compensate is False:
         return selection.plain()
-    reads = selection.info.get("selector") in ("activation", "blend")
+    reads = selection.info.get("selector") in READING
     if args.instruction is not None and (args.compensate or reads):
         tokens = model.instruction_tokens(args.instruction)
         return selection.compensated(tokens, "the instruction")

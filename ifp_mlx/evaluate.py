@@ -5,9 +5,10 @@ Three kinds of evidence, each from its own option:
 - `--data`: teacher-forced. Every row is a conversation whose last message is the
   reference answer. The dense model and the pruned one read the same prompt and the
   same answer, token by token, and are compared at each answer token. The prompt is
-  read by the pruned model too, as `generate` does it, or by the dense one
-  (`--prefill dense`), as GRIFFIN does it.
-- `--harness`: tasks of lm-evaluation-harness, with one mask for each request or task.
+  read by the pruned model too, or by the dense one (`--prefill dense`), as GRIFFIN does
+  it. Kept channels make up for dropped ones where they do so in `generate`.
+- `--harness`: tasks of lm-evaluation-harness, with one mask for each request or task;
+  nothing is compensated there.
 - `--answers`: questions whose answers can be checked: generated, then judged.
 
 With `--output` everything measured is kept row by row, and a stopped run goes on.
@@ -34,6 +35,7 @@ from .evaluation.rows import Row, read_rows
 from .evaluation.sweep import KEY, Arm, arms_of, measure, rivals_of, time_arms
 from .evaluation.teacher import METRICS, Evaluator, Setting
 from .model import IFPModel, load
+from .selectors import READING
 
 __all__ = ["METRICS", "Evaluator", "Row", "Setting", "evaluate", "main", "read_rows"]
 
@@ -111,6 +113,10 @@ def build_parser() -> cli.Parser:
     add("--limit", type=int, help="rows per file, documents or questions; default: all")
     add("--output", type=Path, metavar="FOLDER", help="keep results here, and go on")
     add("--seed", type=int, default=0, help="of the selector random")
+    cli.add_compensate_option(
+        parser,
+        "with activation and blend, as generate does; never with --harness",
+    )
     add("--json", action="store_true", help="end with one line of JSON on stdout")
     _add_data_options(parser)
     _add_task_options(parser)
@@ -176,6 +182,8 @@ def _command(args: Any) -> None:
         raise ValueError("--selector auto is no setting; name those to compare.")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} leaves nothing; give at least 1.")
+    if args.harness and args.compensate:
+        raise ValueError("--harness compensates nothing; leave --compensate out.")
     if args.data:
         _sweep(args)
     elif args.harness:
@@ -200,7 +208,10 @@ def _sweep(args: Any) -> None:
     arms = evaluate(
         model,
         files,
-        [Setting(s, keep, a, prefill, bits) for prefill, s, keep, a in choices],
+        [
+            Setting(s, keep, a, prefill, bits, _compensates(args, s))
+            for prefill, s, keep, a in choices
+        ],
         folder=args.output,
         alternatives=kept and args.alternatives,
         smaller_model=args.smaller_model,
@@ -242,7 +253,15 @@ def _task_settings(args: Any) -> list[Setting]:
         args.keep or [0.5],
         args.allocation or ["first-layer"],
     )
-    return [Setting(*choice) for choice in choices]
+    return [
+        Setting(*choice, compensate=not args.harness and _compensates(args, choice[0]))
+        for choice in choices
+    ]
+
+
+def _compensates(args: Any, selector: str) -> bool:
+    """Whether a setting is compensated: unless asked otherwise, as generate does."""
+    return selector in READING if args.compensate is None else args.compensate
 
 
 def _harness(args: Any) -> None:

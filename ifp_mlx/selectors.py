@@ -18,6 +18,7 @@ import numpy as np
 from .pruning import TappedFFN, ffn_layers
 
 SELECTORS = ("auto", "predictor", "activation", "prior", "blend", "random")
+READING = ("activation", "blend")  # for which the dense model reads the instruction
 PREFILL_STEP = 2048  # tokens that go through the model at once, as in mlx-lm
 FFN_STEP = 512
 

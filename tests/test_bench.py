@@ -23,7 +23,7 @@ import bench_calibration
 import bench_report as report
 import selectors_bench
 from bench_model import Bench, energy
-from bench_ways import DEFAULT, STAGES, STATIC, Stage, Way
+from bench_ways import DEFAULT, NO_PRIOR, STAGES, STATIC, Stage, Way
 
 ROW = Row([7, 91, 30, 4, 55, 12, 80, 9], [33, 18, 2, 60, 77])
 
@@ -266,7 +266,7 @@ def test_the_cost_of_uniform_widths_is_that_of_the_published_rows():
 
 def test_the_measured_figures_are_those_of_the_published_rows():
     lines = report.read_lines("smollm2")
-    way = Way("activation", "first-layer")  # auto, where no prior was computed
+    way = NO_PRIOR  # of auto, before one was computed
     found = {}
     for stage in STAGES:
         if way in stage.ways:

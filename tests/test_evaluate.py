@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -87,11 +88,36 @@ def test_masks_are_those_that_select_gives(opened, selector):
     evaluator = Evaluator(model)
     settings = [Setting(selector, keep, "uniform") for keep in (0.5, 0.25)]
     for _ in range(2):  # the second time after a masked pass
-        masks = dict(evaluator.masks(ROW, settings))
+        found = dict(evaluator.selections(ROW, settings))
+        masks = {setting: selection.mask() for setting, selection in found.items()}
         evaluator.measure(ROW, masks[settings[1]], evaluator.reference(ROW))
         options = {"selector": selector, "allocation": "uniform"}
         expected = model.select(ROW.prompt, keep=0.5, **options)
         assert mx.array_equal(masks[settings[0]], expected.mask())
+
+
+@pytest.mark.parametrize("prefill", ["compact", "dense"])
+def test_a_compensated_setting_is_the_model_that_a_sweep_makes(opened, prefill):
+    model, _ = opened
+    setting = Setting("activation", 0.5, "first-layer", prefill, compensate=True)
+    assert setting.label == "activation, keep 0.5, first-layer, compensated"
+    _, arm = evaluate(model, {"a": [ROW]}, [setting])
+    swept = model.sweep(ROW.prompt, keep=0.5, selector="activation", compensate=True)
+    tokens = mx.array([[*ROW.prompt, *ROW.answer[:-1]]])
+    answer = slice(len(ROW.prompt) - 1, None)
+    if prefill == "compact":
+        logits = swept.compact(tokens)[0, answer]
+    else:
+        rest = swept.compact(mx.array([ROW.answer[:-1]]), cache=swept.cache)[0]
+        first = model.dense()(mx.array([ROW.prompt]))[0, -1:]
+        logits = mx.concatenate([first, rest])
+    q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    dense = model.dense()(tokens)[0, answer]
+    p = dense - mx.logsumexp(dense, axis=-1, keepdims=True)
+    kl = (mx.exp(p) * (p - q)).sum(axis=-1).mean()
+    assert arm.rows["a"][0]["kl"] == pytest.approx(float(kl), rel=1e-3)
+    plain = evaluate(model, {"a": [ROW]}, [replace(setting, compensate=False)])[1]
+    assert plain.rows["a"][0]["kl"] != pytest.approx(float(kl), rel=1e-3)
 
 
 def test_every_file_counts_the_same():
@@ -286,6 +312,11 @@ def test_a_quantised_compact_model_is_the_one_that_compact_writes(opened, tmp_pa
     made = small.of(selection.mask())  # the second mask, from whole weights again
     tokens = mx.array([ROW.prompt])
     assert mx.allclose(made(tokens), written(tokens), atol=1e-5)
+    by_text = selection.compensated(ROW.prompt, "a prompt")
+    folder = write_compact(model, by_text, tmp_path / "better", quantisation=how)
+    compact = model.compact(by_text)
+    small.round(compact)
+    assert mx.allclose(compact(tokens), load_model(folder)[0](tokens), atol=1e-5)
     setting = Setting("random", 0.5, "uniform", bits=4)
     (_, arm) = sweep.arms_of(model, [setting], [], ROW)
     assert arm.bytes == weight_bytes(written)

@@ -184,4 +184,6 @@ def _compact(
         allocation=setting.allocation,
         scores=model.scores(tokens, name, seed=seed, dense=dense),
     )
+    if setting.compensate:
+        selection = selection.compensated(tokens, "the question")
     return model.compact(selection)

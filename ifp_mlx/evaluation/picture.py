@@ -62,7 +62,8 @@ def _panel(panel: Any, arms: Sequence[Arm], place: Any) -> None:
         elif at is not None:
             s = arm.setting
             bits = "" if s.bits is None else f", {s.bits} bits"
-            label = f"{s.selector}, {s.allocation}{bits}, {s.prefill} prompt"
+            how = ", compensated" if s.compensate else ""
+            label = f"{s.selector}, {s.allocation}{how}{bits}, {s.prefill} prompt"
             lines.setdefault(label, []).append((at, kl))
     for label, points in lines.items():
         dashed = "--" if label.endswith("dense prompt") else "-"

@@ -56,14 +56,27 @@ class QuantisedCompact:
             setattr(block, name, self._cut(ffn, index))
         return self._dense
 
-    def _cut(self, ffn: nn.Module, index: mx.array) -> nn.Module:
-        if index.size % self._group:
-            below = index.size // self._group * self._group
+    def round(self, compact: nn.Module) -> None:
+        """Quantise a compact model made otherwise, in place.
+
+        Raises:
+            ValueError: as :meth:`of`.
+        """
+        for ffn in ffn_layers(compact):
+            self._check(ffn.module.gate_proj.weight.shape[0])
+        nn.quantize(compact, self._group, self._bits)
+
+    def _check(self, width: int) -> None:
+        if width % self._group:
+            below = width // self._group * self._group
             raise ValueError(
-                f"A layer keeps {index.size} channels, no multiple of the quantisation "
+                f"A layer keeps {width} channels, no multiple of the quantisation "
                 f"group {self._group}; with -q use --allocation uniform and a --keep "
                 f"that gives {below} or {below + self._group}."
             )
+
+    def _cut(self, ffn: nn.Module, index: mx.array) -> nn.Module:
+        self._check(index.size)
         part = copy.copy(ffn)
         for name in PROJECTIONS:
             part[name] = copy.copy(ffn[name])

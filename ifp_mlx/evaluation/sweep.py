@@ -20,7 +20,7 @@ from .rivals import (
     weight_bytes,
 )
 from .rows import Row, answer_text
-from .teacher import Evaluator, Setting, log_probabilities, metrics
+from .teacher import Evaluator, Setting, metrics
 
 DENSE = "dense"
 KEY = ("arm", "file", "row")
@@ -147,12 +147,16 @@ def _measure_row(
     found: dict[str, tuple[Row, dict[str, float]]] = {}
     if DENSE in names:
         found[DENSE] = row, metrics(row, truth, truth)
-    for setting, mask in evaluator.masks(row, settings, seed):
-        if setting.bits is None:
-            values = evaluator.measure(row, mask, reference, setting.prefill)
+    for setting, selection in evaluator.selections(row, settings, seed):
+        if setting.compensate:
+            model = evaluator.model.compact(selection)
+            if setting.bits is not None:
+                small[setting.bits].round(model)
+        elif setting.bits is not None:
+            model = small[setting.bits].of(selection.mask())
         else:
-            model = small[setting.bits].of(mask)
-            values = metrics(row, log_probabilities(model, row), truth)
+            model = evaluator.masked(selection.mask())
+        values = evaluator.compare(row, model, reference, setting.prefill)
         found[setting.name] = row, values
     for rival in rivals:
         if rival.name in names:

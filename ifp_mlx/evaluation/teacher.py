@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import selectors
-from ..masks import Allocation
+from ..masks import Allocation, Selection
 from ..model import IFPModel
 from ..pruning import MaskedFFN, mask_model, set_masks
 from .rows import Row
@@ -29,6 +29,7 @@ class Setting:
         allocation: how they are spread over the layers.
         prefill: which model reads the prompt.
         bits: that the compact model is quantised to, or ``None``.
+        compensate: whether kept channels make up for dropped ones, by what selects.
     """
 
     selector: str
@@ -36,6 +37,7 @@ class Setting:
     allocation: Allocation
     prefill: Prefill = "compact"
     bits: int | None = None
+    compensate: bool = False
 
     @property
     def name(self) -> str:
@@ -46,6 +48,7 @@ class Setting:
     def label(self) -> str:
         """The same without the prompt."""
         parts = f"{self.selector}, keep {self.keep:g}, {self.allocation}"
+        parts += ", compensated" if self.compensate else ""
         return parts if self.bits is None else f"{parts}, {self.bits} bits"
 
 
@@ -107,32 +110,40 @@ class Evaluator:
             prefill: which model reads the prompt. Its last token gives the first
                 token of the answer, and belongs to it.
         """
+        return self.compare(row, self.masked(mask), reference, prefill)
+
+    def masked(self, mask: mx.array) -> nn.Module:
+        """Return the model under a mask, ``[L, F]``, until the next call of any kind."""
         set_masks(self._masked, mask)
-        if prefill == "compact":
-            found = log_probabilities(self._dense, row)
-        else:
-            assert reference.cache is not None, "reference() was to keep its cache"
-            rest = _continue(self._dense, row, copy.deepcopy(reference.cache))
-            found = _join(reference.log_probabilities[:1], rest)
-        return metrics(row, found, reference.log_probabilities)
+        return self._dense
 
     def compare(
-        self, row: Row, model: nn.Module, reference: Reference
+        self,
+        row: Row,
+        model: nn.Module,
+        reference: Reference,
+        prefill: Prefill = "compact",
     ) -> dict[str, float]:
-        """Return the metrics of one row of another model that reads the prompt too.
+        """Return the metrics of one row of another model.
 
         Args:
             row: ``A`` answer tokens.
-            model: any mlx-lm model of the same tokens.
-            reference: from :meth:`reference`.
+            model: any mlx-lm model of the same tokens; for a dense prompt, one with
+                the same attention.
+            reference, prefill: see :meth:`measure`.
         """
-        found = log_probabilities(model, row)
+        if prefill == "compact":
+            found = log_probabilities(model, row)
+        else:
+            assert reference.cache is not None, "reference() was to keep its cache"
+            rest = _continue(model, row, copy.deepcopy(reference.cache))
+            found = _join(reference.log_probabilities[:1], rest)
         return metrics(row, found, reference.log_probabilities)
 
-    def masks(
+    def selections(
         self, row: Row, settings: Sequence[Setting], seed: int = 0
-    ) -> Iterator[tuple[Setting, mx.array]]:
-        """Yield each setting's mask, ``[L, F]``; the row is read for scores once."""
+    ) -> Iterator[tuple[Setting, Selection]]:
+        """Yield each setting's selection; the row is read for scores once."""
         scores: dict[str, mx.array] = {}
         for setting in settings:
             name = setting.selector
@@ -146,7 +157,9 @@ class Evaluator:
                 allocation=setting.allocation,
                 scores=scores[name],
             )
-            yield setting, selection.mask()
+            if setting.compensate:
+                selection = selection.compensated(row.prompt, "the prompt")
+            yield setting, selection
 
     def _scores(
         self, row: Row, name: str, known: dict[str, mx.array], seed: int

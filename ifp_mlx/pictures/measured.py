@@ -45,8 +45,9 @@ def read_evaluation(path: Path) -> list[Point]:
     for result in found:
         if (setting := result["setting"]) is None:
             continue
+        how = ", compensated" if setting.get("compensate") else ""
         line = (
-            f"{setting['selector']}, {setting['allocation']}, "
+            f"{setting['selector']}, {setting['allocation']}{how}, "
             f"{setting['prefill']} prompt"
         )
         points.append(
