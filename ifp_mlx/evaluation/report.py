@@ -75,7 +75,7 @@ def report(arms: Sequence[Arm], about: dict[str, Any]) -> str:
 
 def _title(prefill: Prefill) -> str:
     if prefill == "compact":
-        return "**The prompt is read by the compact model**, as `generate` does:"
+        return "**The prompt is read by the compact model**:"
     return "**The prompt is read by the dense model**, only the answer is not:"
 
 
