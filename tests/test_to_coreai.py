@@ -56,7 +56,9 @@ def test_the_command_writes_and_verifies(tmp_path, capsys, quantised):
     assert status == 0 and report["verification"]["tokens_equal"]
     assert report["package"] == str(out)
     model, _ = load(folder)
-    compact = model.compact(model.select("Hello"))
+    tokens = model.instruction_tokens("Hello")
+    selection = model.select("Hello").compensated(tokens, "the instruction")
+    compact = model.compact(selection)
     if not quantised:  # the finished folder, too
         assert compare(out, compact, [1, 2, 3])[0] < 1e-5
 
