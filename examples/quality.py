@@ -128,7 +128,8 @@ worse than the default's on either. Measured on the text that ships with the pac
 are better for Gemma-3-270m and clearly worse for SmolLM2. No rule that chooses by the
 model follows from that: a measurement is used where `--allocation sensitivity` asks for it.
 
-Tried on 36 calibration prompts of SmolLM2 and not kept (KL; none 1.19, the default 0.87):
+Tried on 36 calibration prompts of SmolLM2 and not kept, by scripts that were not kept
+either (KL; none 1.19, the default 0.87):
 compensating each layer for what the compact model before it makes of the prompt 0.94 to
 0.99, and for its residual error too 1.35 and more; the prompt together with 256 tokens of
 the package's text, whose channels would have to be stored, 0.82, with 1,024 tokens 0.78;
@@ -147,7 +148,7 @@ activation, uniform:
 ROWS_NOTES = """
 In code, question generation, data-to-text and HellaSwag it is the trial's. It is above it
 in math, dialog and prose. In prose and dialog it depends on the length of the prompt, of
-which the trial did not tell. On 16 longer documents of the same source, with the first
+which the trial did not tell. By probes beside the bench, on 16 longer documents of the same source, with the first
 48, 96, 160, 256 and 400 tokens as the prompt, it is 2.27, 1.89, 1.68, 1.53 and 1.65 (read
 by the dense model 2.21, 1.79, 1.51, 1.32 and 1.41); the prompts here have 97 on average.
 On 20 conversations of up to 500, 1,100, 1,800 and 3,500 characters it is 2.17, 1.72, 1.67
