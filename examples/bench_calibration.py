@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from ifp_mlx import Selection, masks
 from ifp_mlx.atomic import new_file
-from ifp_mlx.compensation import read_channels
+from ifp_mlx.compensation import TEXT_TOKENS, read_channels
 from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.sensitivity import Probe, calibration_texts
 
-TASK_TOKENS = 1000  # of the calibration examples, for the task's own compensation
 PARTS = ("prompt", "answer")
 STATISTICS = "statistics"
 Part = tuple[str, float]  # statistics, or costs on a text at a keep
@@ -98,7 +97,7 @@ class Calibration:
         if key not in self._compensated:
             if family not in self._seen:
                 texts = [row.prompt + row.answer for row in self._examples[family]]
-                tokens = sum(texts, [])[:TASK_TOKENS]
+                tokens = sum(texts, [])[:TEXT_TOKENS]
                 self._seen[family] = read_channels(self.bench.dense, tokens)
             self._compensated[key] = self.bench.sliced(selection, self._seen[family])
         return self._compensated[key]

@@ -16,6 +16,7 @@ from .pruning import TappedFFN, dequantised, ffn_layers, put_down, slice_rows
 
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
 TOKENS = 1024  # of a text that are looked at, at most
+TEXT_TOKENS = 1000  # of a task's examples, which make one text
 
 
 def slice_compensated(ffn: nn.Module, index: mx.array, channels: mx.array) -> None:

@@ -115,7 +115,7 @@ def build_parser() -> cli.Parser:
     add("--seed", type=int, default=0, help="of the selector random")
     cli.add_compensate_option(
         parser,
-        "with activation and blend, as generate does; never with --harness",
+        "with activation and blend, as generate does",
     )
     add("--json", action="store_true", help="end with one line of JSON on stdout")
     _add_data_options(parser)
@@ -182,8 +182,6 @@ def _command(args: Any) -> None:
         raise ValueError("--selector auto is no setting; name those to compare.")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} leaves nothing; give at least 1.")
-    if args.harness and args.compensate:
-        raise ValueError("--harness compensates nothing; leave --compensate out.")
     if args.data:
         _sweep(args)
     elif args.harness:
@@ -254,8 +252,7 @@ def _task_settings(args: Any) -> list[Setting]:
         args.allocation or ["first-layer"],
     )
     return [
-        Setting(*choice, compensate=not args.harness and _compensates(args, choice[0]))
-        for choice in choices
+        Setting(*choice, compensate=_compensates(args, choice[0])) for choice in choices
     ]
 
 

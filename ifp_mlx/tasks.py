@@ -21,13 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from . import cli, selectors
+from .compensation import TEXT_TOKENS
 from .data import as_messages, tokenize
 from .evaluate import METRICS, Evaluator, Row, read_rows
 from .masks import Allocation, Selection, find_mask
 from .model import IFPModel, Progress, load
 
 EXAMPLES = 16
-TEXT_TOKENS = 1000  # of the examples, for compensation
 
 
 @dataclass(frozen=True)

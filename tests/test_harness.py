@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from lm_eval.api.instance import Instance
 from ifp_mlx.evaluation import harness
 
 HALF = Setting("activation", 0.5, "uniform")
+COMPENSATED = replace(HALF, compensate=True)
 TASK = """\
 task: {name}
 dataset_path: json
@@ -71,13 +73,17 @@ def request(kind, *arguments, task="tiny_choice"):
     return Instance(kind, {}, arguments, 0, metadata=(task, 0, 1))
 
 
-def test_a_request_selects_for_its_continuations(lm):
+@pytest.mark.parametrize("setting", [HALF, COMPENSATED], ids=["plain", "compensated"])
+def test_a_request_selects_for_its_continuations(lm, setting):
     model = lm._ifp
-    lm.use(HALF)
+    lm.use(setting)
     question, ends = "Is it so?", (" yes", " nope")
     found = lm.loglikelihood([request("loglikelihood", question, e) for e in ends])
     prompt = lm._tokenize([question])[0]
-    compact = model.compact(model.select(list(prompt), keep=0.5, allocation="uniform"))
+    selection = model.select(list(prompt), keep=0.5, allocation="uniform")
+    if setting.compensate:
+        selection = selection.compensated(prompt)
+    compact = model.compact(selection)
     for (score, _), end in zip(found, ends, strict=True):
         tokens = lm._tokenize([question + end])[0]
         logits = compact(mx.array([tokens]))[0]
@@ -92,8 +98,9 @@ def test_dense_is_what_mlx_lm_makes_of_it(lm, folder):
 
     stock = MLXLM(str(folder / "model"))
     asked = [request("loglikelihood", f"Is {n} so?", " yes") for n in range(3)]
-    lm.use(HALF)
-    lm.loglikelihood(asked)  # leaves a mask behind
+    for setting in (HALF, COMPENSATED):
+        lm.use(setting)
+        lm.loglikelihood(asked)  # leaves a mask behind, or a compact model
     lm.use(None)
     expected = stock.loglikelihood(asked)
     assert lm.loglikelihood(asked) == [
@@ -126,7 +133,11 @@ def test_a_task_mask_is_made_from_examples_that_are_not_evaluated(lm, tasks):
     expected = tokenize(lm.tokenizer, asked) + lm.tokenizer.encode("yes")
     assert len(texts) == 4 and texts[1] == expected
     lm.use(HALF, {"tiny_choice": tasks["tiny_choice"]})
-    assert lm._task_masks["tiny_choice"].sum(axis=1).tolist() == [32.0] * 3
+    selection = lm._task_masks["tiny_choice"]
+    assert selection.sizes == [32] * 3 and selection.text is None
+    lm.use(COMPENSATED, {"tiny_choice": tasks["tiny_choice"]})
+    selection = lm._task_masks["tiny_choice"]
+    assert selection.compensates and selection.text == tuple(sum(texts, []))
 
 
 def test_a_description_selects_where_there_are_no_examples(lm, tasks):
@@ -142,7 +153,7 @@ def test_a_description_selects_where_there_are_no_examples(lm, tasks):
 def test_every_task_is_answered_under_its_own_mask(lm, tasks):
     task = tasks["tiny_choice"]
     lm.use(HALF, {"a": task, "b": task})
-    lm._task_masks["b"] = 1 - lm._task_masks["a"]
+    lm._task_masks["b"] = lm._ifp.select([0], keep=0.5, selector="random")
     asked = [request("loglikelihood", "So?", " yes", task=t) for t in ("a", "b", "a")]
     one, other, again = lm.loglikelihood(asked)
     assert one == again and one != other

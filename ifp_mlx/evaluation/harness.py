@@ -3,7 +3,8 @@
 mlx_lm has an adapter of its own; this one adds nothing but the masks. They are chosen
 request by request, from what the request gives to read, or once for a task, from
 examples that are not evaluated or from the task's description. The prompt is read by
-the compact model.
+the compact model. Where that is compensated it is really made; else masks on the dense
+model stand for it.
 """
 
 import logging
@@ -21,7 +22,9 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 
 from .. import selectors
+from ..compensation import TEXT_TOKENS
 from ..data import tokenize
+from ..masks import Selection
 from ..model import IFPModel
 from ..pruning import mask_model, set_masks
 from .log import Log
@@ -38,7 +41,7 @@ Scores = dict[str, dict[str, list[float]]]
 
 
 class SelectingLM(MLXLM):
-    """mlx_lm's adapter, with masks on the model it runs.
+    """mlx_lm's adapter; what is selected decides which model it runs.
 
     Args:
         model: from :func:`ifp_mlx.load`; its dense weights stay in memory here.
@@ -59,14 +62,15 @@ class SelectingLM(MLXLM):
     ) -> None:
         LM.__init__(self)  # MLXLM's own would load a model
         has_template = model.tokenizer.has_chat_template
-        self._ifp, self._model, self.tokenizer = model, model.dense(), model.tokenizer
-        self._masked = mask_model(self._model)
+        self._ifp, self._dense, self.tokenizer = model, model.dense(), model.tokenizer
+        self._model = self._dense
+        self._masked = mask_model(self._dense)
         self._ones = mx.ones((model.layers, 1))
         self._max_tokens, self._batch_size, self._sampler = max_tokens, batch_size, None
         self.use_chat_template = has_template if chat is None else chat
         self._seed = seed
         self._setting: Setting | None = None
-        self._task_masks: dict[str, mx.array] | None = None
+        self._task_masks: dict[str, Selection] | None = None
 
     def use(self, setting: Setting | None, tasks: dict[str, Any] | None = None) -> None:
         """Select from now on.
@@ -80,7 +84,7 @@ class SelectingLM(MLXLM):
             ValueError: if a task has nothing to make a mask from.
         """
         self._setting, self._task_masks = setting, None
-        set_masks(self._masked, self._ones)
+        self._run(None)
         if setting is not None and tasks is not None:
             masks = {name: self._mask_of_task(task) for name, task in tasks.items()}
             self._task_masks = masks
@@ -124,25 +128,37 @@ class SelectingLM(MLXLM):
             return answer(requests)
         answers = []
         for name, group in groupby(requests, lambda request: request.task_name):
-            set_masks(self._masked, self._task_masks[name])
+            self._run(self._task_masks[name])
             answers += answer(list(group))
         return answers
 
+    def _run(self, selection: Selection | None) -> None:
+        """Answer with the compact model of a selection, or, of none, the dense one."""
+        if selection is not None and selection.compensates:
+            self._model = self._ifp.compact(selection)
+            return
+        self._model = self._dense
+        set_masks(self._masked, self._ones if selection is None else selection.mask())
+
     def _select(self, tokens: Sequence[int]) -> None:
-        set_masks(self._masked, self._ones)
+        self._run(None)
         assert self._setting is not None
         name = self._setting.selector
-        options: dict[str, Any] = {"seed": self._seed, "dense": self._model}
+        options: dict[str, Any] = {"seed": self._seed, "dense": self._dense}
         scores = self._ifp.scores(list(tokens), name, **options)
-        set_masks(self._masked, self._mask(list(tokens), name, scores))
+        self._run(self._selection(list(tokens), name, scores, list(tokens)))
 
-    def _mask_of_task(self, task: Any) -> mx.array:
+    def _mask_of_task(self, task: Any) -> Selection:
+        self._run(None)
         texts = task_texts(task, self.tokenizer, chat=self.use_chat_template)
-        scores = selectors.prior_scores(self._model, texts)
+        scores = selectors.prior_scores(self._dense, texts)
         # The scores are known; "activation" keeps the gates binary.
-        return self._mask([0], "activation", scores)
+        return self._selection([0], "activation", scores, sum(texts, [])[:TEXT_TOKENS])
 
-    def _mask(self, tokens: list[int], selector: str, scores: mx.array) -> mx.array:
+    def _selection(
+        self, tokens: list[int], selector: str, scores: mx.array, text: list[int]
+    ) -> Selection:
+        """Return a selection, compensated by a text where the setting says so."""
         assert self._setting is not None
         selection = self._ifp.select(
             tokens,
@@ -151,7 +167,9 @@ class SelectingLM(MLXLM):
             allocation=self._setting.allocation,
             scores=scores,
         )
-        return selection.mask()
+        if not self._setting.compensate:
+            return selection
+        return selection.compensated(text, "what selects")
 
 
 def task_texts(task: Any, tokenizer: Any, *, chat: bool) -> list[list[int]]:
@@ -271,7 +289,8 @@ def arm_name(setting: Setting, by: By) -> str:
     """Return what tables call a setting: a task's mask has no other selector."""
     if by == "input":
         return setting.label
-    return f"task mask, keep {setting.keep:g}, {setting.allocation}"
+    name = f"task mask, keep {setting.keep:g}, {setting.allocation}"
+    return f"{name}, compensated" if setting.compensate else name
 
 
 def compare(
