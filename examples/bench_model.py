@@ -5,11 +5,10 @@ computed at the answer alone, `down_proj` is kept channel by channel so that a s
 is three row gathers, and a prompt that the dense model has read is not read again.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,23 +16,28 @@ import mlx.nn as nn
 from ifp_mlx import Selection, load
 from ifp_mlx.compensation import down_correction
 from ifp_mlx.evaluation.rows import Row
+from ifp_mlx.evaluation.teacher import Reference, continued, log_probabilities, read_row
 from ifp_mlx.pruning import TappedFFN, ffn_layers, stock_forward
 
 GROUP = 64  # channels that a quantised model has in one group
+STEP = 128  # tokens read at once: attention on a CPU computes what is masked, too
 
 
 class Reading(NamedTuple):
     """What the dense model made of a row.
 
     Attributes:
-        reference: its log-probabilities at the answer, ``[A, V]``.
-        cache: keys and values of the prompt, ``P`` tokens.
+        prompt: its log-probabilities at the answer, and its cache after the prompt.
         channels: of the prompt, for each layer, ``[P, F]``.
     """
 
-    reference: mx.array
-    cache: list[Any]
+    prompt: Reference
     channels: list[mx.array]
+
+    @property
+    def reference(self) -> mx.array:
+        """The log-probabilities, ``[A, V]``."""
+        return self.prompt.log_probabilities
 
 
 class SlicedFFN(nn.Module):
@@ -82,8 +86,6 @@ class Bench:
 
     def read(self, row: Row) -> Reading:
         """Let the dense model read a row."""
-        from mlx_lm.models.cache import trim_prompt_cache
-
         channels: list[list[mx.array]] = [[] for _ in self.ffns]
 
         def tap(layer: int) -> Callable[[mx.array], mx.array]:
@@ -95,31 +97,24 @@ class Bench:
 
         tapped = [TappedFFN(ffn.module, tap(n)) for n, ffn in enumerate(self.ffns)]
         with self.swapped(tapped):
-            reference, cache = self._pass(row)
-        trimmed = trim_prompt_cache(cache, len(row.answer) - 1)
-        assert trimmed == len(row.answer) - 1, "a sliding window was left behind"
+            prompt = read_row(self.dense, row, STEP)
         found = [mx.concatenate(h)[: len(row.prompt)] for h in channels]
         mx.eval(found)
-        return Reading(reference, cache, found)
+        return Reading(prompt, found)
 
     def compact(self, row: Row, modules: list[nn.Module]) -> mx.array:
         """Return the log-probabilities at the answer, ``[A, V]``, of a compact model
         that reads the prompt too.
         """
         with self.swapped(modules):
-            return self._pass(row)[0]
+            return log_probabilities(self.dense, row, STEP)
 
     def decode(self, row: Row, modules: list[nn.Module], reading: Reading) -> mx.array:
         """Return them of a compact model that goes on where the dense one has read the
         prompt; the first token is the dense model's.
         """
-        first = reading.reference[:1]
-        if len(row.answer) == 1:
-            return first
-        cache = copy.deepcopy(reading.cache)
         with self.swapped(modules):
-            rest = self.dense(mx.array([row.answer[:-1]]), cache=cache)
-            return mx.concatenate([first, log_probabilities(rest[0])])
+            return continued(self.dense, row, reading.prompt)
 
     def sliced(
         self,
@@ -154,29 +149,12 @@ class Bench:
             for block, name, module in self.ffns:
                 setattr(block, name, module)
 
-    def _pass(self, row: Row) -> tuple[mx.array, list[Any]]:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        cache = make_prompt_cache(self.dense)
-        # MLX is lazy: these logits are never computed.
-        self.dense(mx.array([row.prompt[:-1]]), cache=cache)
-        mx.eval([layer.state for layer in cache])
-        answer = mx.array([[row.prompt[-1], *row.answer[:-1]]])
-        return log_probabilities(self.dense(answer, cache=cache)[0]), cache
-
 
 def rounded(down: mx.array) -> mx.array:
     """Return ``down_proj``, channel by channel ``[k, D]``, as it is at 4 bits."""
     weight, scales, biases = mx.quantize(down.T, group_size=GROUP, bits=4)
     whole = mx.dequantize(weight, scales, biases, group_size=GROUP, bits=4)
     return mx.contiguous(whole.T)
-
-
-def log_probabilities(logits: mx.array) -> mx.array:
-    """Return them in float32, evaluated."""
-    found = nn.log_softmax(logits.astype(mx.float32), axis=-1)
-    mx.eval(found)
-    return found
 
 
 def energy(channels: mx.array) -> mx.array:

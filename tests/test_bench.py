@@ -20,12 +20,14 @@ from ifp_mlx.sensitivity import measure_sensitivity
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 import bench_calibration
+import bench_model
 import bench_report as report
 import selectors_bench
 from bench_model import Bench, energy
 from bench_ways import DEFAULT, NO_PRIOR, STAGES, STATIC, Stage, Way
 
 ROW = Row([7, 91, 30, 4, 55, 12, 80, 9], [33, 18, 2, 60, 77])
+LONG = Row(ROW.prompt * 3, ROW.answer)  # a sliding window leaves its beginning
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])
@@ -42,8 +44,9 @@ def selection_of(bench, seed=0):
     return select(mx.array(rng.random((3, 64), np.float32)), [40, 20, 32])
 
 
-@pytest.mark.parametrize("row", [ROW, Row(ROW.prompt, [33])])
-def test_both_ways_of_reading_agree_with_the_evaluators(bench, row):
+@pytest.mark.parametrize("row", [ROW, Row(ROW.prompt, [33]), LONG])
+def test_both_ways_of_reading_agree_with_the_evaluators(bench, row, monkeypatch):
+    monkeypatch.setattr(bench_model, "STEP", 5)
     selection, reading = selection_of(bench), bench.read(row)
     evaluator = Evaluator(load(bench.model.path)[0])
     reference = evaluator.reference(row, keep_cache=True)

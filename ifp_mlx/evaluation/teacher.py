@@ -88,11 +88,9 @@ class Evaluator:
             keep_cache: for :meth:`measure` with a dense prompt.
         """
         set_masks(self._masked, self._ones)
-        if not keep_cache:
-            return Reference(log_probabilities(self._dense, row), None)
-        cache, first = _read_prompt(self._dense, row)
-        kept = copy.deepcopy(cache)
-        return Reference(_join(first, _continue(self._dense, row, cache)), kept)
+        if keep_cache:
+            return read_row(self._dense, row)
+        return Reference(log_probabilities(self._dense, row), None)
 
     def measure(
         self,
@@ -135,9 +133,7 @@ class Evaluator:
         if prefill == "compact":
             found = log_probabilities(model, row)
         else:
-            assert reference.cache is not None, "reference() was to keep its cache"
-            rest = _continue(model, row, copy.deepcopy(reference.cache))
-            found = _join(reference.log_probabilities[:1], rest)
+            found = continued(model, row, reference)
         return metrics(row, found, reference.log_probabilities)
 
     def selections(
@@ -172,14 +168,45 @@ class Evaluator:
         return self.model.scores(row.prompt, name, seed=seed, dense=self._dense)
 
 
-def log_probabilities(model: nn.Module, row: Row) -> mx.array:
+def log_probabilities(model: nn.Module, row: Row, step: int = PREFILL_STEP) -> mx.array:
     """Return a model's log-probabilities at the answer, float32 ``[A, V]``.
 
     Logits are computed there alone: of the rest of the prompt only the cache is.
+
+    Args:
+        model: any mlx-lm model.
+        row: ``A`` answer tokens.
+        step: tokens of the prompt that are read at once, at most.
     """
-    cache = _read(model, row.prompt[:-1])
+    cache = _read(model, row.prompt[:-1], step)
     tokens = [row.prompt[-1], *row.answer[:-1]]
     return _log_softmax(model(mx.array(tokens)[None], cache=cache)[0])
+
+
+def read_row(model: nn.Module, row: Row, step: int = PREFILL_STEP) -> Reference:
+    """Return the same and the cache after the prompt, for :func:`continued`."""
+    cache = _read(model, row.prompt[:-1], step)
+    first = _log_softmax(model(mx.array(row.prompt[-1:])[None], cache=cache)[0])
+    prompt = Reference(first, cache)
+    return Reference(continued(model, row, prompt), cache)
+
+
+def continued(model: nn.Module, row: Row, prompt: Reference) -> mx.array:
+    """Return the log-probabilities at the answer, ``[A, V]``, of a model that goes on
+    where another has read the prompt. The first are the other's.
+
+    Args:
+        model: with the same attention as the other.
+        row: ``A`` answer tokens.
+        prompt: what the other made of the row; its cache is left as it is.
+    """
+    assert prompt.cache is not None, "the cache was to be kept"
+    first = prompt.log_probabilities[:1]
+    if len(row.answer) == 1:
+        return first
+    cache = copy.deepcopy(prompt.cache)
+    rest = model(mx.array(row.answer[:-1])[None], cache=cache)[0]
+    return mx.concatenate([first, _log_softmax(rest)])
 
 
 def metrics(row: Row, found: mx.array, reference: mx.array | None) -> dict[str, float]:
@@ -200,33 +227,15 @@ def metrics(row: Row, found: mx.array, reference: mx.array | None) -> dict[str, 
     return values
 
 
-def _read(model: nn.Module, tokens: list[int]) -> list[Any]:
+def _read(model: nn.Module, tokens: list[int], step: int) -> list[Any]:
     """Return the cache after some tokens; logits are never evaluated."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    for start in range(0, len(tokens), PREFILL_STEP):
-        model(mx.array(tokens[start : start + PREFILL_STEP])[None], cache=cache)
+    for start in range(0, len(tokens), step):
+        model(mx.array(tokens[start : start + step])[None], cache=cache)
         mx.eval([layer.state for layer in cache])
     return cache
-
-
-def _read_prompt(model: nn.Module, row: Row) -> tuple[list[Any], mx.array]:
-    """Return the cache after the prompt, and the answer's first log-probabilities."""
-    cache = _read(model, row.prompt[:-1])
-    first = _log_softmax(model(mx.array(row.prompt[-1:])[None], cache=cache)[0])
-    return cache, first
-
-
-def _continue(model: nn.Module, row: Row, cache: list[Any]) -> mx.array | None:
-    """Return the log-probabilities after the answer's first, ``[A - 1, V]``."""
-    if len(row.answer) == 1:
-        return None
-    return _log_softmax(model(mx.array(row.answer[:-1])[None], cache=cache)[0])
-
-
-def _join(first: mx.array, rest: mx.array | None) -> mx.array:
-    return first if rest is None else mx.concatenate([first, rest])
 
 
 def _log_softmax(logits: mx.array) -> mx.array:
