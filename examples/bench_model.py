@@ -20,7 +20,6 @@ from ifp_mlx.evaluation.teacher import Reference, continued, log_probabilities, 
 from ifp_mlx.pruning import TappedFFN, ffn_layers, stock_forward
 
 GROUP = 64  # channels that a quantised model has in one group
-STEP = 128  # tokens read at once: attention on a CPU computes what is masked, too
 
 
 class Reading(NamedTuple):
@@ -97,7 +96,7 @@ class Bench:
 
         tapped = [TappedFFN(ffn.module, tap(n)) for n, ffn in enumerate(self.ffns)]
         with self.swapped(tapped):
-            prompt = read_row(self.dense, row, STEP)
+            prompt = read_row(self.dense, row)
         found = [mx.concatenate(h)[: len(row.prompt)] for h in channels]
         mx.eval(found)
         return Reading(prompt, found)
@@ -107,7 +106,7 @@ class Bench:
         that reads the prompt too.
         """
         with self.swapped(modules):
-            return log_probabilities(self.dense, row, STEP)
+            return log_probabilities(self.dense, row)
 
     def decode(self, row: Row, modules: list[nn.Module], reading: Reading) -> mx.array:
         """Return them of a compact model that goes on where the dense one has read the

@@ -30,12 +30,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from bench_attention import attention
 from bench_calibration import Calibration, Part, file_of, parts_of
 from bench_model import GROUP, Bench, Reading, energy
 from bench_report import ALL, CALIBRATION, read_lines, write_report
@@ -88,6 +90,22 @@ def missing(
                 if number < len(rows):
                     found.append(Todo(keep, family, number, rows[number], ways))
     return found
+
+
+def share(todo: Sequence[Todo], job: int, jobs: int) -> list[Todo]:
+    """Return what one of several jobs is to measure: whole families, which have slices
+    in common, spread so that all jobs read about as many tokens.
+    """
+    tokens: Counter[str] = Counter()
+    for entry in todo:
+        tokens[entry.family] += len(entry.row.prompt) + len(entry.row.answer)
+    loads, mine = [0] * jobs, set()
+    for family, count in tokens.most_common():
+        least = loads.index(min(loads))
+        loads[least] += count
+        if least == job:
+            mine.add(family)
+    return [entry for entry in todo if entry.family in mine]
 
 
 def measure_row(calibration: Calibration, todo: Todo) -> Iterator[dict]:
@@ -266,7 +284,7 @@ class Run:
 
     def measure(self, job: int, jobs: int) -> None:
         """Measure this job's share of the rows that are left."""
-        todo = [entry for entry in self.todo()[job::jobs] if entry.ways]
+        todo = [entry for entry in share(self.todo(), job, jobs) if entry.ways]
         if not todo:
             return
         calibration = Calibration(Bench(self.source, **self.settings), self.folder)
@@ -300,6 +318,7 @@ def main() -> None:
     args = parser.parse_args()
     run = Run(args.name, args.rows, {"answer_tokens": args.answer_tokens})
     if args.phase is not None:
+        mx.fast.scaled_dot_product_attention = attention  # in this process alone
         getattr(run, args.phase)(args.job, args.jobs)
         return
     if args.published:

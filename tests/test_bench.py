@@ -11,6 +11,7 @@ from conftest import write_folder
 
 from ifp_mlx import cli, compact, load
 from ifp_mlx.compensation import compensated_down
+from ifp_mlx.evaluation import teacher
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.teacher import Evaluator, metrics
 from ifp_mlx.masks import MEASURED_SHARES, select
@@ -20,9 +21,9 @@ from ifp_mlx.sensitivity import measure_sensitivity
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 import bench_calibration
-import bench_model
 import bench_report as report
 import selectors_bench
+from bench_attention import attention
 from bench_model import Bench, energy
 from bench_ways import DEFAULT, NO_PRIOR, STAGES, STATIC, Stage, Way
 
@@ -44,9 +45,21 @@ def selection_of(bench, seed=0):
     return select(mx.array(rng.random((3, 64), np.float32)), [40, 20, 32])
 
 
+@pytest.mark.parametrize("mask", [None, "causal", "window"])
+def test_the_quick_attention_is_mlxs(mask):
+    shapes = (2, 6, 5, 8), (2, 3, 9, 8), (2, 3, 9, 8)
+    tensors = [mx.random.normal(shape, key=mx.random.key(0)) for shape in shapes]
+    if mask == "window":
+        mask = mx.random.uniform(shape=(5, 9), key=mx.random.key(1)) < 0.7
+        mask[:, 4] = True  # every query sees something
+    expected = mx.fast.scaled_dot_product_attention(*tensors, scale=0.3, mask=mask)
+    found = attention(*tensors, scale=0.3, mask=mask)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("row", [ROW, Row(ROW.prompt, [33]), LONG])
 def test_both_ways_of_reading_agree_with_the_evaluators(bench, row, monkeypatch):
-    monkeypatch.setattr(bench_model, "STEP", 5)
+    monkeypatch.setattr(teacher, "PREFILL_STEP", 5)
     selection, reading = selection_of(bench), bench.read(row)
     evaluator = Evaluator(load(bench.model.path)[0])
     reference = evaluator.reference(row, keep_cache=True)
@@ -233,6 +246,21 @@ def test_a_stopped_run_goes_on_and_measures_nothing_twice(run, monkeypatch):
     run.measure(0, 1)
     run.calibrate(0, 1)
     assert run.lines() == after
+
+
+def test_jobs_share_out_whole_families_that_weigh_about_the_same():
+    lengths = {"ant": 8, "bee": 4, "cat": 3, "dog": 3}
+    todo = [
+        selectors_bench.Todo(0.5, family, number, Row([1] * length, [2]), [])
+        for number in range(2)
+        for family, length in lengths.items()
+    ]
+    shares = [selectors_bench.share(todo, job, 2) for job in range(2)]
+    assert [sorted({entry.family for entry in part}) for part in shares] == [
+        ["ant", "dog"],
+        ["bee", "cat"],
+    ]
+    assert sum(map(len, shares)) == len(todo)
 
 
 def test_a_run_goes_on_from_published_rows(run, monkeypatch):

@@ -168,24 +168,19 @@ class Evaluator:
         return self.model.scores(row.prompt, name, seed=seed, dense=self._dense)
 
 
-def log_probabilities(model: nn.Module, row: Row, step: int = PREFILL_STEP) -> mx.array:
+def log_probabilities(model: nn.Module, row: Row) -> mx.array:
     """Return a model's log-probabilities at the answer, float32 ``[A, V]``.
 
     Logits are computed there alone: of the rest of the prompt only the cache is.
-
-    Args:
-        model: any mlx-lm model.
-        row: ``A`` answer tokens.
-        step: tokens of the prompt that are read at once, at most.
     """
-    cache = _read(model, row.prompt[:-1], step)
+    cache = _read(model, row.prompt[:-1])
     tokens = [row.prompt[-1], *row.answer[:-1]]
     return _log_softmax(model(mx.array(tokens)[None], cache=cache)[0])
 
 
-def read_row(model: nn.Module, row: Row, step: int = PREFILL_STEP) -> Reference:
+def read_row(model: nn.Module, row: Row) -> Reference:
     """Return the same and the cache after the prompt, for :func:`continued`."""
-    cache = _read(model, row.prompt[:-1], step)
+    cache = _read(model, row.prompt[:-1])
     first = _log_softmax(model(mx.array(row.prompt[-1:])[None], cache=cache)[0])
     prompt = Reference(first, cache)
     return Reference(continued(model, row, prompt), cache)
@@ -227,13 +222,13 @@ def metrics(row: Row, found: mx.array, reference: mx.array | None) -> dict[str, 
     return values
 
 
-def _read(model: nn.Module, tokens: list[int], step: int) -> list[Any]:
+def _read(model: nn.Module, tokens: list[int]) -> list[Any]:
     """Return the cache after some tokens; logits are never evaluated."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    for start in range(0, len(tokens), step):
-        model(mx.array(tokens[start : start + step])[None], cache=cache)
+    for start in range(0, len(tokens), PREFILL_STEP):
+        model(mx.array(tokens[start : start + PREFILL_STEP])[None], cache=cache)
         mx.eval([layer.state for layer in cache])
     return cache
 
