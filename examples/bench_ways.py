@@ -65,12 +65,10 @@ MAIN = (
     Way("activation", "uniform"),
     Way("activation", "uniform", prompt="dense"),
     DEFAULT,
-    PLAIN,
     STATIC,
-    TASK,
     COMPENSATED,
 )
-OTHER_KEEPS = (*MAIN, NO_PRIOR)
+OTHER_KEEPS = (*MAIN, NO_PRIOR, PLAIN)
 FURTHER = (
     DEFAULT,
     STATIC,
@@ -97,11 +95,10 @@ FURTHER = (
     TASK._replace(prompt="dense"),
     COMPENSATED,
     COMPENSATED._replace(allocation="first-layer"),
-    COMPENSATED._replace(allocation="uniform"),
 )
 STAGES = (
     Stage(MAIN, 0.5, 1),
-    Stage(OTHER_KEEPS, 0.75, 0.15),
-    Stage(OTHER_KEEPS, 1 / 3, 0.15),
-    Stage(FURTHER, 0.5, 0.15),
+    Stage(OTHER_KEEPS, 0.75, 0.1),
+    Stage(OTHER_KEEPS, 1 / 3, 0.1),
+    Stage(FURTHER, 0.5, 0.1),
 )
