@@ -40,11 +40,11 @@ def draw(arms: Sequence[Arm], path: Path) -> Path:
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("KL to the dense model, nats per token", color=INK)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
-    lines = -(-len(labels) // 3)
+    figure.legend(handles, labels, loc="upper center", ncols=2, frameon=False)
+    lines = -(-len(labels) // 2)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.055 * lines))
     with new_file(path) as scratch:
-        figure.savefig(scratch, dpi=110)
+        figure.savefig(scratch, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path
 
