@@ -179,7 +179,9 @@ def log_probabilities(model: nn.Module, row: Row) -> mx.array:
 
 
 def read_row(model: nn.Module, row: Row) -> Reference:
-    """Return the same and the cache after the prompt, for :func:`continued`."""
+    """Return a model's log-probabilities at the answer, ``[A, V]``, and its cache after
+    the prompt, for :func:`continued`.
+    """
     cache = _read(model, row.prompt[:-1])
     first = _log_softmax(model(mx.array(row.prompt[-1:])[None], cache=cache)[0])
     prompt = Reference(first, cache)
