@@ -31,7 +31,8 @@ def attention(
     (B, H, T, D), (K, S) = queries.shape, keys.shape[1:3]
     grouped = queries.reshape(B, K, H // K, T, D) * scale
     scores = grouped @ keys[:, :, None].swapaxes(-1, -2)
-    if mask == "causal":
+    if isinstance(mask, str):
+        assert mask == "causal"
         mask = mx.tril(mx.ones((T, S), mx.bool_), S - T)
     if mask is not None:
         scores = mx.where(mask, scores, -mx.inf)
