@@ -30,9 +30,9 @@ over families; NLL and agreement are taken so too. *Per row*: mean over a row's 
 over a family's rows, then over families. Families with answers of one token (boolq) are
 left out of all means. Intervals are 95 % of a bootstrap that draws the rows of each
 family anew, paired where they are of differences: they cover no other families and no
-other model, and from two or three rows of a family they are too narrow. The default is
-`{default}`; its fair opponent, `{static}`, is one mask for all prompts of a family that
-it has not seen."""
+other model, and from four rows of a family or fewer they are too narrow. The default is
+`{default}`; its fair opponent, `{static}`,
+is one mask for all prompts of a family that it has not seen."""
 
 Row = Mapping[str, float]
 Ways = dict[str, dict[str, dict[int, Row]]]  # way → family → row → metrics
