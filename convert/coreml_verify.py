@@ -22,10 +22,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from convert.mlpackage import Package, Session
+from convert.mil.mlpackage import Package, Session
 from ifp_mlx import Selection, load
 from ifp_mlx.cli import Parser, add_model_option, run
-from ifp_mlx.data import as_messages, tokenize
+from ifp_mlx.selection.prompts import as_messages, tokenize
 
 Array = np.ndarray
 CONSUMERS = ("default", "hf")
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(args.model)
     compact = model.compact(Selection.load(args.mask_file))
     if args.quantize:
-        from convert.coreml_weights import quantise
+        from convert.coreml.weights import quantise
 
         compact.set_dtype(mx.float32)
         quantise(compact, args.q_bits, args.q_group_size)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from convert.from_gguf import unpack_gguf
-from convert.shards import write_shards
-from convert.vocabulary import unpack_sentencepiece
-from ifp_mlx.atomic import new_folder, refuse_existing
-from ifp_mlx.channel_store.writer import fill_store
+from convert.gguf.reader import unpack_gguf
+from convert.gguf.shards import write_shards
+from convert.gguf.vocabulary import unpack_sentencepiece
 from ifp_mlx.cli import Parser, run
-from ifp_mlx.companions import LICENCES, copy_companions
-from ifp_mlx.store import check_folder, dense_model, index_files, resolve
+from ifp_mlx.files.atomic import new_folder, refuse_existing
+from ifp_mlx.files.companions import LICENCES, copy_companions
+from ifp_mlx.storage.folder import check_folder, dense_model, index_files, resolve
+from ifp_mlx.storage.writer import fill_store
 
 if TYPE_CHECKING:
     import mlx.core as mx

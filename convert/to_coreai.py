@@ -18,13 +18,15 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from convert.coreai_graph import FAMILIES, STATES, Decoder
+from convert.coreai.graph import FAMILIES, STATES, Decoder
 from ifp_mlx import cli
-from ifp_mlx.atomic import new_folder, refuse_existing
-from ifp_mlx.compact import Quantisation, pad_ffn, quantisation_of, with_text
-from ifp_mlx.masks import Selection, check_multiple
-from ifp_mlx.model import IFPModel, Progress, load
-from ifp_mlx.pruning import ffn_layers
+from ifp_mlx.compact import quantisation_of, with_text
+from ifp_mlx.files.atomic import new_folder, refuse_existing
+from ifp_mlx.model.checkpoint import IFPModel, Progress, load
+from ifp_mlx.model.export import Quantisation, pad_ffn
+from ifp_mlx.selection.masks import Selection
+from ifp_mlx.selection.widths import check_multiple
+from ifp_mlx.slicing.pruning import ffn_layers
 
 CONTEXT = 1024
 STEPS = 8

@@ -17,18 +17,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from convert.coreml_bundle import describe, summary, write_companions
+from convert.coreml.bundle import describe, summary, write_companions
 from ifp_mlx import cli
-from ifp_mlx.atomic import new_folder, refuse_existing
 from ifp_mlx.compact import (
-    Quantisation,
     add_compensation_option,
     add_quantisation_options,
     quantisation_of,
     with_text,
 )
-from ifp_mlx.masks import Selection, check_multiple
-from ifp_mlx.model import IFPModel, Progress, load
+from ifp_mlx.files.atomic import new_folder, refuse_existing
+from ifp_mlx.model.checkpoint import IFPModel, Progress, load
+from ifp_mlx.model.export import Quantisation
+from ifp_mlx.selection.masks import Selection
+from ifp_mlx.selection.widths import check_multiple
 
 Consumer = Literal["default", "hf"]
 PACKAGE = "model.mlpackage"
@@ -162,7 +163,7 @@ def _check_selections(
     model: IFPModel, selections: dict[str, Selection], options: Options
 ) -> None:
     """Refuse what cannot work before any weight is read."""
-    from convert.coreml_graph import check_family
+    from convert.coreml.graph import check_family
 
     check_family(model.source.open())
     for selection in selections.values():
@@ -215,7 +216,7 @@ def _compact(
     compact = model.compact(selection, progress=progress)
     if quantisation is None:
         return compact
-    from convert.coreml_weights import quantise
+    from convert.coreml.weights import quantise
 
     _cast(compact, mx.float32)
     quantise(compact, quantisation.bits, quantisation.group_size)
@@ -234,8 +235,8 @@ def _write_package(
     options: Options,
 ) -> int:
     """Write the package; return the bytes of one package per function."""
-    from convert.coreml_graph import build_program
-    from convert.coreml_package import merge, save_program
+    from convert.coreml.graph import build_program
+    from convert.coreml.package import merge, save_program
 
     interface = _interface(options)
     parts = {}
@@ -256,7 +257,7 @@ def _size(package: Path) -> int:
 
 
 def _interface(options: Options) -> Any:
-    from convert.coreml_graph import Interface
+    from convert.coreml.graph import Interface
 
     assert options.context_length is not None
     # swift-transformers sends a whole prompt at once.
@@ -318,7 +319,7 @@ def _manifest(
 
 
 def _label(package: Path, model: IFPModel, manifest: dict[str, Any]) -> None:
-    from convert.coreml_package import label
+    from convert.coreml.package import label
 
     tasks = ", ".join(manifest["functions"])
     labels = {"ifp_mlx.manifest": json.dumps(manifest)}

@@ -13,11 +13,13 @@ from bench_ways import Way
 from task_families import write as write_families
 from tqdm import tqdm
 
-from ifp_mlx import Selection, masks
-from ifp_mlx.atomic import new_file
-from ifp_mlx.compensation import TEXT_TOKENS, read_channels
+from ifp_mlx import Selection
 from ifp_mlx.evaluation.rows import Row, read_rows
-from ifp_mlx.sensitivity import Probe, calibration_texts
+from ifp_mlx.evaluation.sensitivity import Probe
+from ifp_mlx.files.atomic import new_file
+from ifp_mlx.model.calibration import calibration_texts
+from ifp_mlx.selection import widths
+from ifp_mlx.slicing.compensation import TEXT_TOKENS, read_channels
 
 PARTS = ("prompt", "answer")
 STATISTICS = "statistics"
@@ -80,14 +82,14 @@ class Calibration:
         return mx.sqrt(sum(shares, mx.array(0.0)))
 
     def costs(self, way: Way, family: str, keep: float) -> mx.array:
-        """Return what keeping that share costs each layer, as :func:`masks.layer_sizes`
+        """Return what keeping that share costs each layer, as :func:`widths.layer_sizes`
         takes it, ``[L, 6]``: a task's mask may know its own family, others may not.
         """
         known = self._known_costs((way.costs, keep)).items()
         found = [c for name, c in known if way.scores == "task" or name != family]
         # It is known at this very keep: nothing is to be read off between shares.
         column = mx.stack(found).mean(axis=0)[:, None]
-        return mx.repeat(column, len(masks.MEASURED_SHARES), axis=1)
+        return mx.repeat(column, len(widths.MEASURED_SHARES), axis=1)
 
     def compensated(self, family: str, selection: Selection) -> list[nn.Module]:
         """Return the FFNs of a selection that is the same for all rows of a family,

@@ -14,10 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx import Selection, load
-from ifp_mlx.compensation import down_correction
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.teacher import Reference, continued, log_probabilities, read_row
-from ifp_mlx.pruning import TappedFFN, ffn_layers, stock_forward
+from ifp_mlx.slicing.compensation import down_correction
+from ifp_mlx.slicing.pruning import TappedFFN, ffn_layers, stock_forward
 
 GROUP = 64  # channels that a quantised model has in one group
 

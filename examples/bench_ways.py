@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ifp_mlx.masks import Allocation
+from ifp_mlx.selection.widths import Allocation
 
 
 class Way(NamedTuple):

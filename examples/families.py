@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ifp_mlx import masks, pruning, selectors
+from ifp_mlx.selection import top_k
+from ifp_mlx.slicing import pruning, reading
 
 PAGE = Path(__file__).with_suffix(".md")
 TOKENS = [5, 9, 77, 200, 13, 40]
@@ -276,9 +277,9 @@ def judge(model_type: str) -> Verdict:
         why = str(error).split(": ", 1)[1].split("; tested")[0]
         return Verdict(why)
     stock = model(tokens)
-    scores = selectors.activation_scores(model, TOKENS)
+    scores = reading.activation_scores(model, TOKENS)
     sizes = [F // 2 + 4 * (layer % 2) for layer in range(L)]
-    selection = masks.select(scores, sizes)
+    selection = top_k.select(scores, sizes)
     masked = pruning.mask_model(model)
     pruning.set_masks(masked, mx.ones((L, F)))
     whole = bool(mx.array_equal(model(tokens), stock))
@@ -295,7 +296,7 @@ def judge(model_type: str) -> Verdict:
 
 def _is_plain(model_type: str, layers: int, channels: int) -> bool:
     compact = build(model_type)
-    small = masks.select(mx.zeros((layers, channels)), [SMALLER] * layers)
+    small = top_k.select(mx.zeros((layers, channels)), [SMALLER] * layers)
     pruning.slice_model(compact, small)
     shapes = {name: w.shape for name, w in tree_flatten(compact.parameters())}
     stock = build(model_type, intermediate_size=SMALLER)

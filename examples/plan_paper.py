@@ -11,10 +11,10 @@ examples/plan.md.
 import argparse
 from pathlib import Path
 
-from ifp_mlx.footprint import Footprint, model_of_config
+from ifp_mlx.evaluation.tables import markdown
+from ifp_mlx.model.footprint import Footprint, model_of_config
 from ifp_mlx.planning.devices import find
 from ifp_mlx.planning.roofline import Job, Work, predict, predictor_seconds
-from ifp_mlx.tables import markdown
 
 PAGE = Path(__file__).with_name("plan.md")
 MARKS = "<!-- table -->", "<!-- end of table -->"

@@ -21,8 +21,8 @@ import numpy as np
 from fetch import MODELS, fetch
 
 from ifp_mlx import load
-from ifp_mlx.data import Batch, Record, collate
-from ifp_mlx.model import IFPModel
+from ifp_mlx.model.checkpoint import IFPModel
+from ifp_mlx.training.batches import Batch, Record, collate
 from ifp_mlx.training.maskers import Budget, FixedMask
 from ifp_mlx.training.parent_cache import Form, compress, fill_cache, weights_of
 from ifp_mlx.training.recipe import RECOVER, TrainConfig

@@ -29,10 +29,10 @@ from task_families import write as write_families
 from tqdm import tqdm
 
 from ifp_mlx import Selection, load
-from ifp_mlx.atomic import new_file
 from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.evaluation.statistics import bootstrap, macro_mean
 from ifp_mlx.evaluation.teacher import log_probabilities, metrics
+from ifp_mlx.files.atomic import new_file
 from ifp_mlx.training.records import Reader
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -46,10 +46,11 @@ from fetch import MODELS, fetch
 from task_families import write as write_families
 from tqdm import tqdm
 
-from ifp_mlx import load, masks, selectors
+from ifp_mlx import load
 from ifp_mlx.evaluation.log import Log
 from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.evaluation.teacher import metrics
+from ifp_mlx.selection import scores, top_k, widths
 
 KEY = ("family", "row", "way", "keep")
 PUBLISHED = "published"  # the log that has the rows of the CSV
@@ -154,12 +155,12 @@ def modules_of(
     if way.allocation == "sensitivity":
         costs = calibration.costs(way, family, keep)
     step = GROUP if way.quantised else 1
-    k = masks.target_size(model.channels, keep, step)
-    sizes = masks.layer_sizes(
+    k = widths.target_size(model.channels, keep, step)
+    sizes = widths.layer_sizes(
         k, model.layers, model.channels, way.allocation, step, costs
     )
     granularity = GROUP if way.quantised == "groups" else 1
-    selection = masks.select(scores[way.scores], sizes, granularity=granularity)
+    selection = top_k.select(scores[way.scores], sizes, granularity=granularity)
     if way.compensation == "examples":
         return calibration.compensated(family, selection)
     seen = reading.channels if way.compensation else None
@@ -178,9 +179,9 @@ def scores_of(
         return prior
     if kind == "random":
         L, F = prior.shape
-        return selectors.random_scores(L, F, seed=number)
+        return scores.random_scores(L, F, seed=number)
     local = mx.sqrt(mx.stack([energy(h) for h in reading.channels]))
-    return local if kind == "activation" else selectors.blend_scores(local, prior)
+    return local if kind == "activation" else scores.blend_scores(local, prior)
 
 
 def _short(values: dict[str, float]) -> dict[str, float]:

@@ -28,12 +28,13 @@ from mlx.utils import tree_flatten
 
 from convert.from_pytorch import convert
 from ifp_mlx import load
-from ifp_mlx.channel_store.__main__ import main as make_store
-from ifp_mlx.channel_store.layout import CHANNEL_FILE
-from ifp_mlx.companions import copy_companions
-from ifp_mlx.masks import Selection, select
-from ifp_mlx.model import IFPModel
-from ifp_mlx.pruning import ffn_layers
+from ifp_mlx.channel_store import main as make_store
+from ifp_mlx.files.companions import copy_companions
+from ifp_mlx.model.checkpoint import IFPModel
+from ifp_mlx.selection.masks import Selection
+from ifp_mlx.selection.top_k import select
+from ifp_mlx.slicing.pruning import ffn_layers
+from ifp_mlx.storage.layout import CHANNEL_FILE
 
 KEEP = 1 / 3
 # The last two are related; the store's order is learned from the others.

@@ -21,8 +21,8 @@ import mlx.optimizers as optim
 import numpy as np
 from tqdm import tqdm
 
-from ifp_mlx.data import Batch
-from ifp_mlx.selectors import calibration_chats
+from ifp_mlx.selection.calibration import calibration_chats
+from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import PredictorMasker
 from ifp_mlx.training.recipe import TrainConfig
 from ifp_mlx.training.step import Pair, Step, target_losses

@@ -9,10 +9,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .generate import generate, stream_generate
-    from .masks import Selection
-    from .model import IFPModel, load
-    from .responses import GenerationResponse
+    from .model.checkpoint import IFPModel, load
+    from .model.generation import generate, stream_generate
+    from .model.responses import GenerationResponse
+    from .selection.masks import Selection
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,12 +25,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "GenerationResponse": "responses",
-    "IFPModel": "model",
-    "Selection": "masks",
-    "generate": "generate",
-    "load": "model",
-    "stream_generate": "generate",
+    "GenerationResponse": "model.responses",
+    "IFPModel": "model.checkpoint",
+    "Selection": "selection.masks",
+    "generate": "model.generation",
+    "load": "model.checkpoint",
+    "stream_generate": "model.generation",
 }
 
 

@@ -22,7 +22,7 @@ VERBS = {
 }
 SCRIPTS = {
     "channel-store": (
-        "ifp_mlx.channel_store.__main__",
+        "ifp_mlx.channel_store",
         "lay a model out so that few channels are read alone",
     ),
     "convert": ("convert.from_pytorch", "make a model folder from PyTorch or GGUF"),

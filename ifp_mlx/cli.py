@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .masks import ALLOCATIONS, COMPENSATED, Selection, find_mask
-from .selectors import SELECTORS
-from .store import SHIPPED
+from .selection.masks import COMPENSATED, Selection, find_mask
+from .selection.scores import SELECTORS
+from .selection.widths import ALLOCATIONS
+from .storage.folder import SHIPPED
 
 # How often SmolLM2-135M-Instruct, untrained, still chooses the dense model's next
 # token, by keep: "activation, first-layer" in examples/quality.md, which is the default

@@ -18,7 +18,6 @@ import itertools
 import json
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,65 +25,27 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from . import cli
-from .atomic import new_file
 from .evaluation import answers, sandbox, shares
 from .evaluation.log import Log
+from .evaluation.measurement import about_run, evaluate
 from .evaluation.picture import draw
 from .evaluation.report import first_setting, report, summary
 from .evaluation.rows import Row, read_rows
-from .evaluation.sweep import KEY, Arm, arms_of, measure, rivals_of, time_arms
-from .evaluation.teacher import METRICS, Evaluator, Setting
-from .model import IFPModel, load
-from .selectors import READING
-
-__all__ = ["METRICS", "Evaluator", "Row", "Setting", "evaluate", "main", "read_rows"]
+from .evaluation.teacher import Setting
+from .files.atomic import new_file
+from .model.checkpoint import load
+from .selection.scores import READING
 
 PAGE, DATA, PICTURE = "report.md", "results.json", "quality.png"
+
+
 SPEED_TOKENS = 16
+
+
 MANY: dict[str, Any] = {"nargs": "+", "metavar": "X"}
+
+
 PROGRESS = partial(tqdm, disable=None, leave=False)
-
-
-def evaluate(
-    model: IFPModel,
-    files: dict[str, list[Row]],
-    settings: list[Setting],
-    *,
-    folder: Path | None = None,
-    alternatives: bool = False,
-    smaller_model: str | None = None,
-    speed_tokens: int = 0,
-    seed: int = 0,
-    progress: Any = iter,
-) -> list[Arm]:
-    """Measure every setting on every row, and the alternatives to selecting.
-
-    Args:
-        model: from :func:`ifp_mlx.load`.
-        files: rows by the name of their file.
-        settings: what to compare.
-        folder: where results are kept, so that a stopped run goes on.
-        alternatives: measure the dense model quantised to about each setting's size.
-        smaller_model: measure this model too, a folder or hub id.
-        speed_tokens: decode so many for the speed; 0 measures none.
-        seed: of the selector ``random``.
-        progress: wraps the iterations over rows and over turns.
-
-    Returns:
-        The dense model, the settings and the alternatives, measured.
-
-    Raises:
-        ValueError: if ``folder`` was begun with other settings.
-    """
-    log = Log(folder, _about(model, seed), KEY)
-    row = next(iter(files.values()))[0]
-    arms = arms_of(model, settings, [], row)
-    sizes = {arm.bytes for arm in arms[1:]} if alternatives else ()
-    rivals = rivals_of(model, sizes, smaller_model)
-    arms = arms_of(model, settings, rivals, row)
-    measure(model, files, arms, rivals, log, seed=seed, progress=progress)
-    time_arms(model, arms, rivals, row, speed_tokens, progress=progress)
-    return arms
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -276,7 +237,7 @@ def _harness(args: Any) -> None:
         "shots": args.num_shots,
         "max_tokens": args.max_tokens,
     }
-    about = _about(model, args.seed) | options
+    about = about_run(model, args.seed) | options
     log = Log(args.output, about, harness.KEY)
     settings = _task_settings(args)
     harness.measure(model, tasks, settings, log, **options, seed=args.seed)
@@ -301,7 +262,7 @@ def _answers(args: Any) -> None:
         _allow_programs(args.run_generated_code)
     model, _ = load(args.model)
     max_tokens = args.max_tokens or answers.MAX_TOKENS
-    about = _about(model, args.seed) | {"max_tokens": max_tokens}
+    about = about_run(model, args.seed) | {"max_tokens": max_tokens}
     log = Log(args.output, about, answers.KEY)
     settings = _task_settings(args)
     options: dict[str, Any] = {"seed": args.seed, "progress": PROGRESS}
@@ -341,16 +302,6 @@ def _chance_notes(
         note = None if level is None else shares.at_chance(what, arms["dense"], level)
         notes += [note] if note else []
     return notes
-
-
-def _about(model: IFPModel, seed: int) -> dict[str, Any]:
-    """Return what decides every result of a folder."""
-    return {
-        "model": model.name,
-        "fingerprint": [round(float(x), 4) for x in model.fingerprint[:8]],
-        "seed": seed,
-        "versions": {name: version(name) for name in ("ifp_mlx", "mlx", "mlx-lm")},
-    }
 
 
 def _publish(args: Any, page: str, found: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from llm.parts import TextPart
 from pydantic import Field
 
 from .engine import Done, Engine, Event, IFPError, Token
-from .masks import find_mask
+from .selection.masks import find_mask
 
 
 class Options(llm.Options):

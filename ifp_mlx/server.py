@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from . import cli
 from .engine import Engine, IFPError
-from .serving.api import LOOPBACK, Policy, make_app
-from .serving.protocol import Defaults
+from .openai.api import LOOPBACK, Policy, make_app
+from .openai.protocol import Defaults
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,49 +1,16 @@
-"""Draw selections: which channels tasks keep, what they share, what that costs.
-
-The page is one HTML file that needs no network and nothing beside it.
-"""
+"""Draw selections as a page: the command."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import cli
-from .atomic import new_file
-from .masks import Selection
-from .model import load
-from .pictures.measured import Point, read_benchmarks, read_evaluation
-from .pictures.page import page
-from .pictures.plates import draw_all
+from .evaluation.tasks import library
+from .model.checkpoint import load
+from .pictures.measured import read_benchmarks, read_evaluation
 from .pictures.tally import Tally
-from .tasks import library
-
-
-def visualize(
-    model: str,
-    tally: Tally,
-    output: Path,
-    *,
-    quality: Sequence[Point] = (),
-    speed: Sequence[Point] = (),
-    png_folder: Path | None = None,
-) -> list[Path]:
-    """Write the page, and the pictures if a folder is given; return the files.
-
-    Args:
-        model: its name, for the title.
-        tally: the selections, all of one model.
-        output: the HTML file; one that is there is replaced.
-        quality: settings measured by ``evaluate``.
-        speed: settings timed by ``benchmark``.
-        png_folder: where the pictures go as PNG files; needs matplotlib.
-    """
-    written = [output]
-    if png_folder is not None:  # first: it fails early without matplotlib
-        written += draw_all(tally, [*quality, *speed], png_folder)
-    with new_file(output) as scratch:
-        scratch.write_text(page(model, tally, quality, speed), encoding="utf-8")
-    return written
+from .pictures.tell import visualize
+from .selection.masks import Selection
 
 
 def main(argv: list[str] | None = None) -> None:

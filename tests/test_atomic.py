@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ifp_mlx.atomic import new_file, new_folder
+from ifp_mlx.files.atomic import new_file, new_folder
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path):
@@ -25,7 +25,7 @@ def test_a_failure_leaves_no_folder(tmp_path):
 
 WRITER = """
 import sys
-from ifp_mlx.atomic import new_folder
+from ifp_mlx.files.atomic import new_folder
 with new_folder(sys.argv[1]) as scratch:
     (scratch / "large").write_text("1")
     print(scratch.name, flush=True)

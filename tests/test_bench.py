@@ -10,13 +10,14 @@ import pytest
 from conftest import write_folder
 
 from ifp_mlx import cli, compact, load
-from ifp_mlx.compensation import compensated_down
 from ifp_mlx.evaluation import teacher
 from ifp_mlx.evaluation.rows import Row
+from ifp_mlx.evaluation.sensitivity import measure_sensitivity
 from ifp_mlx.evaluation.teacher import Evaluator, metrics
-from ifp_mlx.masks import MEASURED_SHARES, select
-from ifp_mlx.selectors import task_scores
-from ifp_mlx.sensitivity import measure_sensitivity
+from ifp_mlx.selection.top_k import select
+from ifp_mlx.selection.widths import MEASURED_SHARES
+from ifp_mlx.slicing.compensation import compensated_down
+from ifp_mlx.slicing.reading import task_scores
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 

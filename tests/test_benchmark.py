@@ -7,9 +7,10 @@ from conftest import FAMILIES, run_command, write_folder
 from mlx.utils import tree_flatten
 
 from ifp_mlx import Selection, load
-from ifp_mlx.benchmark import Case, main, table
-from ifp_mlx.channel_store.writer import write_store
-from ifp_mlx.runners import ROWS, Run, stock_of_width
+from ifp_mlx.benchmark import main
+from ifp_mlx.evaluation.runners import ROWS, Run, stock_of_width
+from ifp_mlx.evaluation.speed import Case, table
+from ifp_mlx.storage.writer import write_store
 
 
 def case():

@@ -25,16 +25,17 @@ from mlx.utils import tree_flatten
 
 from convert import from_pytorch
 from ifp_mlx import load
-from ifp_mlx.channel_store import writer
-from ifp_mlx.channel_store.__main__ import main
-from ifp_mlx.channel_store.device import Device, Range, device_of, pieces, plan
-from ifp_mlx.channel_store.layout import CHANNEL_FILE, START, read_layout
-from ifp_mlx.channel_store.writer import write_folder as write_plain
-from ifp_mlx.channel_store.writer import write_store
+from ifp_mlx.channel_store import main
 from ifp_mlx.generate import main as generate_main
-from ifp_mlx.masks import Selection, select
-from ifp_mlx.pruning import ffn_layers
-from ifp_mlx.store import check_folder, dense_model
+from ifp_mlx.selection.masks import Selection
+from ifp_mlx.selection.top_k import select
+from ifp_mlx.slicing.pruning import ffn_layers
+from ifp_mlx.storage import writer
+from ifp_mlx.storage.device import Device, Range, device_of, pieces, plan
+from ifp_mlx.storage.folder import check_folder, dense_model
+from ifp_mlx.storage.layout import CHANNEL_FILE, START, read_layout
+from ifp_mlx.storage.writer import write_folder as write_plain
+from ifp_mlx.storage.writer import write_store
 
 TOKENS = mx.array([[1, 5, 9, 200, 3]])
 QUANTISED = [(4, 32, "affine"), (3, 64, "affine"), (4, 32, "mxfp4"), (8, 32, "mxfp8")]
@@ -396,7 +397,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, tiny_folder, layer):
 
 KILLED = """
 import os, signal, sys
-from ifp_mlx.channel_store import writer
+from ifp_mlx.storage import writer
 count = int(sys.argv[3])
 def kill_at(items):
     for number, item in enumerate(items):

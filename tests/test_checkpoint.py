@@ -7,7 +7,7 @@ import pytest
 from conftest import run_command
 
 from ifp_mlx import load
-from ifp_mlx.store import SHIPPED
+from ifp_mlx.storage.folder import SHIPPED
 
 ANSWERS = {
     "What is Germany called in French?": "Allemagne",

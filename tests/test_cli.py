@@ -35,7 +35,8 @@ def test_an_interrupt_is_not_an_error_of_ours():
 def test_a_terminated_run_cleans_up(tmp_path):
     code = (
         "import os, signal, sys\n"
-        "from ifp_mlx import atomic, cli\n"
+        "from ifp_mlx import cli\n"
+        "from ifp_mlx.files import atomic\n"
         "def command():\n"
         "    with atomic.new_folder(sys.argv[1]) as scratch:\n"
         "        (scratch / 'half').write_text('written')\n"

@@ -6,11 +6,12 @@ import mlx.nn as nn
 import pytest
 from conftest import FAMILIES, relative_error, run_command, write_folder
 
-import ifp_mlx.compact
+import ifp_mlx.model.export
 from ifp_mlx import Selection, load
-from ifp_mlx.compact import MASK_FILE, Quantisation, main, write_compact
-from ifp_mlx.pruning import ffn_layers, mask_model, set_masks
-from ifp_mlx.sensitivity import calibration_texts
+from ifp_mlx.compact import main
+from ifp_mlx.model.calibration import calibration_texts
+from ifp_mlx.model.export import MASK_FILE, Quantisation, write_compact
+from ifp_mlx.slicing.pruning import ffn_layers, mask_model, set_masks
 
 TOKENS = mx.array([[5, 9, 77, 200, 13]])
 
@@ -300,7 +301,7 @@ def test_mistakes_are_one_line_and_exit_status_2(tmp_path, capsys):
 def test_a_broken_run_leaves_nothing_behind(tmp_path, monkeypatch):
     model, _ = load(write_folder(tmp_path / "dense"))
     selection = model.select("Hi", allocation="uniform")
-    monkeypatch.setattr(ifp_mlx.compact, "_card", lambda *_: 1 / 0)
+    monkeypatch.setattr(ifp_mlx.model.export, "_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_compact(model, selection, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]

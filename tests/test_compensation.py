@@ -8,12 +8,17 @@ from conftest import run_command, tiny_model
 from mlx.utils import tree_flatten
 from mlx_lm import convert
 
-from ifp_mlx import compensation, load, selectors
+from ifp_mlx import load
 from ifp_mlx.compact import main as compact
-from ifp_mlx.compensation import compensated_down, read_channels, slice_compensated
-from ifp_mlx.dense_prefill import dense_cache
 from ifp_mlx.generate import main as generate
-from ifp_mlx.pruning import ffn_layers
+from ifp_mlx.model.dense_prefill import dense_cache
+from ifp_mlx.slicing import compensation, reading
+from ifp_mlx.slicing.compensation import (
+    compensated_down,
+    read_channels,
+    slice_compensated,
+)
+from ifp_mlx.slicing.pruning import ffn_layers
 
 RNG = np.random.default_rng(0)
 D, F = 6, 12
@@ -110,7 +115,7 @@ def test_a_sweep_gives_what_selecting_and_then_compensating_gives(
 ):
     model, _ = load(tiny_folder)
     text = list(range(40, 90))
-    monkeypatch.setattr(selectors, "PREFILL_STEP", -(-len(text) // steps))
+    monkeypatch.setattr(reading, "PREFILL_STEP", -(-len(text) // steps))
     selection, compact, cache = model.sweep(text, keep=0.5, compensate=True)
     assert selection.text == tuple(text) and selection.compensates
     chosen = model.select(text, keep=0.5)
@@ -118,7 +123,7 @@ def test_a_sweep_gives_what_selecting_and_then_compensating_gives(
     again = weights(model.compact(chosen.compensated(text, "the instruction")))
     assert all(mx.array_equal(w, again[n]) for n, w in weights(compact).items())
     # By hand, of the last step's tokens.
-    last = len(selectors.steps_of(text)[-1])
+    last = len(reading.steps_of(text)[-1])
     dense = model.dense()
     seen = read_channels(dense, text)
     for number, (ffn, index) in enumerate(

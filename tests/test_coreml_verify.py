@@ -27,7 +27,7 @@ from mil_programs import (
 
 from convert import coreml_verify
 from convert.coreml_verify import Report, main, reference, verify
-from convert.mlpackage import Package, Session
+from convert.mil.mlpackage import Package, Session
 from ifp_mlx.cli import run
 
 __all__ = ["decoder_package", "hf_package", "stale_package"]  # fixtures

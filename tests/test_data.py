@@ -2,7 +2,7 @@ import pytest
 from conftest import write_folder
 
 from ifp_mlx import load
-from ifp_mlx.data import as_messages, instruction_of, is_tokens, tokenize
+from ifp_mlx.selection.prompts import as_messages, instruction_of, is_tokens, tokenize
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Hello"}

@@ -183,10 +183,10 @@ def test_a_stop_before_the_start_and_in_prefill_and_in_decode(folder):
 
 
 def test_cancelling_at_a_token_stops_at_the_next(folder):
-    from ifp_mlx.serving.events import CancelToken as Stop
-    from ifp_mlx.serving.host import Host, Settings
-    from ifp_mlx.serving.lanes import Request
-    from ifp_mlx.serving.requests import Choice, Sampling
+    from ifp_mlx.engine.events import CancelToken as Stop
+    from ifp_mlx.engine.host import Host, Settings
+    from ifp_mlx.engine.lanes import Request
+    from ifp_mlx.engine.requests import Choice, Sampling
 
     settings = Settings(str(folder), None, None, 0, None, 4, 8)
     host, stop, events = Host(settings, lambda event: None), Stop(), []
@@ -298,7 +298,7 @@ def test_a_memory_limit_makes_requests_wait_not_fail(folder):
 
 
 def test_models_in_use_are_the_last_to_be_let_go(engine, folder):
-    from ifp_mlx.serving.shelf import Shelf
+    from ifp_mlx.engine.shelf import Shelf
 
     model, _ = load(folder)
     masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
@@ -312,7 +312,7 @@ def test_models_in_use_are_the_last_to_be_let_go(engine, folder):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 def test_resident_models_share_everything_but_their_channels(tmp_path, family):
-    from ifp_mlx.serving.shelf import Shelf
+    from ifp_mlx.engine.shelf import Shelf
 
     model, _ = load(write_folder(tmp_path / family, family))
     masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
@@ -511,7 +511,7 @@ def test_a_dead_worker_fails_every_waiter(folder):
 
 
 def test_an_error_in_one_batch_leaves_the_others(folder, monkeypatch):
-    from ifp_mlx.serving import lanes
+    from ifp_mlx.engine import lanes
 
     with Engine.open(folder) as engine:
         good = engine.generate("Hi", max_tokens=3)

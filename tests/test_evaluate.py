@@ -8,8 +8,9 @@ from conftest import run_command, write_folder
 from mlx.utils import tree_flatten
 
 from ifp_mlx import load
-from ifp_mlx.evaluate import Evaluator, Row, Setting, evaluate, main, read_rows
-from ifp_mlx.evaluation import statistics, sweep
+from ifp_mlx.evaluate import main
+from ifp_mlx.evaluation import measurement, statistics
+from ifp_mlx.evaluation.measurement import evaluate
 from ifp_mlx.evaluation.quantised import QuantisedCompact
 from ifp_mlx.evaluation.report import report, summary
 from ifp_mlx.evaluation.rivals import (
@@ -18,7 +19,8 @@ from ifp_mlx.evaluation.rivals import (
     quantised_bytes,
     weight_bytes,
 )
-from ifp_mlx.evaluation.rows import retokenize, same_tokens
+from ifp_mlx.evaluation.rows import Row, read_rows, retokenize, same_tokens
+from ifp_mlx.evaluation.teacher import Evaluator, Setting
 
 ROW = Row([5, 9, 77, 200], [13, 40, 41])
 HALF = Setting("activation", 0.5, "uniform")
@@ -251,7 +253,7 @@ def test_the_size_of_a_quantised_rival_is_foretold(opened):
 def test_a_selection_has_the_size_of_its_compact_model(opened):
     model, _ = opened
     compact = model.compact(model.select([5, 6], keep=0.25, allocation="uniform"))
-    (_, arm) = sweep.arms_of(model, [Setting("random", 0.25, "uniform")], [], ROW)
+    (_, arm) = measurement.arms_of(model, [Setting("random", 0.25, "uniform")], [], ROW)
     assert arm.bytes == weight_bytes(compact)
 
 
@@ -300,7 +302,7 @@ def test_intervals_hold_what_is_known():
 def test_a_quantised_compact_model_is_the_one_that_compact_writes(opened, tmp_path):
     from mlx_lm.utils import load_model
 
-    from ifp_mlx.compact import Quantisation, write_compact
+    from ifp_mlx.model.export import Quantisation, write_compact
 
     model, _ = opened
     selection = model.select(ROW.prompt, keep=0.5, allocation="uniform")
@@ -318,7 +320,7 @@ def test_a_quantised_compact_model_is_the_one_that_compact_writes(opened, tmp_pa
     small.round(compact)
     assert mx.allclose(compact(tokens), load_model(folder)[0](tokens), atol=1e-5)
     setting = Setting("random", 0.5, "uniform", bits=4)
-    (_, arm) = sweep.arms_of(model, [setting], [], ROW)
+    (_, arm) = measurement.arms_of(model, [setting], [], ROW)
     assert arm.bytes == weight_bytes(written)
 
 
@@ -341,7 +343,7 @@ def test_bits_are_the_nearest_and_the_most_that_fit(opened):
 def test_the_page_says_how_many_selections_a_whole_model_beats():
     def arm(name, kl, size, setting=None):
         line = {"kl": kl, "nll": 1.0, "nll_per_byte": 0.5, "agreement": 0.5}
-        return sweep.Arm(name, setting, size, None, {"a": [line]})
+        return measurement.Arm(name, setting, size, None, {"a": [line]})
 
     arms = [arm("dense", 0, 100)]
     arms += [arm(f"s{n}", kl, 50, HALF) for n, kl in enumerate((0.5, 2.0))]

@@ -8,9 +8,9 @@ from conftest import write_tokenizer
 from mlx.utils import tree_flatten
 
 from ifp_mlx import load
-from ifp_mlx.compact import write_compact
-from ifp_mlx.pruning import TESTED, ffn_layers
-from ifp_mlx.sensitivity import Probe
+from ifp_mlx.evaluation.sensitivity import Probe
+from ifp_mlx.model.export import write_compact
+from ifp_mlx.slicing.pruning import TESTED, ffn_layers
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 

@@ -10,11 +10,11 @@ from test_store import change_weights
 from test_sweep import add_prior
 
 from ifp_mlx import load
-from ifp_mlx.channel_store.writer import write_store
-from ifp_mlx.compact_cache import CompactCache
-from ifp_mlx.fit import fit, sweep_once
-from ifp_mlx.footprint import Footprint
 from ifp_mlx.generate import main
+from ifp_mlx.model.compact_cache import CompactCache
+from ifp_mlx.model.fit import fit, sweep_once
+from ifp_mlx.model.footprint import Footprint
+from ifp_mlx.storage.writer import write_store
 
 NOTHING = {"keep": None, "target_size": None, "selector": "activation"}
 NOTHING |= {"allocation": None, "granularity": None, "seed": 0}
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused_with_what_would(model):
 def test_what_the_machine_cannot_hold_is_refused_before_loading(
     tiny_folder, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ifp_mlx.fit.physical_memory", lambda: 150_000)
+    monkeypatch.setattr("ifp_mlx.model.fit.physical_memory", lambda: 150_000)
     command = ("--model", tiny_folder, "--prompt", "Hello", "--max-tokens", 2)
     status, _, err = run_command(main, capsys, *command, "--keep", 0.9)
     assert status == 2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from ifp_mlx import load
-from ifp_mlx.footprint import (
+from ifp_mlx.model.footprint import (
     Footprint,
     LayerCache,
     folder_bytes,
@@ -18,7 +18,7 @@ from ifp_mlx.footprint import (
     model_bytes,
     model_of_config,
 )
-from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.selection.predictor import SparsityPredictor
 
 # A model of a size that runs nowhere here: 9B to 3B of the paper's Table 4.
 PAPER_9B = {

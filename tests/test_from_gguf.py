@@ -11,8 +11,9 @@ from conftest import tiny_config, tiny_model
 from mlx.utils import tree_flatten
 from tokenizers import pre_tokenizers
 
-from convert import from_gguf, from_pytorch
-from ifp_mlx.store import check_folder, dense_model
+from convert import from_pytorch
+from convert.gguf import reader
+from ifp_mlx.storage.folder import check_folder, dense_model
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -151,7 +152,7 @@ def unpack(tmp_path):
     def unpack(file, dtype=mx.float32):
         folder = tmp_path / "unpacked"
         folder.mkdir(exist_ok=True)
-        from_gguf.unpack_gguf(file, folder, dtype)
+        reader.unpack_gguf(file, folder, dtype)
         return folder
 
     return unpack
@@ -193,7 +194,7 @@ def test_biases_of_llama_are_reordered_too(tiny_gguf, unpack):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "F16", "BF16"])
 def test_quantised_weights_are_dequantised(tiny_gguf, unpack, monkeypatch, kind):
-    monkeypatch.setattr(from_gguf, "BLOCK_VALUES", 100)  # three rows at a time
+    monkeypatch.setattr(reader, "BLOCK_VALUES", 100)  # three rows at a time
     file, model = tiny_gguf(kind=gguf.GGMLQuantizationType[kind])
     weights = dict(tree_flatten(dense_model(unpack(file)).parameters()))
     for name, weight in tree_flatten(model.parameters()):
@@ -305,7 +306,7 @@ def test_the_largest_gemma_scales_attention_by_its_width(
     tiny_gguf, unpack, monkeypatch, architecture
 ):
     layers = 3 if architecture == "gemma2" else 7
-    monkeypatch.setitem(from_gguf.GEMMA_27B, architecture, layers)
+    monkeypatch.setitem(reader.GEMMA_27B, architecture, layers)
     size = {"hidden_size": 64, "query_pre_attn_scalar": 16}
     file, model = tiny_gguf(architecture, **size)
     folder = unpack(file)

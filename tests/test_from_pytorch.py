@@ -15,10 +15,11 @@ import pytest
 from conftest import FAMILIES, tiny_model, write_folder
 from mlx.utils import tree_flatten
 
-from convert import from_pytorch, shards
+from convert import from_pytorch
 from convert.from_pytorch import convert, main
+from convert.gguf import shards
 from ifp_mlx.cli import run
-from ifp_mlx.store import check_folder, dense_model
+from ifp_mlx.storage.folder import check_folder, dense_model
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 92, 65]])
 ROOT = Path(__file__).parent.parent

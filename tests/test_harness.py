@@ -7,9 +7,9 @@ import pytest
 from conftest import run_command, write_folder
 
 from ifp_mlx import load
-from ifp_mlx.data import tokenize
 from ifp_mlx.evaluate import main
 from ifp_mlx.evaluation.teacher import Setting
+from ifp_mlx.selection.prompts import tokenize
 
 pytest.importorskip("lm_eval", reason="needs pip install '.[evaluate]'")
 

@@ -17,9 +17,10 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from examples.joint import data, run, torch_step
 from examples.joint.measure import PromptMasks, measure
-from ifp_mlx import masks, selectors
-from ifp_mlx.data import Batch
-from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.selection import top_k
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.slicing import reading
+from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import FixedMask, Masker, PredictorMasker
 from ifp_mlx.training.recipe import TrainConfig
 from ifp_mlx.training.step import Pair, Step
@@ -123,7 +124,7 @@ def assert_same(ours, theirs) -> None:
 def test_soft_top_k_is_the_same_in_both():
     scores = np.random.default_rng(0).normal(size=(5, 3, 64)).astype(np.float32)
     for k in (1, 24, 63):
-        ours = masks.soft_top_k(mx.array(scores), k, 0.3)
+        ours = top_k.soft_top_k(mx.array(scores), k, 0.3)
         theirs = torch_step.soft_top_k(torch.from_numpy(scores), k, 0.3)
         assert np.abs(np.array(ours) - theirs.numpy()).max() < 1e-5
 
@@ -152,8 +153,8 @@ def test_selection_by_the_prompt_is_the_package_s(tmp_path):
     found = PromptMasks(model)(torch_batch(rows), settings).numpy()
     for row, mask in enumerate(found):
         prompt = rows["tokens"][row, : rows["prompt"][row]]
-        scores = selectors.activation_scores(tiny_model("llama"), prompt.tolist())
-        assert np.array_equal(np.array(masks.select(scores, [K] * 3).mask()), mask)
+        scores = reading.activation_scores(tiny_model("llama"), prompt.tolist())
+        assert np.array_equal(np.array(top_k.select(scores, [K] * 3).mask()), mask)
 
 
 def test_overlaps_are_the_means_over_pairs_of_rows(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifp_mlx.masks import Selection
-from ifp_mlx.serving.errors import OutOfMemory
-from ifp_mlx.serving.events import CancelToken, Done
-from ifp_mlx.serving.lanes import Request, Schedule, Text
-from ifp_mlx.serving.requests import Choice, Sampling
+from ifp_mlx.engine.errors import OutOfMemory
+from ifp_mlx.engine.events import CancelToken, Done
+from ifp_mlx.engine.lanes import Request, Schedule, Text
+from ifp_mlx.engine.requests import Choice, Sampling
+from ifp_mlx.selection.masks import Selection
 
 
 class Spelling:

@@ -7,13 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ifp_mlx.masks import (
-    Selection,
-    layer_sizes,
-    select,
-    soft_top_k,
-    target_size,
-)
+from ifp_mlx.selection.masks import Selection
+from ifp_mlx.selection.top_k import select, soft_top_k
+from ifp_mlx.selection.widths import layer_sizes, target_size
 
 
 def random_scores(seed, *shape):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from mil_programs import MARKS, WEIGHTS, mb, save, softmax, string_to_nptype
 
-from convert import mil_storage
-from convert.mlpackage import Package
+from convert.mil import storage
+from convert.mil.mlpackage import Package
 
 pytestmark = MARKS
 rng = np.random.default_rng(0)
@@ -303,7 +303,7 @@ def test_packed_rows_that_share_bytes_are_unpacked_too():
     values = rng.integers(0, 8, (3, 5))  # 15 bits a row
     bits = (values.reshape(-1, 1) >> np.arange(3)) & 1
     data = np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
-    stored = mil_storage.Packed(data, (3, 5), 3, signed=False)
+    stored = storage.Packed(data, (3, 5), 3, signed=False)
     np.testing.assert_array_equal(stored[1:], values[1:])
     np.testing.assert_array_equal(np.asarray(stored), values)
 
@@ -328,7 +328,7 @@ def test_blobs_are_what_coremltools_own_reader_reads(tmp_path):
                 for key, argument in operation.inputs.items()
             }
     theirs = _BlobStorageReader(str(path / WEIGHTS))
-    ours = mil_storage.BlobFile(path / WEIGHTS)
+    ours = storage.BlobFile(path / WEIGHTS)
     np.testing.assert_array_equal(
         np.asarray(ours.read(blobs["data"], "UINT4", (8, 32))).reshape(-1),
         np.asarray(theirs.read_uint4_data(blobs["data"])).astype(np.uint8),
@@ -340,11 +340,9 @@ def test_blobs_are_what_coremltools_own_reader_reads(tmp_path):
 
 
 def test_quantised_rows_do_not_dequantise_the_whole_table():
-    data = mil_storage.Packed(
-        np.zeros(1 << 19, np.uint8), (1 << 14, 64), 4, signed=False
-    )
+    data = storage.Packed(np.zeros(1 << 19, np.uint8), (1 << 14, 64), 4, signed=False)
     scale = np.ones((1 << 14, 2), np.float16)
-    weight = mil_storage.Blockwise(data, scale, np.full_like(scale, 8))
+    weight = storage.Blockwise(data, scale, np.full_like(scale, 8))
     unpacked = []
     unpack = data._unpack
     data._unpack = lambda part, shape: unpacked.append(part.size) or unpack(part, shape)

@@ -9,12 +9,14 @@ from conftest import FAMILIES, relative_error, tiny_config, tiny_model, write_fo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ifp_mlx import Selection, load, selectors
-from ifp_mlx.atomic import new_folder
-from ifp_mlx.masks import select
-from ifp_mlx.model import IFPConfig
-from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.pruning import mask_model, set_masks
+from ifp_mlx import Selection, load
+from ifp_mlx.files.atomic import new_folder
+from ifp_mlx.model import checkpoint
+from ifp_mlx.selection import calibration
+from ifp_mlx.selection.config import IFPConfig
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.selection.top_k import select
+from ifp_mlx.slicing.pruning import mask_model, set_masks
 
 TOKENS = mx.array([[5, 9, 77, 200, 13]])
 SELECTORS = ["activation", "prior", "blend", "random", "predictor", "mask file"]
@@ -25,7 +27,7 @@ def short_calibration():
     # The shipped text is 30,000 byte tokens; real models read it elsewhere.
     chats = [[{"role": "user", "content": text}] for text in ("Hello", "1 + 1 = 2")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selectors, "calibration_chats", lambda: chats)
+        patch.setattr(calibration, "calibration_chats", lambda: chats)
         yield
 
 
@@ -152,12 +154,11 @@ def test_auto_takes_the_prior_when_one_is_kept_and_the_predictor_when_there_is_o
 
 
 def test_a_prior_that_cannot_be_kept_still_works(tiny_folder, monkeypatch):
-    import ifp_mlx.model
 
     def read_only(path):
         raise PermissionError(path)
 
-    monkeypatch.setattr(ifp_mlx.model, "new_file", read_only)
+    monkeypatch.setattr(checkpoint, "new_file", read_only)
     model, _ = load(tiny_folder)
     assert model.select("Hello", selector="prior").sizes == [64, 16, 16]
     assert not (tiny_folder / "prior.safetensors").exists()

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ifp_mlx import plan
-from ifp_mlx.footprint import Footprint, model_bytes
-from ifp_mlx.planning import devices, roofline
+from ifp_mlx.model.footprint import Footprint, model_bytes
+from ifp_mlx.planning import devices, roofline, rows
 from ifp_mlx.planning.devices import Device, Figure, Runtime
 from ifp_mlx.planning.roofline import Job, Work
-from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.selection.predictor import SparsityPredictor
 
 ROUND = Device(  # figures that can be multiplied by heart
     "round",
@@ -119,7 +119,7 @@ COUNTED = counted()
 
 def test_the_command_says_what_fits(tmp_path, capsys):
     folder = write_folder(tmp_path / "m")
-    footprint = plan.open_subject(str(folder)).footprint
+    footprint = rows.open_subject(str(folder)).footprint
     half = footprint.total_bytes([32] * 3, 100)
     status, out, err = run_command(
         plan.main,
@@ -153,7 +153,7 @@ def test_what_does_not_fit_exits_with_status_1(tmp_path, capsys):
 
 def test_a_keep_that_does_not_fit_is_told_the_largest_that_does(tmp_path, capsys):
     folder = write_folder(tmp_path / "m")
-    footprint = plan.open_subject(str(folder)).footprint
+    footprint = rows.open_subject(str(folder)).footprint
     memory = footprint.total_bytes([40] * 3, 4096)
     arguments = ("--model", folder, "--memory-gb", memory / 1e9, "--keep", 0.75)
     status, out, _ = run_command(plan.main, capsys, *arguments)
@@ -170,7 +170,7 @@ def test_a_config_alone_can_be_planned(tmp_path, capsys):
     status, out, _ = run_command(plan.main, capsys, "--model", file, "--json")
     assert status == 0
     found = json.loads(out.splitlines()[-1])
-    whole = plan.open_subject(str(folder)).footprint.dense_bytes
+    whole = rows.open_subject(str(folder)).footprint.dense_bytes
     assert found["bytes"]["core"] + found["bytes"]["channels"] == whole / 2  # float16
 
 
@@ -178,9 +178,9 @@ def test_a_channel_store_is_read_in_part(tmp_path):
     folder = write_folder(tmp_path / "m")
     job = Job(8, 8, 8)
     plain, stored = (
-        plan.open_subject(str(folder), channel_store=store) for store in (False, True)
+        rows.open_subject(str(folder), channel_store=store) for store in (False, True)
     )
-    times = [plan.times(subject, ROUND, [16] * 3, job) for subject in (plain, stored)]
+    times = [rows.times(subject, ROUND, [16] * 3, job) for subject in (plain, stored)]
     assert times[0].load == pytest.approx(plain.footprint.dense_bytes / 1e5)
     assert times[1].load == pytest.approx(plain.footprint.compact_bytes([16] * 3) / 1e5)
 
@@ -190,16 +190,16 @@ def test_a_predictor_is_timed_by_its_own_model(tmp_path):
     config = tiny_config("llama", hidden_size=16)
     backbone = tiny_model("llama", hidden_size=16)
     SparsityPredictor(backbone, 3, 64, 4, config=config).save(folder / "predictor")
-    subject = plan.open_subject(str(folder))
+    subject = rows.open_subject(str(folder))
     weights, layers = subject.predictor
     assert layers == 3
     assert weights == 3 * 16 * (32 + 16 + 16 + 32) + 3 * 64 * 3 * 16
     assert subject.footprint.predictor_bytes > model_bytes(backbone)
-    found = plan.times(subject, ROUND, [16] * 3, Job(8, 8, 100))
+    found = rows.times(subject, ROUND, [16] * 3, Job(8, 8, 100))
     assert found.select == pytest.approx(
         max(2 * weights * 100 / 5e6, subject.footprint.predictor_bytes / 1e6) + 0.03
     )
-    dense = plan.times(subject, ROUND, [64] * 3, Job(8, 8, 100))
+    dense = rows.times(subject, ROUND, [64] * 3, Job(8, 8, 100))
     assert dense.select == 0  # nothing is selected
 
 

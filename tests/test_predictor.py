@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.selection.predictor import SparsityPredictor
 
 L, F, RANK = 4, 48, 8
 
@@ -124,7 +124,7 @@ def test_another_process_loads_bit_identical_scores(tmp_path):
     predictor.save(tmp_path / "predictor")
     code = (
         "import sys, mlx.core as mx\n"
-        "from ifp_mlx.predictor import SparsityPredictor\n"
+        "from ifp_mlx.selection.predictor import SparsityPredictor\n"
         "predictor = SparsityPredictor.load(sys.argv[1])\n"
         "assert predictor.tokenizer is None and not predictor.training\n"
         "tokens = mx.load(sys.argv[2])['tokens']\n"

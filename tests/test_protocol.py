@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifp_mlx.serving.errors import InvalidRequest
-from ifp_mlx.serving.protocol import (
+from ifp_mlx.engine.errors import InvalidRequest
+from ifp_mlx.engine.requests import Choice, Sampling
+from ifp_mlx.openai.protocol import (
     NEUTRAL,
     Asked,
     Defaults,
@@ -16,7 +17,6 @@ from ifp_mlx.serving.protocol import (
     read_json,
     read_request,
 )
-from ifp_mlx.serving.requests import Choice, Sampling
 
 HELLO = [{"role": "user", "content": "Hello"}]
 FIELDS = """model messages prompt stream stream_options max_tokens temperature top_p

@@ -7,8 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from ifp_mlx.masks import Selection, layer_sizes, select
-from ifp_mlx.pruning import (
+from ifp_mlx.selection.masks import Selection
+from ifp_mlx.selection.top_k import select
+from ifp_mlx.selection.widths import layer_sizes
+from ifp_mlx.slicing.pruning import (
     MaskedFFN,
     cuts_groups,
     dense_shape,

@@ -11,9 +11,9 @@ import pytest
 from conftest import relative_error
 
 from ifp_mlx import Selection, generate, load, stream_generate
-from ifp_mlx.compact import Quantisation, write_compact
-from ifp_mlx.data import as_messages, tokenize
-from ifp_mlx.pruning import mask_model, set_masks
+from ifp_mlx.model.export import Quantisation, write_compact
+from ifp_mlx.selection.prompts import as_messages, tokenize
+from ifp_mlx.slicing.pruning import mask_model, set_masks
 
 pytestmark = pytest.mark.real
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -12,10 +12,11 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import Selection, load
 from ifp_mlx import train as train_module
-from ifp_mlx.compact import MASK_FILE
-from ifp_mlx.data import Record, collate
-from ifp_mlx.evaluate import read_rows
+from ifp_mlx.evaluation.rows import read_rows
 from ifp_mlx.evaluation.teacher import log_probabilities, metrics
+from ifp_mlx.model.export import MASK_FILE
+from ifp_mlx.training import run as training_run
+from ifp_mlx.training.batches import Record, collate
 from ifp_mlx.training.parent_cache import PART, Form, compress, fill_cache, weights_of
 from ifp_mlx.training.step import divergence
 
@@ -223,7 +224,7 @@ def test_only_ffns_and_norms_change_by_default(work, capsys):
 
 def test_a_recovery_that_is_stopped_goes_on_to_the_same_end(work, capsys, monkeypatch):
     assert recover(work, capsys, "--save-every", 2, output="whole", steps=4)[0] == 0
-    real, calls = train_module.Step.__call__, []
+    real, calls = training_run.Step.__call__, []
 
     def stop(self, *arguments):
         calls.append(1)
@@ -231,7 +232,7 @@ def test_a_recovery_that_is_stopped_goes_on_to_the_same_end(work, capsys, monkey
             raise KeyboardInterrupt
         return real(self, *arguments)
 
-    monkeypatch.setattr(train_module.Step, "__call__", stop)
+    monkeypatch.setattr(training_run.Step, "__call__", stop)
     assert recover(work, capsys, "--save-every", 2, output="cut", steps=4)[0] == 130
     model, _ = load(work / "tiny")
     other = model.select("Anything else", keep=0.5, allocation="uniform")

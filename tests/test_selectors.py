@@ -4,15 +4,11 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, tiny_model
 
-from ifp_mlx import selectors
-from ifp_mlx.pruning import ffn_layers
-from ifp_mlx.selectors import (
-    activation_scores,
-    blend_scores,
-    calibration_chats,
-    prior_scores,
-    random_scores,
-)
+from ifp_mlx.selection.calibration import calibration_chats
+from ifp_mlx.selection.scores import blend_scores, random_scores
+from ifp_mlx.slicing import reading
+from ifp_mlx.slicing.pruning import ffn_layers
+from ifp_mlx.slicing.reading import activation_scores, prior_scores
 
 TOKENS = [5, 9, 77, 200, 13, 40, 41]
 
@@ -60,7 +56,7 @@ def test_the_model_is_restored_when_a_run_breaks(monkeypatch):
 def test_long_texts_are_read_in_steps_with_the_same_result(family, monkeypatch):
     model, tokens = tiny_model(family), list(range(40))
     whole = np.array(activation_scores(model, tokens))
-    monkeypatch.setattr(selectors, "PREFILL_STEP", 7)
+    monkeypatch.setattr(reading, "PREFILL_STEP", 7)
     np.testing.assert_allclose(
         np.array(activation_scores(model, tokens)), whole, rtol=1e-4
     )

@@ -8,18 +8,23 @@ from conftest import FAMILIES, run_command, tiny_model, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifp_mlx import load, sensitivity
-from ifp_mlx.masks import MEASURED_SHARES, layer_sizes, select
-from ifp_mlx.pruning import mask_model, set_masks
-from ifp_mlx.selectors import prior_scores
-from ifp_mlx.sensitivity import calibration_texts, main, measure_sensitivity
+from ifp_mlx import load
+from ifp_mlx.evaluation import sensitivity
+from ifp_mlx.evaluation.sensitivity import measure_sensitivity
+from ifp_mlx.model import calibration
+from ifp_mlx.model.calibration import calibration_texts
+from ifp_mlx.selection.top_k import select
+from ifp_mlx.selection.widths import MEASURED_SHARES, layer_sizes
+from ifp_mlx.sensitivity import main
+from ifp_mlx.slicing.pruning import mask_model, set_masks
+from ifp_mlx.slicing.reading import prior_scores
 
 SHARES = np.array(MEASURED_SHARES)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(sensitivity, "TEXTS", 2)
+    monkeypatch.setattr(calibration, "TEXTS", 2)
     monkeypatch.setattr(sensitivity, "TOKENS", 40)
 
 
@@ -176,7 +181,7 @@ def test_the_command_measures_again_on_a_users_own_files(
     texts = sensitivity.data_texts(model, files)
     assert (
         len(texts) == sensitivity.DATA_TEXTS
-        and max(map(len, texts)) <= sensitivity.TOKENS
+        and max(map(len, texts)) <= calibration.TOKENS
     )
     again = measure_sensitivity(load(write_folder(tmp_path / "other"))[0], texts)
     np.testing.assert_allclose(json.loads(own.splitlines()[-1])["kl"], again, rtol=1e-4)

@@ -13,9 +13,9 @@ from conftest import run_command, write_folder
 
 from ifp_mlx import load
 from ifp_mlx.engine import Engine
+from ifp_mlx.openai.api import Policy, make_app
+from ifp_mlx.openai.protocol import Defaults
 from ifp_mlx.server import main
-from ifp_mlx.serving.api import Policy, make_app
-from ifp_mlx.serving.protocol import Defaults
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")

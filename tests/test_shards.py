@@ -5,8 +5,8 @@ import json
 import mlx.core as mx
 import pytest
 
-from convert import shards
-from ifp_mlx.store import index_files
+from convert.gguf import shards
+from ifp_mlx.storage.folder import index_files
 
 
 def tensors(count):

@@ -8,7 +8,7 @@ import pytest
 from conftest import FAMILIES, tiny_model, write_folder
 from huggingface_hub import constants, errors
 
-from ifp_mlx.store import check_folder, dense_model, index_files, resolve
+from ifp_mlx.storage.folder import check_folder, dense_model, index_files, resolve
 
 
 def change_config(folder, **changes):

@@ -8,9 +8,13 @@ from conftest import FAMILIES, write_folder
 from mlx.utils import tree_flatten
 from test_compact import write_quantised
 
-from ifp_mlx import load, masks, selectors, sweep
-from ifp_mlx.pruning import ffn_layers, slice_ffn, slice_model
-from ifp_mlx.store import Folder
+from ifp_mlx import load
+from ifp_mlx.model import sweep
+from ifp_mlx.selection import top_k
+from ifp_mlx.selection.scores import blend_scores
+from ifp_mlx.slicing import reading
+from ifp_mlx.slicing.pruning import ffn_layers, slice_ffn, slice_model
+from ifp_mlx.storage.folder import Folder
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
@@ -46,10 +50,10 @@ class Built:
 def test_a_sweep_equals_everything_in_memory_in_every_family(family):
     source, tokens = Built(family), families.TOKENS
     dense = source.open()
-    scores = selectors.activation_scores(dense, tokens)
+    scores = reading.activation_scores(dense, tokens)
     assert mx.array_equal(sweep.activation_scores(source, tokens), scores)
     sizes = [24 + 4 * (layer % 3) for layer in range(len(scores))]
-    selection = masks.select(scores, sizes)
+    selection = top_k.select(scores, sizes)
 
     def choose(layer, row):
         assert mx.array_equal(row, scores[layer])
@@ -67,9 +71,9 @@ def in_memory(model, instruction, **options):
     """Select and slice the long way: the whole dense model in memory."""
     selector = options["selector"]
     tokens = model.instruction_tokens(instruction)
-    scores = selectors.activation_scores(model.dense(), tokens)
+    scores = reading.activation_scores(model.dense(), tokens)
     if selector == "blend":
-        scores = selectors.blend_scores(scores, model.prior)
+        scores = blend_scores(scores, model.prior)
     selection = model.select(instruction, **options, scores=scores)
     dense = model.dense()
     slice_model(dense, selection)
@@ -125,11 +129,11 @@ def test_a_quantised_folder_is_swept_too(mode, granularity, tmp_path):
 def test_a_text_of_several_steps_is_read_in_as_many_passes(
     family, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(selectors, "PREFILL_STEP", 20)
-    monkeypatch.setattr(selectors, "FFN_STEP", 8)
+    monkeypatch.setattr(reading, "PREFILL_STEP", 20)
+    monkeypatch.setattr(reading, "FFN_STEP", 8)
     model, _ = load(write_folder(tmp_path / "model", family))
     text = "A text that is longer than the sliding window, and than a step."
-    assert len(selectors.steps_of(model.instruction_tokens(text))) > 3
+    assert len(reading.steps_of(model.instruction_tokens(text))) > 3
     options = {"keep": 0.5, "selector": "activation"}
     selection, compact, _ = model.sweep(text, **options)
     expected, dense = in_memory(model, text, **options)
@@ -141,8 +145,8 @@ def test_steps_change_the_scores_by_no_more_than_rounding(tmp_path, monkeypatch)
     model, _ = load(write_folder(tmp_path / "model", "gemma3_text"))
     tokens = model.instruction_tokens("A text that is longer than the sliding window.")
     whole = sweep.activation_scores(model.source, tokens)
-    monkeypatch.setattr(selectors, "PREFILL_STEP", 20)
-    monkeypatch.setattr(selectors, "FFN_STEP", 8)
+    monkeypatch.setattr(reading, "PREFILL_STEP", 20)
+    monkeypatch.setattr(reading, "FFN_STEP", 8)
     steps = sweep.activation_scores(model.source, tokens)
     assert not mx.array_equal(steps, whole)  # or it was not tried
     assert mx.allclose(steps, whole, rtol=1e-4)

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from conftest import run_command, write_folder
 
-from ifp_mlx import Selection, compact, generate, load, tasks
-from ifp_mlx.compensation import read_channels
-from ifp_mlx.evaluate import Evaluator, Row, read_rows
+from ifp_mlx import Selection, compact, generate, load
+from ifp_mlx.evaluation import tasks
+from ifp_mlx.evaluation.rows import Row, read_rows
+from ifp_mlx.evaluation.tasks import Task
+from ifp_mlx.evaluation.teacher import Evaluator
 from ifp_mlx.generate import main as generate_main
-from ifp_mlx.model import IFPModel
-from ifp_mlx.tasks import Task, main
+from ifp_mlx.model import export
+from ifp_mlx.model.checkpoint import IFPModel
+from ifp_mlx.slicing.compensation import read_channels
+from ifp_mlx.tasks import main
 
 ROWS = [
     {"prompt": f"Say {word} in French.", "completion": f"It is {word}!"}
@@ -223,7 +227,7 @@ def test_other_commands_take_a_task_by_its_name(opened, tmp_path, capsys):
     assert report["selector"] == "task"
     out_folder = tmp_path / "compact"
     assert run_command(compact.main, capsys, *given, "--mlx-path", out_folder)[0] == 0
-    saved = Selection.load(out_folder / compact.MASK_FILE)
+    saved = Selection.load(out_folder / export.MASK_FILE)
     assert saved.mask_id == task.selection.mask_id
     status, _, err = run_command(
         generate_main, capsys, *given, "-p", "Hello", "--keep", "0.5"
@@ -243,7 +247,7 @@ def test_a_compact_folder_of_a_task_is_compensated_by_its_examples(
         command = [*given, *options, "--mlx-path", tmp_path / name]
         status, _, err = run_command(compact.main, capsys, *command)
         assert status == 0
-        saved = Selection.load(tmp_path / name / compact.MASK_FILE)
+        saved = Selection.load(tmp_path / name / export.MASK_FILE)
         assert saved.text is None and saved.mask_id == task.selection.mask_id
         return err, mlx_lm.load(str(tmp_path / name))[0](mx.array([[5, 9, 77, 200]]))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import run_command, tiny_model, write_folder
 
-from convert.coreai_graph import Decoder
+from convert.coreai.graph import Decoder
 from convert.to_coreai import compare
 from convert.to_coreml import main
 from ifp_mlx import load

@@ -18,12 +18,12 @@ pytest.importorskip("coremltools")
 import coremltools as ct
 
 from convert import to_coreml
-from convert.coreml_graph import GEMMA_STREAM, Interface, build_program, rope_tables
-from convert.coreml_package import SPEC, save_program
+from convert.coreml.graph import GEMMA_STREAM, Interface, build_program, rope_tables
+from convert.coreml.package import SPEC, save_program
 from convert.coreml_verify import Package, verify
 from convert.to_coreml import Options, export, main, parse_functions
 from ifp_mlx import load
-from ifp_mlx.compact import Quantisation, write_compact
+from ifp_mlx.model.export import Quantisation, write_compact
 
 pytestmark = pytest.mark.coreml
 

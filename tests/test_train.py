@@ -9,11 +9,11 @@ from conftest import relative_error, run_command, tiny_model, write_folder
 from mlx.utils import tree_flatten
 
 from ifp_mlx import train as train_module
-from ifp_mlx.data import Batch
-from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.train import train
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import PredictorMasker, checkpoint_layers
 from ifp_mlx.training.recipe import TrainConfig
+from ifp_mlx.training.run import train
 from ifp_mlx.training.step import Pair, Step
 from ifp_mlx.training.watch import CollapsedError, Watcher
 

@@ -11,6 +11,7 @@ from conftest import run_command, write_folder
 from mlx.utils import tree_flatten
 
 from ifp_mlx import load, train
+from ifp_mlx.training.recipe import TrainConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta"]
 ROWS = [
@@ -110,7 +111,7 @@ def test_shared_channels_are_in_every_selection(model, tmp_path, capsys):
 
 
 def test_annealing_begins_dense_and_warm_and_ends_at_the_budget():
-    config = train.TrainConfig(
+    config = TrainConfig(
         keep=0.25, anneal_keep=8, anneal_temperature=8, temperature=0.1
     )
     first, last = config.budget(64, 0), config.budget(64, 8)

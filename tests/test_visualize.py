@@ -13,8 +13,9 @@ from conftest import run_command, write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ifp_mlx import Selection, load, tasks
-from ifp_mlx.evaluate import Row, read_rows
+from ifp_mlx import Selection, load
+from ifp_mlx.evaluation import tasks
+from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.pictures.page import page
 from ifp_mlx.pictures.svg import Axis, shade
 from ifp_mlx.pictures.tally import Tally

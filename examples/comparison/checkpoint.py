@@ -11,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ifp_mlx import load
-from ifp_mlx.atomic import new_folder
-from ifp_mlx.data import tokenize
-from ifp_mlx.model import PREDICTOR_FOLDER, IFPConfig
-from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.files.atomic import new_folder
+from ifp_mlx.model.checkpoint import PREDICTOR_FOLDER, IFPConfig
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.selection.prompts import tokenize
 from ifp_mlx.training.maskers import Budget, PredictorMasker
 
 from .corpus import write_tokenizer

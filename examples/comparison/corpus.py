@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ifp_mlx.data import Batch
+from ifp_mlx.training.batches import Batch
 
 from .tasks import Example, Task, all_tasks, examples
 

@@ -3,8 +3,8 @@
 import mlx.nn as nn
 import numpy as np
 
-from ifp_mlx.data import Batch
 from ifp_mlx.training import warm_start
+from ifp_mlx.training.batches import Batch
 
 from .corpus import VOCABULARY
 from .lab import Lab

@@ -11,11 +11,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ifp_mlx.data import Batch
-from ifp_mlx.pruning import ffn_layers
-from ifp_mlx.train import train
+from ifp_mlx.slicing.pruning import ffn_layers
+from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import Budget, FixedMask, Masker
 from ifp_mlx.training.recipe import TrainConfig
+from ifp_mlx.training.run import train
 from ifp_mlx.training.step import Pair, target_losses
 
 from .corpus import VOCABULARY, Corpus, describe

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ifp_mlx.atomic import new_file
+from ifp_mlx.files.atomic import new_file
 from ifp_mlx.pictures.plates import draw_matrices
 
 from .run import RESULTS, SCALES, folder_of

@@ -9,10 +9,10 @@ import numpy as np
 from mlx.optimizers import AdamW, clip_grad_norm
 from tqdm import tqdm
 
-from ifp_mlx.data import Batch
-from ifp_mlx.masks import select
-from ifp_mlx.pruning import slice_model
+from ifp_mlx.selection.top_k import select
+from ifp_mlx.slicing.pruning import slice_model
 from ifp_mlx.training import warm_start
+from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import (
     Budget,
     FixedMask,
@@ -216,7 +216,7 @@ class ActivationMasker(Masker):
 
     def scores(self, batch: Batch) -> mx.array:
         """Return the log of each channel's use, ``[B, L, F]``."""
-        from ifp_mlx.pruning import set_masks
+        from ifp_mlx.slicing.pruning import set_masks
         from ifp_mlx.training.maskers import masked_layers
 
         layers = masked_layers(self._model[0])

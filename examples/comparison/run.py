@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ifp_mlx.atomic import new_file
+from ifp_mlx.files.atomic import new_file
 
 from .lab import Clock, Lab, Scale, measure, report
 from .rows import CONTROLS, ROWS

@@ -10,9 +10,9 @@ import numpy as np
 from mlx.optimizers import AdamW, clip_grad_norm
 from mlx.utils import tree_flatten
 
-from ifp_mlx.data import Batch
-from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.training import warm_start
+from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.step import schedule
 
 from .lab import Lab

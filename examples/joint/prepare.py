@@ -28,10 +28,10 @@ from examples.joint.data import (
     save,
     write_jsonl,
 )
-from ifp_mlx.atomic import new_file, new_folder
-from ifp_mlx.data import Batch
-from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.files.atomic import new_file, new_folder
+from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.training import warm_start
+from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.recipe import TrainConfig
 from ifp_mlx.training.trainee import make_predictor, open_trainee
 

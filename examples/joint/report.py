@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ifp_mlx.atomic import new_file
+from ifp_mlx.evaluation.plotting import pyplot
 from ifp_mlx.evaluation.statistics import bootstrap, macro_mean
-from ifp_mlx.plotting import pyplot
-from ifp_mlx.tables import markdown
+from ifp_mlx.evaluation.tables import markdown
+from ifp_mlx.files.atomic import new_file
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, PICTURE = HERE / "results", HERE / "README.md", "curves.svg"

@@ -49,7 +49,7 @@ class Settings:
 
 
 def soft_top_k(scores: Tensor, k: int, temperature: float) -> Tensor:
-    """Relax top-k to λ in [0, 1] whose sum is ``k``; see ``ifp_mlx.masks.soft_top_k``.
+    """Relax top-k to λ in [0, 1] whose sum is ``k``; see ``ifp_mlx.selection.top_k.soft_top_k``.
 
     Args:
         scores: ``[..., F]``.
@@ -94,7 +94,7 @@ class FixedMasks(nn.Module):
 
 
 class Predictor(nn.Module):
-    """``ifp_mlx.predictor.SparsityPredictor`` with mean pooling, as a source of masks.
+    """``ifp_mlx.selection.predictor.SparsityPredictor`` with mean pooling, as a source of masks.
 
     Args:
         backbone: ``LlamaModel`` or one built alike.

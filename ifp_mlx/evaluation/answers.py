@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..data import as_messages, tokenize
-from ..model import IFPModel
+from ..model.checkpoint import IFPModel
+from ..selection.prompts import as_messages, tokenize
 from . import shares
 from .checks import KINDS, PROGRAM, Check, chance, judge
 from .log import Line, Log

@@ -21,12 +21,12 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 
-from .. import selectors
-from ..compensation import TEXT_TOKENS
-from ..data import tokenize
-from ..masks import Selection
-from ..model import IFPModel
-from ..pruning import mask_model, set_masks
+from ..model.checkpoint import IFPModel
+from ..selection.masks import Selection
+from ..selection.prompts import tokenize
+from ..slicing import reading
+from ..slicing.compensation import TEXT_TOKENS
+from ..slicing.pruning import mask_model, set_masks
 from .log import Log
 from .shares import DENSE
 from .shares import compare as compare_values
@@ -151,7 +151,7 @@ class SelectingLM(MLXLM):
     def _mask_of_task(self, task: Any) -> Selection:
         self._run(None)
         texts = task_texts(task, self.tokenizer, chat=self.use_chat_template)
-        scores = selectors.prior_scores(self._dense, texts)
+        scores = reading.prior_scores(self._dense, texts)
         # The scores are known; "activation" keeps the gates binary.
         return self._selection([0], "activation", scores, sum(texts, [])[:TEXT_TOKENS])
 

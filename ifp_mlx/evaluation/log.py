@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..atomic import new_file
+from ..files.atomic import new_file
 
 Line = dict[str, Any]
 SETTINGS, ROWS = "settings.json", "rows.jsonl"

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import new_file
-from ..plotting import pyplot
+from ..files.atomic import new_file
+from .measurement import Arm
+from .plotting import pyplot
 from .report import MEGA
 from .statistics import macro_mean
-from .sweep import Arm
 
 INK = "#3d4852"
 WHOLE = "#8795a1"

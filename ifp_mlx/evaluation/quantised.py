@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..model import IFPModel
-from ..pruning import PROJECTIONS, ffn_layers, slice_ffn
+from ..model.checkpoint import IFPModel
+from ..slicing.pruning import PROJECTIONS, ffn_layers, slice_ffn
 from .rivals import group_of
 
 

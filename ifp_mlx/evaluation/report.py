@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .measurement import Arm
 from .statistics import bootstrap, macro_mean
-from .sweep import Arm
 from .teacher import Prefill
 
 MEGA = 1e6

@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .. import store
-from ..masks import Selection
-from ..model import IFPModel
-from ..pruning import ffn_layers
+from ..model.checkpoint import IFPModel
+from ..selection.masks import Selection
+from ..slicing.pruning import ffn_layers
+from ..storage.folder import check_folder, resolve
 from .rows import Row, retokenize, same_tokens
 from .teacher import log_probabilities, metrics
 
@@ -146,8 +146,8 @@ def smaller(path: str, model: IFPModel) -> Rival:
     """
     from mlx_lm.utils import load_model, load_tokenizer
 
-    folder: Path = store.resolve(path)
-    config = store.check_folder(folder)
+    folder: Path = resolve(path)
+    config = check_folder(folder)
     other = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     small, _ = load_model(folder)
     same = same_tokens(model.tokenizer, other)

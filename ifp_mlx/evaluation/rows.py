@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import Message, tokenize
+from ..selection.prompts import Message, tokenize
 
 Example = dict[str, Any]
 

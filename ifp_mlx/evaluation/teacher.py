@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import selectors
-from ..masks import Allocation, Selection
-from ..model import IFPModel
-from ..pruning import MaskedFFN, mask_model, set_masks
+from ..model.checkpoint import IFPModel
+from ..selection import scores
+from ..selection.masks import Selection
+from ..selection.widths import Allocation
+from ..slicing.pruning import MaskedFFN, mask_model, set_masks
 from .rows import Row
 
 METRICS = ("nll", "kl", "agreement")
@@ -164,7 +165,7 @@ class Evaluator:
         if name == "blend" and prior is not None:
             if "activation" not in known:
                 known["activation"] = self._scores(row, "activation", known, seed)
-            return selectors.blend_scores(known["activation"], prior)
+            return scores.blend_scores(known["activation"], prior)
         return self.model.scores(row.prompt, name, seed=seed, dense=self._dense)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import new_file
-from ..plotting import pyplot
+from ..evaluation.plotting import pyplot
+from ..files.atomic import new_file
 from .measured import Point
 from .tally import Tally
 

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..masks import Selection
-from ..tasks import overlap
+from ..evaluation.tasks import overlap
+from ..selection.masks import Selection
 
 
 @dataclass(frozen=True)

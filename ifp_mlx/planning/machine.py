@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..atomic import new_file
-from ..caches import cache_place
+from ..files.atomic import new_file
+from ..files.caches import cache_place
 from .devices import Device, Figure, Runtime
 
 TURNS = 5

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..footprint import Footprint, Sizes
-from ..pruning import PROJECTIONS, ffn_layers
+from ..model.footprint import Footprint, Sizes
+from ..slicing.pruning import PROJECTIONS, ffn_layers
 from .devices import Device
 
 

@@ -9,7 +9,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from ..atomic import new_folder
+from ..files.atomic import new_folder
 
 TENSORS, ABOUT = "state.safetensors", "state.json"
 KEPT = 2

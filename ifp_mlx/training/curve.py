@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..atomic import new_file
-from ..plotting import pyplot
+from ..evaluation.plotting import pyplot
+from ..files.atomic import new_file
 
 
 def draw_curve(lines: Sequence[dict[str, float]], path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..atomic import new_file
+from ..files.atomic import new_file
 from .validation import Report
 
 LOG = "log.jsonl"

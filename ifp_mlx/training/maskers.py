@@ -6,10 +6,10 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..data import Batch
-from ..masks import soft_top_k
-from ..predictor import SparsityPredictor
-from ..pruning import MaskedFFN, mask_model
+from ..selection.predictor import SparsityPredictor
+from ..selection.top_k import soft_top_k
+from ..slicing.pruning import MaskedFFN, mask_model
+from .batches import Batch
 
 Form = Literal["relaxed", "soft", "binary", "straight-through"]
 

@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..atomic import new_file
-from ..data import Batch, Record
+from ..files.atomic import new_file
+from .batches import Batch, Record
 
 INDEX = "index.json"
 PART = 32  # records of a file: what a killed run has to compute again at most

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..masks import check_multiple, target_size
+from ..selection.widths import check_multiple, target_size
 from .maskers import Budget
 from .records import Stage
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
-from ..data import Message, Record, instruction_of, tokenize
+from ..selection.prompts import Message, instruction_of, tokenize
+from .batches import Record
 
 Stage = Literal["pretrain", "sft", "recover"]
 

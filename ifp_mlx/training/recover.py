@@ -17,12 +17,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from tqdm import tqdm
 
-from ..compact import MASK_FILE, check_can_write, write_plain
-from ..data import Batches, Record
 from ..evaluation.rows import Row
 from ..evaluation.teacher import METRICS, log_probabilities, metrics
-from ..masks import Selection
-from ..model import IFPModel, load
+from ..model.checkpoint import IFPModel, load
+from ..model.export import MASK_FILE, check_can_write, write_plain
+from ..selection.masks import Selection
+from .batches import Batches, Record
 from .maskers import FixedMask
 from .parent_cache import Form, ParentCache, fill_cache
 from .recipe import TrainConfig, same_run

@@ -14,8 +14,8 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from ..data import Batch
-from ..pruning import MaskedFFN, set_masks
+from ..slicing.pruning import MaskedFFN, set_masks
+from .batches import Batch
 from .maskers import Budget, Form, Masker, masked_layers
 
 # What the dense model says at every token: logits [B, T - 1, V], or ids, weights and

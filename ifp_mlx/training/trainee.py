@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .. import store
-from ..atomic import new_folder
-from ..companions import copy_companions
-from ..model import PREDICTOR_FOLDER, IFPConfig
-from ..predictor import SparsityPredictor
-from ..pruning import MaskedFFN, dense_shape
+from ..files.atomic import new_folder
+from ..files.companions import copy_companions
+from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
+from ..selection.predictor import SparsityPredictor
+from ..slicing.pruning import MaskedFFN, dense_shape
+from ..storage.folder import check_folder, dense_model, resolve
 from .maskers import masked_layers
 from .recipe import TrainConfig
 from .step import Parent
@@ -47,14 +47,14 @@ def open_trainee(config: TrainConfig) -> Trainee:
     """
     from mlx_lm.utils import load_tokenizer
 
-    path = store.resolve(config.model)
+    path = resolve(config.model)
     if config.from_scratch:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
         about.pop("quantization", None)
         model = _new_model(about)
     else:
-        about = store.check_folder(path)
-        model = store.dense_model(path)
+        about = check_folder(path)
+        model = dense_model(path)
     dense_shape(model)  # or it says why not
     if config.dtype != "stored":
         model.set_dtype(getattr(mx, config.dtype))
@@ -69,7 +69,7 @@ def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
         return None
     if config.from_scratch:
         raise ValueError("kl_weight needs a trained parent, not from_scratch.")
-    parent = store.dense_model(trainee.path)
+    parent = dense_model(trainee.path)
     return lambda batch: parent(batch.tokens[:, :-1])
 
 
@@ -167,9 +167,9 @@ def _pretrained_backbone(
     """Return a stock language model, its config, and its tokenizer if another one."""
     from mlx_lm.utils import load_tokenizer
 
-    path = store.resolve(name)
-    about = store.check_folder(path)
-    backbone = store.dense_model(path)
+    path = resolve(name)
+    about = check_folder(path)
+    backbone = dense_model(path)
     tokenizer = load_tokenizer(path, eos_token_ids=about.get("eos_token_id"))
     same = tokenizer.get_vocab() == trainee.tokenizer.get_vocab()
     return backbone, about, None if same else tokenizer

@@ -7,8 +7,8 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..data import Batch
-from ..model import load
+from ..model.checkpoint import load
+from .batches import Batch
 from .maskers import Budget, FixedMask, Form, Masker
 from .step import Pair, target_losses
 from .watch import mask_overlap

@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..data import Batch
-from ..predictor import SparsityPredictor
-from ..pruning import TappedFFN, ffn_layers
+from ..selection.predictor import SparsityPredictor
+from ..slicing.pruning import TappedFFN, ffn_layers
+from .batches import Batch
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 ALWAYS = 1000.0  # a score no other comes near: those have a spread of 1

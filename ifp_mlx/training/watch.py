@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..data import Batch
+from .batches import Batch
 from .maskers import Budget, Masker
 
 

@@ -1,0 +1,1 @@
+"""Runs a saved Core ML package in numpy."""

@@ -1,0 +1,41 @@
+"""A model for apps: one thread owns MLX, callers on any thread get plain events."""
+
+from .chat import Chat
+from .engine import Engine
+from .errors import (
+    Busy,
+    Cancelled,
+    ContextTooLong,
+    EngineClosed,
+    IFPError,
+    IncompatibleModel,
+    InvalidRequest,
+    ModelNotFound,
+    OutOfMemory,
+    UnknownTask,
+)
+from .events import CancelToken, Done, Event, Progress, Task, Token
+from .requests import Choice, Sampling
+
+__all__ = [
+    "Busy",
+    "CancelToken",
+    "Cancelled",
+    "Chat",
+    "Choice",
+    "ContextTooLong",
+    "Done",
+    "Engine",
+    "EngineClosed",
+    "Event",
+    "IFPError",
+    "IncompatibleModel",
+    "InvalidRequest",
+    "ModelNotFound",
+    "OutOfMemory",
+    "Progress",
+    "Sampling",
+    "Task",
+    "Token",
+    "UnknownTask",
+]

@@ -1,0 +1,84 @@
+"""A conversation on an engine, and which mask each of its turns is answered with."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..selection.prompts import Message
+from .errors import InvalidRequest
+from .events import Event, Token
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class Chat:
+    """A conversation whose first instruction's mask stays (the paper's rule).
+
+    Args:
+        engine: where it is held.
+        system: the system message.
+        reselect: ``"turn"`` selects again with every user message; the conversation
+            is then prefilled again wherever the mask changes.
+        options: defaults of every turn, as of :meth:`Engine.stream`.
+
+    Source: Hou et al. 2025 (arXiv:2501.02086) sec. 3.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        system: str | None,
+        reselect: str | None,
+        options: dict[str, Any],
+    ) -> None:
+        if reselect not in (None, "turn"):
+            raise InvalidRequest(f"reselect={reselect!r} is unknown; use 'turn'.")
+        if reselect and options.keys() & {"task", "mask_file", "instruction"}:
+            raise InvalidRequest("reselect='turn' goes with no fixed task or mask.")
+        self._engine, self._options, self._reselect = engine, options, reselect
+        self.messages: list[Message] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+
+    def stream(self, text: str, **options: Any) -> Iterator[Event]:
+        """Say ``text`` and stream the answer; it joins ``messages`` as far as it came."""
+        events = self._engine.stream(self._turn(text), **self._choose(text, options))
+        answer = ""
+        try:
+            for event in events:
+                answer += event.text if isinstance(event, Token) else ""
+                yield event
+        finally:
+            self._said(text, answer)
+
+    async def astream(self, text: str, **options: Any) -> AsyncIterator[Event]:
+        """As :meth:`stream`, for ``async for``."""
+        events = self._engine.astream(self._turn(text), **self._choose(text, options))
+        answer = ""
+        try:
+            async for event in events:
+                answer += event.text if isinstance(event, Token) else ""
+                yield event
+        finally:
+            self._said(text, answer)
+
+    def generate(self, text: str, **options: Any) -> str:
+        """Say ``text`` and return the whole answer."""
+        return text_of(self.stream(text, **options))
+
+    def _turn(self, text: str) -> list[Message]:
+        return [*self.messages, {"role": "user", "content": text}]
+
+    def _choose(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
+        own = {"instruction": text} if self._reselect else {}
+        return self._options | own | options
+
+    def _said(self, text: str, answer: str) -> None:
+        if answer:  # a turn that failed or was cancelled at once is forgotten
+            answered = {"role": "assistant", "content": answer}
+            self.messages = [*self._turn(text), answered]
+
+
+def text_of(events: Iterator[Event]) -> str:
+    """Return the text of a stream."""
+    return "".join(event.text for event in events if isinstance(event, Token))

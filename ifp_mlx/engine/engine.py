@@ -1,0 +1,351 @@
+"""A model for apps: one thread owns MLX, callers on any thread get plain events."""
+
+import asyncio
+import os
+import queue
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import fields
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from ..selection.prompts import Prompt
+from .chat import Chat, text_of
+from .errors import (
+    EngineClosed,
+    InvalidRequest,
+)
+from .events import CancelToken, Done, Event, Progress, Task, Token
+from .host import Host, Settings, typed_errors
+from .lanes import Request
+from .requests import Choice, Sampling
+from .worker import Worker
+
+OnProgress = Callable[[Progress], None]
+
+
+class Engine:
+    """A large model on disk, served from one worker thread; make one with `open`.
+
+    Every method may be called from any thread, and the async ones from any event
+    loop. What they hand out is plain Python data. Their errors are this module's
+    `IFPError` and the kinds of it.
+
+    Requests with one mask decode in one batch; several masks take turns, step by
+    step. KV caches are kept for the next turn of a conversation, each for the mask
+    that made it and no other.
+
+    Attributes:
+        name: the hub id it was opened by, else the folder's name.
+        layers: ``L``.
+        channels: ``F``, the dense width of a layer.
+        context_length: tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, worker: Worker, about: dict[str, Any]) -> None:
+        self._worker = worker
+        self._close = weakref.finalize(self, worker.stop)
+        self.name: str = about["name"]
+        self.layers: int = about["layers"]
+        self.channels: int = about["channels"]
+        self.context_length: int = about["context_length"]
+        self._max_queue: int = about["max_queue"]
+
+    @staticmethod
+    def open(
+        path: str | os.PathLike[str],
+        *,
+        memory_limit: int | None = None,
+        cache_bytes: int | None = None,
+        prompt_cache_bytes: int = 256 << 20,
+        context_length: int | None = None,
+        max_queue: int = 64,
+        batch: int = 16,
+        prefill_step: int = 256,
+        progress: OnProgress = lambda event: None,
+    ) -> "Engine":
+        """Open a model folder or hub id; weights stay on disk until a task needs them.
+
+        Args:
+            path: as for :func:`ifp_mlx.load`.
+            memory_limit: bytes; a request that would exceed it is refused before it
+                starts, and MLX's own limit (of the process) is set to it while the
+                engine is open. Default: none.
+            cache_bytes: of compact models kept in memory, the least recently used
+                let go first. Default: the memory limit, else half of the machine's
+                memory.
+            prompt_cache_bytes: of KV caches kept for the next turn; 0 keeps none.
+            context_length: tokens; default: the model's own.
+            max_queue: requests that may wait before others are refused as `Busy`.
+            batch: requests of one mask that decode together at most.
+            prefill_step: prompt tokens between two chances to cancel.
+            progress: called with ``download`` and ``load``, on the worker thread.
+
+        Raises:
+            ModelNotFound: if there is no such folder or hub id.
+            IncompatibleModel: if its content is damaged or of an unsupported type.
+        """
+        settings = Settings(
+            path=str(path),
+            memory_limit=memory_limit,
+            cache_bytes=cache_bytes,
+            prompt_cache_bytes=prompt_cache_bytes,
+            context_length=context_length,
+            batch=batch,
+            prefill_step=prefill_step,
+        )
+        worker = Worker(partial(Host, settings, progress))
+        try:
+            worker.ready.result()
+            about = worker.submit(_about).result()
+        except BaseException:
+            worker.stop()
+            raise
+        return Engine(worker, about | {"max_queue": max_queue})
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the worker still serves."""
+        return self._worker.alive
+
+    def close(self) -> None:
+        """End the worker and give its memory back; twice is fine.
+
+        What is still running ends with `EngineClosed`.
+        """
+        self._close()
+
+    def prepare(
+        self,
+        instruction: Prompt | None = None,
+        *,
+        name: str | None = None,
+        load: bool = True,
+        progress: OnProgress = lambda event: None,
+        stop: CancelToken | None = None,
+        **options: Any,
+    ) -> Task:
+        """Select and load the channels of a task, and keep them under a name.
+
+        Args:
+            instruction: what selects; or give ``mask_file``.
+            name: of the task; default: its mask's id. An existing one is replaced.
+            load: ``False`` leaves the loading to the first request.
+            progress: called with ``select`` and ``channels``, on the worker thread.
+            stop: cancels at the next layer or calibration text.
+            options: the fields of :class:`Choice`.
+
+        Raises:
+            InvalidRequest: on a choice that cannot be had.
+            OutOfMemory: if the compact model would exceed the memory limit.
+            Cancelled: by ``stop``.
+        """
+        choice, sampling = split_options(options | {"instruction": instruction})
+        if sampling or not (choice.instruction or choice.mask_file):
+            raise InvalidRequest(
+                f"A task is prepared from an instruction or a mask_file, not {options}."
+            )
+        stop = stop or CancelToken()
+        return self._call(
+            lambda host: host.shelf.prepare(name, choice, progress, stop, load)
+        ).result()
+
+    def tasks(self) -> list[Task]:
+        """Return the prepared tasks, by name."""
+        return self._call(lambda host: host.shelf.tasks()).result()
+
+    def task(self, name: str) -> Task:
+        """Return one prepared task; raises `UnknownTask`."""
+        return self._call(lambda host: host.shelf.task(name)).result()
+
+    def forget(self, name: str) -> None:
+        """Take a task's name away; raises `UnknownTask`."""
+        self._call(lambda host: host.shelf.forget(name)).result()
+
+    def save(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Write a task's mask file, which ``mask_file=`` and the commands read."""
+        self._call(lambda host: host.shelf.save(name, path)).result()
+
+    def mask(self, name: str) -> np.ndarray:
+        """Return a task's mask, float32 ``[L, F]``: 0 where a channel is left out."""
+        return self._call(lambda host: host.shelf.mask(name)).result()
+
+    def stream(
+        self,
+        messages: Prompt,
+        *,
+        stop: CancelToken | None = None,
+        chat_template: bool = True,
+        **options: Any,
+    ) -> Iterator[Event]:
+        """Generate, as events; closing the iterator cancels.
+
+        Args:
+            messages: a user's text, the messages of a conversation, or token ids,
+                taken as they are.
+            stop: cancels within one prefill step or one token; the stream then ends
+                with ``Done("cancelled")``.
+            chat_template: ``False`` leaves the chat template out.
+            options: the fields of :class:`Choice` (``task``,
+                ``instruction``, ``mask_file``, ``keep``, ...; by default the messages
+                up to the first user message select) and of
+                :class:`Sampling` (``max_tokens``, ``temp``, ...).
+
+        Yields:
+            `Progress` of each stage, a `Token` a step, and `Done` at the end.
+
+        Raises:
+            InvalidRequest: on a choice that cannot be had; `UnknownTask` and
+                `ContextTooLong` are of that kind.
+            Busy: if ``max_queue`` requests are waiting.
+            EngineClosed: if the worker has ended, also in the midst of a stream.
+        """
+        options |= {"stop": stop, "chat_template": chat_template}
+        return self._events(self._request(messages, **options))
+
+    def astream(self, messages: Prompt, **options: Any) -> AsyncIterator[Event]:
+        """Generate as :meth:`stream` does, with the same options, for ``async for``;
+        cancellation cancels.
+        """
+        return self._aevents(self._request(messages, **options))
+
+    def generate(self, messages: Prompt, **options: Any) -> str:
+        """Return the whole text of :meth:`stream`, which takes the same options."""
+        return text_of(self.stream(messages, **options))
+
+    async def agenerate(self, messages: Prompt, **options: Any) -> str:
+        """Return the whole text of :meth:`astream`."""
+        events = self.astream(messages, **options)
+        return "".join([e.text async for e in events if isinstance(e, Token)])
+
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        reselect: Literal["turn"] | None = None,
+        **options: Any,
+    ) -> "Chat":
+        """Begin a conversation; see :class:`Chat`."""
+        split_options(options)
+        return Chat(self, system, reselect, options)
+
+    def memory(self) -> dict[str, int]:
+        """Report bytes: MLX's ``active``, ``peak`` and ``freed_but_cached`` (all of
+        the process), and of them ``compact_models``, ``prompt_cache``, ``kv_in_use``.
+        """
+        return self._call(lambda host: host.memory()).result()
+
+    def unload(self) -> None:
+        """Cancel what runs and give all weights and caches back.
+
+        Tasks stay known; the next request reads its channels again.
+        """
+        self._call(lambda host: host.unload()).result()
+
+    def _call(self, job: Callable[[Host], Any]) -> Future:
+        def typed(host: Host) -> Any:
+            with typed_errors(InvalidRequest):
+                return job(host)
+
+        return self._worker.submit(typed)
+
+    def _request(
+        self,
+        messages: Prompt,
+        *,
+        stop: CancelToken | None = None,
+        chat_template: bool = True,
+        **options: Any,
+    ) -> Callable[..., Request]:
+        if not self.alive:
+            raise EngineClosed("The engine is closed; open another one.")
+        choice, sampling = split_options(options)
+        return partial(
+            Request,
+            messages,
+            choice,
+            Sampling(**sampling),
+            CancelToken(stop),
+            chat_template=chat_template,
+        )
+
+    def _enqueue(self, request: Request) -> Future:
+        return self._call(lambda host: host.add(request, self._max_queue))
+
+    def _events(self, asking: Callable[..., Request]) -> Iterator[Event]:
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        request = asking(emit=events.put)
+        self._enqueue(request).result()
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            request.stop.cancel()
+
+    async def _aevents(self, asking: Callable[..., Request]) -> AsyncIterator[Event]:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        def emit(event: Any) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the caller's loop is closed: nobody listens
+                request.stop.cancel()
+
+        request = asking(emit=emit)
+        try:
+            await asyncio.wrap_future(self._enqueue(request))
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            request.stop.cancel()
+
+
+def _about(host: Host) -> dict[str, Any]:
+    return {
+        "name": host.model.name,
+        "layers": host.model.layers,
+        "channels": host.model.channels,
+        "context_length": host.context_length,
+    }
+
+
+def split_options(options: dict[str, Any]) -> tuple[Choice, dict[str, Any]]:
+    """Part options into those that choose a mask and those that decode."""
+    choosing = {field.name for field in fields(Choice)}
+    sampling = {field.name for field in fields(Sampling)}
+    if unknown := options.keys() - choosing - sampling:
+        raise InvalidRequest(
+            f"{min(unknown)!r} is no option; there are "
+            f"{', '.join(sorted(choosing | sampling))}."
+        )
+    choice = {name: options[name] for name in options.keys() & choosing}
+    if choice.get("selector") != "random":  # the same mask for every other seed
+        choice.pop("seed", None)
+    rest = {name: options[name] for name in options.keys() & sampling}
+    return Choice(**choice), rest

@@ -1,0 +1,138 @@
+"""What an engine tells its callers: plain frozen data, safe on any thread."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Literal
+
+Stage = Literal["download", "load", "select", "channels", "prefill", "decode"]
+
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is.
+
+    Attributes:
+        stage: ``download`` (bytes), ``load`` (opening the folder), ``select`` (layers
+            that read the instruction, or calibration texts), ``channels`` (layers
+            read), ``prefill`` (prompt tokens), ``decode`` (starts; then one
+            :class:`Token` a step).
+        done: units finished.
+        total: units in all; 0 when unknown.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, by id and as text, and its log probability."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of decoding.
+
+    Attributes:
+        text: the next piece of text; may be empty while a character or a possible
+            stop string is incomplete.
+        id: the token's id.
+        number: 1 for the first generated token.
+        logprobs: where they were asked for, this token's own, then those of the most
+            probable tokens.
+    """
+
+    text: str
+    id: int
+    number: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a stream.
+
+    Attributes:
+        finish_reason: ``stop`` (end of turn or a stop string), ``length`` or
+            ``cancelled``.
+        mask_id: of the selection used; empty if it ended before there was one.
+        kept_channels: of all layers together.
+        total_channels: ``L * F``.
+        prompt_tokens: tokens in the prompt.
+        cached_tokens: how many of them came from the prompt cache.
+        generation_tokens: tokens generated.
+        seconds: ``select``, ``load``, ``wait`` (for its turn), ``prefill``,
+            ``decode`` and ``ttft`` (from the request to the first token).
+        tokens_per_second: of decoding, as this request saw it.
+    """
+
+    finish_reason: FinishReason
+    mask_id: str = ""
+    kept_channels: int = 0
+    total_channels: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+
+
+Event = Progress | Token | Done
+
+
+@dataclass(frozen=True)
+class Task:
+    """A selection under a name: an instruction, a budget, and the mask they gave.
+
+    Attributes:
+        name: what requests call it.
+        mask_id: of its selection.
+        kept_channels: of all layers together.
+        total_channels: ``L * F``.
+        channels: ``F``, the dense width of one layer.
+        widths: kept channels of every layer.
+        bytes: of the compact model's weights in memory; those of attention,
+            embeddings and norms are there once for all tasks.
+        resident: whether that model is in memory now.
+        info: how the mask was made (selector, allocation, keep, instruction).
+        seconds: what preparing took: ``select`` and ``load``; 0 where it was there.
+    """
+
+    name: str
+    mask_id: str
+    kept_channels: int
+    total_channels: int
+    channels: int
+    widths: tuple[int, ...]
+    bytes: int
+    resident: bool
+    info: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class CancelToken:
+    """Stops what it was given to, from any thread; a cancelled one stays so.
+
+    Args:
+        parent: cancels this one too.
+    """
+
+    def __init__(self, parent: "CancelToken | None" = None) -> None:
+        self._event, self._parent = threading.Event(), parent
+
+    def cancel(self) -> None:
+        """Ask the work to stop at its next step."""
+        self._event.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it, or its parent, was cancelled."""
+        return self._event.is_set() or bool(self._parent and self._parent.cancelled)

@@ -1,0 +1,297 @@
+"""The engine's worker side: the model, what is prepared of it, and who is served."""
+
+import io
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from ..model.checkpoint import load
+from ..model.footprint import physical_memory
+from ..selection.prompts import Prompt, as_messages, instruction_of, is_tokens, tokenize
+from ..storage.folder import resolve
+from .errors import (
+    Busy,
+    Cancelled,
+    ContextTooLong,
+    IFPError,
+    IncompatibleModel,
+    InvalidRequest,
+    ModelNotFound,
+)
+from .events import Progress
+from .grammar import Grammar
+from .lanes import Lane, Request, Schedule
+from .requests import DEFAULT_MAX_TOKENS
+from .shelf import Shelf, clear_memory
+from .worker import detached
+
+QUICK = 0.02  # seconds that tokenising what has its mask already may take
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an engine is opened with; see ``Engine.open``."""
+
+    path: str
+    memory_limit: int | None
+    cache_bytes: int | None
+    prompt_cache_bytes: int
+    context_length: int | None
+    batch: int
+    prefill_step: int
+
+
+class Host:
+    """Lives on the worker thread and owns every array of an engine.
+
+    Args:
+        settings: what the engine was opened with.
+        progress: told about ``download`` and ``load``, on this thread.
+    """
+
+    def __init__(
+        self, settings: Settings, progress: Callable[[Progress], None]
+    ) -> None:
+        from mlx_lm.models.cache import LRUPromptCache
+        from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+        self.settings = settings
+        with typed_errors(IncompatibleModel):
+            folder = resolve(settings.path, download_bars(progress))
+            progress(Progress("load", 0, 1))
+            self.model, self.tokenizer = load(folder)
+            if str(folder) != str(settings.path):
+                self.model.name = settings.path
+        limit = settings.memory_limit
+        budget = settings.cache_bytes
+        if budget is None:
+            budget = limit or half_the_memory()
+        self.shelf = Shelf(self.model, budget, limit)
+        self.prompts = LRUPromptCache(max_bytes=settings.prompt_cache_bytes)
+        self.schedule = Schedule(self._open_lane, self.shelf.weigh, budget, limit)
+        self.shelf.in_use = self.schedule.selections
+        self.arrivals: deque[Request] = deque()
+        # As mlx-lm does while it generates; each batch restores what it found.
+        self._old_wired_limit = maybe_set_recommended_wired_limit()
+        self._old_memory_limit = None if limit is None else mx.set_memory_limit(limit)
+        progress(Progress("load", 1, 1))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        config = self.model.config
+        own = config.get("max_position_embeddings") or 1 << 20
+        return min(own, self.settings.context_length or own)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anyone is being served."""
+        return bool(self.arrivals or self.schedule.busy)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a place."""
+        return len(self.arrivals) + len(self.schedule.waiting)
+
+    def add(self, request: Request, max_queue: int) -> None:
+        """Queue a request.
+
+        Raises:
+            Busy: if ``max_queue`` wait already.
+        """
+        if self.queued >= max_queue:
+            raise Busy(f"{self.queued} requests are waiting; try again a little later.")
+        self.arrivals.append(request)
+
+    def turn(self) -> None:
+        """Take in arrivals until one took its time, then one step of everybody."""
+        start = time.perf_counter()
+        while self.arrivals and time.perf_counter() - start < QUICK:
+            self._take_in(self.arrivals.popleft())
+        self.schedule.turn()
+
+    def fail(self, error: BaseException) -> None:
+        """End every request with ``error``, and put the limits back."""
+        for request in self.arrivals:
+            request.emit(error)
+        self.arrivals.clear()
+        self.schedule.fail(error)
+        if self._old_wired_limit is not None:
+            mx.set_wired_limit(self._old_wired_limit)
+        if self._old_memory_limit is not None:
+            mx.set_memory_limit(self._old_memory_limit)
+
+    def memory(self) -> dict[str, int]:
+        """Report bytes; see ``Engine.memory``."""
+        lanes = self.schedule.lanes.values()
+        return {
+            "active": mx.get_active_memory(),
+            "peak": mx.get_peak_memory(),
+            "freed_but_cached": mx.get_cache_memory(),
+            "compact_models": self.shelf.residents.nbytes,
+            "prompt_cache": self.prompts.nbytes,
+            "kv_in_use": sum(lane.cache_bytes for lane in lanes),
+        }
+
+    def unload(self) -> None:
+        """Cancel what runs, and give all weights and caches back."""
+        for request in self.arrivals:
+            request.stop.cancel()
+        while self.arrivals:
+            self._take_in(self.arrivals.popleft())
+        self.schedule.cancel()
+        self.prompts.trim_to(n_sequences=0)
+        self.shelf.unload()
+        clear_memory()
+
+    def tokens_of(self, request: Request) -> list[int]:
+        """Return the ids of a request's prompt."""
+        if is_tokens(request.messages):
+            tokens = list(request.messages)
+            if min(tokens) < 0 or max(tokens) >= self.vocabulary:
+                raise InvalidRequest(
+                    f"The prompt's token ids go from {min(tokens)} to {max(tokens)}; "
+                    f"the model's from 0 to {self.vocabulary - 1}."
+                )
+            return tokens
+        messages = as_messages(request.messages)
+        return tokenize(self.tokenizer, messages, chat_template=request.chat_template)
+
+    def _take_in(self, request: Request) -> None:
+        """Give a request its tokens and its selection, and let it wait for a lane."""
+        if request.stop.cancelled:
+            return request.finish("cancelled")
+        try:
+            with typed_errors(InvalidRequest):
+                self._check_length(request)
+                start = time.perf_counter()
+                request.selection = self.shelf.select(
+                    request.choice, self._selecting(request), request.emit, request.stop
+                )
+                request.seconds["select"] = time.perf_counter() - start
+                request.kv_bytes = self.shelf.check_limit(
+                    request.selection, len(request.tokens) + request.max_tokens
+                )
+                request.processors = self._processors(request)
+        except Cancelled:
+            request.finish("cancelled")
+        except Exception as error:  # of this request; the others go on
+            request.emit(detached(error))
+        else:
+            self.schedule.add(request)
+
+    def _selecting(self, request: Request) -> Prompt:
+        """Return what selects where nothing else is said, tokenised as the prompt."""
+        if request.chat_template or is_tokens(request.messages):
+            return request.messages
+        messages = instruction_of(as_messages(request.messages))
+        return tokenize(self.tokenizer, messages, chat_template=False)
+
+    def _check_length(self, request: Request) -> None:
+        request.tokens = self.tokens_of(request)
+        asked, room = request.sampling.max_tokens, self.context_length
+        length = len(request.tokens)
+        request.max_tokens = asked or min(DEFAULT_MAX_TOKENS, room - length)
+        if length + max(request.max_tokens, 1) > room:
+            raise ContextTooLong(
+                f"The prompt has {length} tokens and the answer {asked or 'at least 1'}, "
+                f"more than the context of {room}; shorten one."
+            )
+
+    def _processors(self, request: Request) -> list[Any]:
+        from mlx_lm.sample_utils import make_logits_processors
+
+        sampling = request.sampling
+        vocabulary = self.vocabulary
+        for token in sampling.logit_bias or {}:
+            if not 0 <= token < vocabulary:
+                raise InvalidRequest(
+                    f"logit_bias names the token {token}; there are {vocabulary}."
+                )
+        processors = make_logits_processors(
+            logit_bias=sampling.logit_bias,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+        )
+        processors = list(processors)
+        if sampling.json_schema is not None:
+            processors.append(self.grammar.processor(sampling.json_schema))
+        return processors
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """What holds answers to a JSON schema; made when one first asks for it."""
+        return Grammar(self.tokenizer, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        return int(self.model.config["vocab_size"])
+
+    def _open_lane(self, request: Request) -> Lane:
+        start = time.perf_counter()
+        model = self.shelf.load(request.selection, request.emit, request.stop)
+        request.seconds["load"] = time.perf_counter() - start
+        return Lane(
+            model,
+            request.selection,
+            self.tokenizer,
+            self.prompts,
+            batch=self.settings.batch,
+            prefill_step=self.settings.prefill_step,
+        )
+
+
+@contextmanager
+def typed_errors(of_a_value: type[IFPError]) -> Iterator[None]:
+    """Turn the package's builtin errors into the engine's; the sentence stays.
+
+    Args:
+        of_a_value: what a ``ValueError`` becomes.
+    """
+    try:
+        yield
+    except IFPError:
+        raise
+    except OSError as error:
+        raise ModelNotFound(str(error)) from None
+    except ValueError as error:
+        raise of_a_value(str(error)) from None
+
+
+def download_bars(report: Callable[[Progress], None]) -> type:
+    """Return a tqdm class for the hub client that reports bytes and shows nothing."""
+    furthest = 0
+
+    class Bars(tqdm):
+        monitor_interval = 0  # no thread of tqdm's own
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+
+        def display(self, *args: Any, **kwargs: Any) -> None:
+            """Show nothing."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Report how far the bytes are; the client also counts files."""
+            nonlocal furthest
+            shown = super().update(n)
+            if self.unit == "B" and self.n > furthest:
+                furthest = int(self.n)
+                report(Progress("download", furthest, int(self.total or 0)))
+            return shown
+
+    return Bars
+
+
+def half_the_memory() -> int:
+    """Return half of the machine's memory, in bytes."""
+    return physical_memory() // 2

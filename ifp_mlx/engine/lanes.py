@@ -1,0 +1,439 @@
+"""Requests of one mask decode in one batch; the masks take turns, step by step."""
+
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..selection.masks import Selection
+from .errors import Cancelled, IFPError
+from .events import (
+    CancelToken,
+    Done,
+    Event,
+    FinishReason,
+    Progress,
+    Token,
+    TokenLogprob,
+)
+from .requests import Choice, Sampling
+from .worker import detached
+
+Emit = Callable[[Event | BaseException], None]
+
+
+class Request:
+    """One request on its way through the engine; used by the worker alone.
+
+    Attributes:
+        emit: hands an event, or the error that ends the stream, to the caller.
+        stop: the caller's cancel token.
+        messages: the conversation or text, as the caller gave it.
+        choice: which mask.
+        sampling: how to decode.
+        selection: once there is one.
+        tokens: the prompt's ids, once tokenised.
+        max_tokens: what ``sampling`` and the context leave.
+        kv_bytes: of its KV cache at its longest.
+        processors: mlx-lm logits processors.
+        cached: tokens of the prompt that came from the prompt cache.
+        seconds: the time spent so far.
+    """
+
+    selection: Selection
+    tokens: list[int]
+    max_tokens: int
+    kv_bytes: int
+
+    def __init__(
+        self,
+        messages: Any,
+        choice: Choice,
+        sampling: Sampling,
+        stop: CancelToken,
+        emit: Emit,
+        chat_template: bool = True,
+    ) -> None:
+        self.messages, self.choice, self.sampling = messages, choice, sampling
+        self.chat_template = chat_template
+        self.stop, self.emit = stop, emit
+        self.processors: list[Any] = []
+        self.cached = self.number = 0
+        self.seconds: dict[str, float] = {}
+        self.arrived = self.ready = self.admitted = time.perf_counter()
+        self.first: float | None = None
+
+    def start(self, text: "Text", cached: int) -> None:
+        """Note that the request has its place in a batch."""
+        self.text, self.cached = text, cached
+        self.admitted = time.perf_counter()
+        waited = self.admitted - self.ready - self.seconds.get("load", 0.0)
+        self.seconds["wait"] = max(0.0, waited)
+        self.emit(Progress("prefill", cached, len(self.tokens)))
+
+    def prefilled(self, done: int) -> None:
+        """Report prompt tokens processed; the last one starts decoding."""
+        total = len(self.tokens)
+        self.emit(Progress("prefill", min(self.cached + done, total), total))
+
+    def token(self, response: Any) -> FinishReason | None:
+        """Take one decoded token; return why the request is over, or ``None``."""
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = now
+            self.seconds["prefill"] = now - self.admitted
+            self.seconds["ttft"] = now - self.arrived
+            self.emit(Progress("decode", 0, self.max_tokens))
+        self.seconds["decode"] = now - self.first
+        self.number += 1
+        reason: FinishReason | None = response.finish_reason
+        piece = "" if reason == "stop" else self.text.add(response.token)
+        if reason is not None:
+            piece += self.text.finish()
+        logprobs = self._logprobs(response)
+        self.emit(Token(piece, response.token, self.number, logprobs))
+        return "stop" if self.text.stopped else reason
+
+    def _logprobs(self, response: Any) -> tuple[TokenLogprob, ...]:
+        if not self.sampling.logprobs:
+            return ()
+        logprobs = np.array(response.logprobs, dtype=np.float32)
+        best = np.argsort(-logprobs, kind="stable")[: self.sampling.top_logprobs]
+        return tuple(
+            TokenLogprob(int(token), self.text.spell(token), float(logprobs[token]))
+            for token in (response.token, *best)
+        )
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the stream with its figures."""
+        decode = self.seconds.get("decode", 0.0)
+        done = Done(
+            finish_reason=reason,
+            prompt_tokens=len(getattr(self, "tokens", ())),
+            cached_tokens=self.cached,
+            generation_tokens=self.number,
+            seconds=self.seconds,
+            tokens_per_second=(self.number - 1) / decode if decode else 0.0,
+            **mask_figures(getattr(self, "selection", None)),
+        )
+        self.emit(done)
+
+
+def mask_figures(selection: Selection | None) -> dict[str, Any]:
+    """Return ``mask_id``, ``kept_channels`` and ``total_channels`` of a selection."""
+    if selection is None:
+        return {}
+    sizes = selection.sizes
+    return {
+        "mask_id": selection.mask_id,
+        "kept_channels": sum(sizes),
+        "total_channels": selection.channels * len(sizes),
+    }
+
+
+class Text:
+    """Tokens to text, held back where a stop string may have begun."""
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Return the text that this token makes certain."""
+        self._detokenizer.add_token(token)
+        return self._release(self._detokenizer.last_segment)
+
+    def finish(self) -> str:
+        """Return what is left at the end."""
+        self._detokenizer.finalize()
+        text = self._release(self._detokenizer.last_segment)
+        rest, self._held = self._held, ""
+        return text if self.stopped else text + rest
+
+    def spell(self, token: int) -> str:
+        """Return one token as text."""
+        return str(self._tokenizer.decode([int(token)]))
+
+    def _release(self, piece: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        possible = (
+            size
+            for stop in self._stops
+            for size in range(min(len(stop) - 1, len(text)), 0, -1)
+            if text.endswith(stop[:size])
+        )
+        cut = len(text) - max(possible, default=0)
+        self._held = text[cut:]
+        return text[:cut]
+
+
+class Lane:
+    """The requests of one mask, decoded together by mlx-lm's ``BatchGenerator``.
+
+    Args:
+        model: the mask's compact model.
+        selection: the mask; its id is the key of every KV cache that comes from it.
+        tokenizer: mlx-lm's.
+        prompts: mlx-lm's ``LRUPromptCache``.
+        batch: requests decoded together at most.
+        prefill_step: prompt tokens between two chances to stop.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        tokenizer: Any,
+        prompts: Any,
+        *,
+        batch: int,
+        prefill_step: int,
+    ) -> None:
+        from mlx_lm.generate import BatchGenerator
+
+        self.selection, self.mask_id = selection, selection.mask_id
+        self._batch = batch
+        self.running: dict[int, Request] = {}
+        self.draining = False
+        self._tokenizer, self._prompts = tokenizer, prompts
+        self._generator = BatchGenerator(
+            model,
+            stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+            completion_batch_size=batch,
+            prefill_batch_size=min(batch, 8),
+            prefill_step_size=prefill_step,
+        )
+
+    def admit(self, request: Request) -> None:
+        """Give the request a place in the batch, with what is cached of its prompt."""
+        cache, rest = self._cached(request.tokens)
+        cached = len(request.tokens) - len(rest)
+        [uid] = self._generator.insert(
+            [rest],
+            [request.max_tokens],
+            caches=None if cache is None else [cache],
+            all_tokens=[request.tokens[:cached]],
+            samplers=[sampler_of(request.sampling)],
+            logits_processors=[request.processors],
+        )
+        self.running[uid] = request
+        text = Text(self._tokenizer, request.sampling.stop_strings)
+        request.start(text, cached)
+
+    def step(self) -> None:
+        """Prefill one step of the new prompts, decode one token of the others."""
+        stopped = [uid for uid, r in self.running.items() if r.stop.cancelled]
+        for uid in stopped:
+            self._end(uid, "cancelled")
+        if not self.running:
+            return
+        prompts, tokens = self._generator.next()
+        for response in prompts:
+            self.running[response.uid].prefilled(response.progress[0])
+        for response in tokens:
+            request = self.running[response.uid]
+            reason = request.token(response)
+            if response.finish_reason is not None:
+                self._keep(response.prompt_cache, response.all_tokens)
+                del self.running[response.uid]
+                request.finish(reason or response.finish_reason)
+            elif reason is not None:
+                self._end(response.uid, reason)
+
+    def fail(self, error: BaseException) -> None:
+        """End every request with ``error``."""
+        for request in self.running.values():
+            request.emit(error)
+        self.running.clear()
+
+    def close(self) -> None:
+        """Let the batch go."""
+        self._generator.close()
+        del self._generator
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more requests now."""
+        return self.draining or len(self.running) >= self._batch
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV caches if every answer comes to its full length."""
+        return sum(request.kv_bytes for request in self.running.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV caches in use."""
+        return int(self._generator.prompt_cache_nbytes)
+
+    def _end(self, uid: int, reason: FinishReason) -> None:
+        request = self.running.pop(uid)
+        decoding = request.number > 0
+        kept = self._generator.remove([uid], return_prompt_caches=decoding)
+        if decoding:
+            self._keep(*kept[uid])
+        request.finish(reason)
+
+    def _cached(self, tokens: list[int]) -> tuple[Any, list[int]]:
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+        cache, rest = self._prompts.fetch_nearest_cache(self.mask_id, tokens)
+        if cache is not None and not rest:  # one token must be left to start from
+            if not can_trim_prompt_cache(cache):
+                return None, list(tokens)
+            trim_prompt_cache(cache, 1)
+            rest = tokens[-1:]
+        return cache, list(rest)
+
+    def _keep(self, cache: Any, tokens: list[int]) -> None:
+        size = sum(layer.nbytes for layer in cache)
+        if size <= self._prompts.max_bytes:
+            mx.eval([layer.state for layer in cache])  # let go of the batch it was in
+            self._prompts.insert_cache(self.mask_id, list(tokens), cache)
+
+
+def sampler_of(sampling: Sampling) -> Any:
+    """Return the sampler of one request; its seed does not depend on the batch."""
+    from mlx_lm.sample_utils import make_sampler
+
+    sampler = make_sampler(
+        sampling.temp, sampling.top_p, sampling.min_p, top_k=sampling.top_k
+    )
+    if sampling.temp == 0:
+        return sampler
+    seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+    numbers = itertools.count()
+
+    def seeded(logprobs: mx.array) -> mx.array:
+        # MLX's random state is shared by the whole batch: each draw sets its own.
+        mx.random.seed((seed * 1_000_003 + next(numbers)) % 2**63)
+        return sampler(logprobs)
+
+    return seeded
+
+
+class Schedule:
+    """Who decodes when: a lane per mask, one step of each in turn.
+
+    A new lane opens while its model fits into the budget beside those of the other
+    lanes. When it does not, the oldest lane takes no new requests, and so ends, and
+    makes room: no mask starves, and no model is loaded twice for one crowd.
+
+    Args:
+        open_lane: makes the lane of a request, loading its model if need be.
+        weigh: bytes of the compact models of selections together.
+        budget: bytes of the models of all lanes together.
+        limit: bytes of models and KV caches together, or ``None``.
+    """
+
+    def __init__(
+        self,
+        open_lane: Callable[[Request], Lane],
+        weigh: Callable[..., int],
+        budget: int,
+        limit: int | None = None,
+    ) -> None:
+        self._open, self._weigh = open_lane, weigh
+        self._budget, self._limit = budget, limit
+        self.waiting: list[Request] = []
+        self.lanes: dict[str, Lane] = {}
+
+    def selections(self) -> list[Selection]:
+        """Return the selections that are decoded with."""
+        return [lane.selection for lane in self.lanes.values()]
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.waiting or self.lanes)
+
+    def add(self, request: Request) -> None:
+        """Queue a request that has its selection and tokens."""
+        request.ready = time.perf_counter()
+        self.waiting.append(request)
+
+    def turn(self) -> None:
+        """Admit what fits, then one step of every lane."""
+        self._admit()
+        for mask_id, lane in list(self.lanes.items()):
+            try:
+                lane.step()
+            except Exception as error:  # of one batch; the others go on
+                lane.fail(detached(error))
+            if not lane.running:
+                self.lanes.pop(mask_id).close()
+
+    def cancel(self) -> None:
+        """End everything as cancelled."""
+        for lane in self.lanes.values():
+            for request in lane.running.values():
+                request.stop.cancel()
+        for request in self.waiting:
+            request.stop.cancel()
+        while self.busy:
+            self.turn()
+
+    def fail(self, error: BaseException) -> None:
+        """End everything with ``error``."""
+        for lane in self.lanes.values():
+            lane.fail(error)
+            lane.close()
+        for request in self.waiting:
+            request.emit(error)
+        self.waiting, self.lanes = [], {}
+
+    def _admit(self) -> None:
+        crowded: dict[str, None] = {}
+        still_waiting = []
+        held = False  # for want of memory: then nobody may pass by
+        for request in self.waiting:
+            mask_id = request.selection.mask_id
+            if request.stop.cancelled:
+                request.finish("cancelled")
+            elif mask_id in self.lanes:
+                lane = self.lanes[mask_id]
+                held = held or not self._fits(request)
+                if held or lane.full:
+                    still_waiting.append(request)
+                else:
+                    lane.admit(request)
+            elif not (held or crowded) and self._fits(request, opening=True):
+                self._open_for(request)
+            else:
+                crowded[mask_id] = None
+                still_waiting.append(request)
+        self.waiting = still_waiting
+        for lane in list(self.lanes.values())[: len(crowded)]:
+            lane.draining = True
+
+    def _fits(self, request: Request, *, opening: bool = False) -> bool:
+        """Whether there is room for a request; alone, there always is."""
+        opened = [request.selection] if opening else []
+        models = self._weigh(*self.selections(), *opened)
+        caches = request.kv_bytes + sum(lane.kv_bytes for lane in self.lanes.values())
+        fits = self._limit is None or models + caches <= self._limit
+        return not self.lanes or (fits and not (opening and models > self._budget))
+
+    def _open_for(self, request: Request) -> None:
+        try:
+            lane = self._open(request)
+        except Cancelled:
+            request.finish("cancelled")
+        except (IFPError, ValueError, OSError) as error:
+            request.emit(detached(error))
+        else:
+            self.lanes[lane.mask_id] = lane
+            lane.admit(request)

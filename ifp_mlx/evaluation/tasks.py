@@ -1,0 +1,248 @@
+"""Task masks: a few examples, or an instruction, once → a named mask to keep.
+
+A task mask is chosen by what prompt and answer use together, over all the examples,
+so it also knows the channels that only answers need, which no prompt can show. It is
+an ordinary mask file that says how it was made and what it cost when that was
+measured; a folder of them is a library (`--task NAME` in the other commands). It keeps
+the first tokens of its examples, from which the kept channels can learn to make up for
+the dropped ones.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from ..model.checkpoint import IFPModel, Progress
+from ..selection.masks import Selection, find_mask
+from ..selection.widths import Allocation
+from ..slicing import reading
+from ..slicing.compensation import TEXT_TOKENS
+from .rows import Row
+from .teacher import METRICS, Evaluator
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named selection, and the scores it was made from.
+
+    Attributes:
+        selection: its ``info`` holds ``task`` (the name), ``made`` and, once measured,
+            ``evaluation``, both JSON; its ``text`` is the beginning of the examples.
+        scores: ``[L, F]``, so that tasks can be merged.
+    """
+
+    selection: Selection
+    scores: mx.array
+
+    @property
+    def name(self) -> str:
+        """What ``--task`` calls it."""
+        return self.selection.info["task"]
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """Its measured cost, from :func:`measure`, or ``None``."""
+        text = self.selection.info.get("evaluation")
+        return None if text is None else json.loads(text)
+
+    def save(self, folder: Path) -> Path:
+        """Write it into a library and return the file; one of its name is replaced."""
+        path = folder / f"{self.name}.safetensors"
+        self.selection.save(path, scores=self.scores)
+        return path
+
+    @staticmethod
+    def load(path: Path) -> "Task":
+        """Read a task mask.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no mask file, or a mask that is not of a task.
+        """
+        selection = Selection.load(path)
+        scores = cast(dict[str, mx.array], mx.load(str(path))).get("scores")
+        if scores is None or "task" not in selection.info:
+            raise ValueError(
+                f"{path} is a mask, but not of a task: it keeps no scores; make one "
+                "with python -m ifp_mlx.tasks make."
+            )
+        return Task(selection, scores.astype(mx.float32))
+
+
+def make(
+    model: IFPModel,
+    name: str,
+    examples: Sequence[Row],
+    *,
+    keep: float | None = None,
+    target_size: int | None = None,
+    allocation: Allocation | None = None,
+    progress: Progress = iter,
+) -> Task:
+    """Make a task mask from examples of a task.
+
+    Args:
+        model: from :func:`ifp_mlx.load`.
+        name: what to call the task.
+        examples: prompts and answers; an answer may be empty.
+        keep, target_size, allocation: see :meth:`IFPModel.select`.
+        progress: wraps the iteration over examples.
+
+    Raises:
+        ValueError: if there are no examples, or the name cannot be a file's.
+    """
+    _check_name(name)
+    if not examples:
+        raise ValueError(f"The task {name} has no examples; give at least one.")
+    pairs = [(row.prompt, row.answer) for row in examples]
+    scores = reading.task_scores(model.dense(), pairs, progress=progress)
+    tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
+    about = {"examples": len(examples), "tokens": tokens}
+    size: dict[str, Any] = {"keep": keep, "target_size": target_size}
+    text = sum(([*prompt, *answer] for prompt, answer in pairs), [])[:TEXT_TOKENS]
+    return _task(model, name, scores, about, text, allocation=allocation, **size)
+
+
+def merge(
+    model: IFPModel,
+    name: str,
+    tasks: Sequence[Task],
+    *,
+    keep: float | None = None,
+    target_size: int | None = None,
+    allocation: Allocation | None = None,
+) -> Task:
+    """Make one mask for several tasks, of the size of one.
+
+    In every layer each task has the same say: its scores count as shares of the
+    energy that its own texts have there.
+
+    Args:
+        model: that the tasks were made with.
+        name: what to call the merged task.
+        tasks: at least two.
+        keep, target_size, allocation: see :meth:`IFPModel.select`.
+
+    Raises:
+        ValueError: if there are fewer than two tasks, or one is of another model.
+    """
+    _check_name(name)
+    if len(tasks) < 2:
+        raise ValueError(f"{name} merges {len(tasks)} task(s); name two or more.")
+    energy = mx.zeros((model.layers, model.channels))
+    for task in tasks:
+        task.selection.check_fits(model.layers, model.channels, model.fingerprint)
+        square = mx.square(task.scores)
+        energy = energy + square / square.sum(axis=1, keepdims=True)
+    about = {"merged": [task.name for task in tasks]}
+    size: dict[str, Any] = {"keep": keep, "target_size": target_size}
+    each = TEXT_TOKENS // len(tasks)
+    text = sum((list(task.selection.text or ())[:each] for task in tasks), [])
+    return _task(
+        model, name, mx.sqrt(energy), about, text, allocation=allocation, **size
+    )
+
+
+def measure(
+    model: IFPModel, task: Task, rows: Sequence[Row], *, progress: Progress = iter
+) -> Task:
+    """Measure a task mask on examples; return it with its evaluation card, which also
+    says, as ``compensated``, what it costs when its text makes up for dropped channels.
+
+    Args:
+        model: that it was made with.
+        task: what to measure.
+        rows: examples that it was not made from.
+        progress: wraps the iteration over rows.
+    """
+    if not rows:
+        raise ValueError(
+            f"No example is left to measure the task {task.name} on; give others than "
+            "those it is made from."
+        )
+    selection = task.selection
+    evaluator, mask, compensated = Evaluator(model), selection.mask(), None
+    if selection.text is not None:
+        compensated = model.compact(selection.compensated())
+    plain, better = [], []
+    for row in progress(rows):
+        reference = evaluator.reference(row)
+        plain.append(evaluator.measure(row, mask, reference))
+        if compensated is not None:
+            better.append(evaluator.compare(row, compensated, reference))
+    card: dict[str, Any] = _means(plain) | {"rows": len(rows)}
+    card |= {"compensated": _means(better)} if better else {}
+    info = selection.info | {"evaluation": json.dumps(card)}
+    return replace(task, selection=replace(selection, info=info))
+
+
+def _means(found: list[dict[str, float]]) -> dict[str, float]:
+    return {metric: float(np.mean([f[metric] for f in found])) for metric in METRICS}
+
+
+def overlap(a: Selection, b: Selection) -> np.ndarray:
+    """Return how much two selections share, and what chance gives, ``[L, 2]``.
+
+    The overlap of a layer is the shared part of the smaller selection; two random
+    ones share k/F of it on average, the larger one's ``k``.
+    """
+    rows = []
+    for one, other in zip(a.indices, b.indices, strict=True):
+        small, large = sorted((one.size, other.size))
+        both = np.intersect1d(np.array(one), np.array(other)).size
+        rows.append((both / small, large / a.channels))
+    return np.array(rows)
+
+
+def find(name: str, folder: Path) -> Path:
+    """Return the mask file of a task in a library; see :func:`masks.find_mask`."""
+    return find_mask(name, [folder])
+
+
+def library(folder: Path) -> list[Task]:
+    """Return the tasks in a folder, by name; other masks in it are left out."""
+    tasks = []
+    for path in sorted(folder.glob("*.safetensors")):
+        if "task" in Selection.load(path).info:
+            tasks.append(Task.load(path))
+    if not tasks:
+        raise ValueError(
+            f"There is no task mask in {folder}; make one with python -m ifp_mlx.tasks "
+            "make, or give another --tasks-folder."
+        )
+    return tasks
+
+
+def _task(
+    model: IFPModel,
+    name: str,
+    scores: mx.array,
+    about: dict[str, Any],
+    text: list[int],
+    **size: Any,
+) -> Task:
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    # The tokens select nothing here: the scores are known. "activation" keeps the
+    # gates binary even if the checkpoint has a predictor.
+    selection = model.select([0], selector="activation", scores=scores, **size)
+    about["date"] = datetime.now(UTC).date().isoformat()
+    about["versions"] = {n: version(n) for n in ("ifp_mlx", "mlx", "mlx-lm")}
+    info = {"selector": "task", "task": name, "made": json.dumps(about)}
+    info["model"] = model.name
+    selection = replace(selection, info=selection.info | info, text=tuple(text) or None)
+    return Task(selection, scores)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(
+            f"name={name!r} cannot be a task's: use letters, digits, '-', '_' and '.'."
+        )

@@ -1,0 +1,1 @@
+"""Files: how they are written, copied and where they are kept."""

@@ -1,0 +1,127 @@
+"""Safetensors files as bytes: where each tensor lies, without reading it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+COPY_BYTES = 8 << 20
+
+
+SAMPLED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        dtype: in the format's words, such as ``BF16``.
+        shape: of the tensor.
+        offset: of its first byte in the file.
+        nbytes: its size.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """Return the tensor's bytes, uint8 ``[nbytes]``."""
+        return np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+
+
+def header_of(file: Path) -> str:
+    """Return the JSON at the start of a safetensors file, its padding included."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        return stream.read(size).decode()
+
+
+def tensors_of(file: Path, header: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file in the order in which they lie.
+
+    Args:
+        file: the file; it has been checked before.
+        header: of the file it once was, instead of its own.
+    """
+    header = header_of(file) if header is None else header
+    start = 8 + len(header.encode())
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    tensors = {
+        name: Tensor(
+            file,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    }
+    return dict(sorted(tensors.items(), key=lambda item: item[1].offset))
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """Return all the tensors of a model folder's safetensors files."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        found |= tensors_of(file)
+    return found
+
+
+def write_without(source: Path, target: Path, left_out: Iterable[str]) -> None:
+    """Copy a safetensors file except for some of its tensors."""
+    header = json.loads(header_of(source))
+    tensors = tensors_of(source)
+    for name in tensors.keys() & set(left_out):
+        del header[name], tensors[name]
+    end = 0
+    for name, tensor in tensors.items():
+        header[name]["data_offsets"] = [end, end + tensor.nbytes]
+        end += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            copy_bytes(tensor, stream)
+
+
+def copy_bytes(tensor: Tensor, stream: BinaryIO) -> None:
+    """Append a tensor's bytes to a file, a few megabytes at a time."""
+    for piece in _pieces(tensor):
+        stream.write(piece)
+
+
+def _pieces(tensor: Tensor) -> Iterator[bytes]:
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        left = tensor.nbytes
+        while left:
+            piece = stream.read(min(left, COPY_BYTES))
+            if not piece:
+                raise OSError(f"{tensor.file} ends early; fetch the model again.")
+            left -= len(piece)
+            yield piece
+
+
+def digest_of(tensors: dict[str, Tensor]) -> str:
+    """Return what tells these tensors from others of the same names and shapes: a
+    digest of the first bytes of each.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.offset)
+            digest.update(stream.read(min(tensor.nbytes, SAMPLED_BYTES)))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""A checkpoint: decided, selected from, made compact, generated with."""

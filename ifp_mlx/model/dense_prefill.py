@@ -1,0 +1,87 @@
+"""A prompt read by the dense model, for a compact one to go on from.
+
+The answer then starts from keys and values that lack nothing, as in GRIFFIN (Dong et al.
+2024, arXiv:2404.01365): closer to the dense model. It costs nothing where the dense model
+reads the prompt to select by it, else its time, and its weights in memory meanwhile.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..slicing.reading import steps_of
+from .checkpoint import IFPModel
+
+
+class Reading(NamedTuple):
+    """What the dense model has read of a prompt.
+
+    Attributes:
+        kv: mlx-lm's KV cache, if there is one.
+        tokens: how many.
+        seconds: that it took now.
+    """
+
+    kv: list[Any] | None
+    tokens: int
+    seconds: float = 0.0
+
+
+def read_densely(
+    kv: list[Any] | None, read: list[int], tokens: list[int], model: IFPModel | None
+) -> Reading:
+    """Return the dense model's reading of a prompt, as far as it goes.
+
+    Args:
+        kv: a KV cache of the dense model, or ``None``; it may be changed.
+        read: the tokens that this one has read.
+        tokens: of the prompt.
+        model: whose dense model reads all but the last token if ``kv`` has not, or
+            ``None`` to leave it at that.
+    """
+    known = 0 if kv is None else _common_start(kv, read, tokens)
+    if model is None or known == len(tokens) - 1:
+        return Reading(kv, known)
+    start = time.perf_counter()
+    cache = dense_cache(model, tokens[:-1])
+    return Reading(cache, len(tokens) - 1, time.perf_counter() - start)
+
+
+def dense_cache(model: IFPModel, tokens: Sequence[int]) -> list[Any]:
+    """Return the KV cache of mlx-lm after the dense model has read ``tokens``.
+
+    The compact models of ``model`` have the same attention, and take the cache as
+    their own. The dense weights are let go.
+
+    Args:
+        model: from :func:`ifp_mlx.load`.
+        tokens: ``T`` ids; at least one more must follow for an answer.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    dense = model.dense()
+    cache = make_prompt_cache(dense)
+    for step in steps_of(tokens):
+        dense(mx.array(step)[None], cache=cache)  # the logits are never computed
+        mx.eval([layer.state for layer in cache])
+    return cache
+
+
+def _common_start(cache: list[Any], read: list[int], tokens: list[int]) -> int:
+    """Return how many tokens of a prompt a KV cache has that has read something.
+
+    Since at least one must follow, it is shortened in place if it has all; where it
+    cannot be, or has read anything else, the number is 0.
+    """
+    from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+    if tokens[: len(read)] != read:
+        return 0
+    if len(read) < len(tokens):
+        return len(read)
+    if not can_trim_prompt_cache(cache):
+        return 0
+    trim_prompt_cache(cache, 1)
+    return len(read) - 1

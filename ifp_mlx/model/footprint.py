@@ -1,0 +1,375 @@
+"""How many bytes a model needs, and the most channels that fit: nothing is loaded.
+
+MLX's arrays have a shape and a type before they have a value, so a model that was
+opened, or one that mlx-lm builds from a config.json alone, can be weighed for free.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from ..selection.masks import Selection
+from ..slicing.pruning import PROJECTIONS, dense_shape, ffn_layers, group_size
+
+Sizes = Sequence[int]
+
+
+class Opened(Protocol):
+    """What is asked of an :class:`ifp_mlx.model.IFPModel`."""
+
+    path: Path
+    config: dict[str, Any]
+    ifp: Any
+    granularity: int
+    source: Any
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps of each token.
+
+    Attributes:
+        token_bytes: of a token's key and value.
+        window: tokens that are kept at most; ``None`` is all.
+    """
+
+    token_bytes: int
+    window: int | None = None
+
+    def bytes(self, tokens: int) -> int:
+        """Return the bytes of this layer's cache after ``tokens``."""
+        return self.token_bytes * min(tokens, self.window or tokens)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The bytes of a model's parts; see :meth:`of` and :meth:`of_config`.
+
+    Attributes:
+        channels: ``F``.
+        hidden_size: ``D``.
+        granularity: channels that are selected together.
+        shared: channels per layer that every selection keeps.
+        core_bytes: all but the FFN channels: attention, embeddings, norms.
+        layer_bytes: of one channel (gate, up and down), in each of the ``L`` layers;
+            a fraction where quantisation groups lie across channels.
+        caches: of the layers that have a KV cache.
+        predictor_bytes: of the predictor and its head; 0 without one.
+        passing_bytes: of what is in memory above that for a while: the dense layer
+            that a sweep reads, and what it computes with it; 0 without one.
+    """
+
+    channels: int
+    hidden_size: int
+    granularity: int
+    shared: int
+    core_bytes: int
+    layer_bytes: tuple[float, ...]
+    caches: tuple[LayerCache, ...]
+    predictor_bytes: int = 0
+    passing_bytes: int = 0
+
+    @staticmethod
+    def of(model: Opened) -> "Footprint":
+        """Weigh an opened model; no weight is read."""
+        return Footprint.of_module(
+            model.source.open(),
+            model.config,
+            granularity=model.granularity,
+            shared=model.ifp.shared,
+            predictor_bytes=folder_bytes(model.path / "predictor"),
+        )
+
+    @staticmethod
+    def of_config(config: dict[str, Any], **about: int) -> "Footprint":
+        """Weigh the model that a config.json describes; there need be no weights.
+
+        Args:
+            config: its content; quantisation and dtype as mlx-lm and HF note them.
+            about: ``granularity``, ``shared``, ``predictor_bytes``, where not none.
+
+        Raises:
+            ValueError: if mlx-lm has no such model, or it cannot be sliced.
+        """
+        return Footprint.of_module(model_of_config(config), config, **about)
+
+    @staticmethod
+    def of_module(
+        dense: nn.Module,
+        config: dict[str, Any],
+        *,
+        granularity: int = 1,
+        shared: int = 0,
+        predictor_bytes: int = 0,
+    ) -> "Footprint":
+        """Weigh a stock mlx-lm model, dense in shape, its weights read or not."""
+        layers, channels = dense_shape(dense)
+        ffn_bytes = [_channels_bytes(ffn.module) for ffn in ffn_layers(dense)]
+        return Footprint(
+            channels=channels,
+            hidden_size=ffn_layers(dense)[0].module.down_proj.weight.shape[0],
+            granularity=math.lcm(granularity, group_size(dense)),
+            shared=shared,
+            core_bytes=model_bytes(dense) - sum(ffn_bytes),
+            layer_bytes=tuple(size / channels for size in ffn_bytes),
+            caches=tuple(_caches(dense, config)),
+            predictor_bytes=predictor_bytes,
+        )
+
+    @property
+    def layers(self) -> int:
+        """``L``."""
+        return len(self.layer_bytes)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the whole model's weights."""
+        return self.compact_bytes([self.channels] * self.layers)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of the channels that every selection keeps."""
+        return self.channel_bytes([self.shared] * self.layers)
+
+    @property
+    def smallest(self) -> int:
+        """The fewest channels per layer that a selection can have."""
+        blocks = math.ceil(max(self.shared, 1) / self.granularity)
+        return blocks * self.granularity
+
+    def channel_bytes(self, sizes: Selection | Sizes) -> int:
+        """Return the bytes of a selection's channels, or of so many in each layer."""
+        sizes = sizes.sizes if isinstance(sizes, Selection) else sizes
+        each = zip(sizes, self.layer_bytes, strict=True)
+        return round(sum(size * channel for size, channel in each))
+
+    def compact_bytes(self, sizes: Selection | Sizes) -> int:
+        """Return the bytes of a selection's compact model."""
+        return self.core_bytes + self.channel_bytes(sizes)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Return the bytes of the KV cache of ``tokens``, prompt and answer.
+
+        mlx-lm lengthens its caches by 256 tokens at a time, so up to 255 more are
+        allocated; a sliding window is exceeded while a long prompt is read.
+        """
+        return sum(cache.bytes(tokens) for cache in self.caches)
+
+    def total_bytes(self, sizes: Selection | Sizes, tokens: int) -> int:
+        """Return what must be in memory at once: the compact model, the KV cache of
+        ``tokens``, the predictor, and what passes through.
+        """
+        needed = self.compact_bytes(sizes) + self.kv_bytes(tokens)
+        return needed + self.predictor_bytes + self.passing_bytes
+
+    def largest_size(
+        self,
+        memory_bytes: int,
+        context_tokens: int,
+        sizes: Callable[[int], Sizes] | None = None,
+    ) -> int:
+        """Return the largest ``k`` (``--target-size``) whose model fits.
+
+        Args:
+            memory_bytes: for the compact model, the KV cache and the predictor.
+            context_tokens: tokens that the cache must hold.
+            sizes: the channels of each layer for a ``k``, as an allocation gives
+                them; default: ``k`` in every layer. More channels for a larger ``k``.
+
+        Raises:
+            ValueError: if not even the smallest selection fits, naming the memory
+                that would do.
+        """
+        sizes = sizes or (lambda k: [k] * self.layers)
+
+        def fits(k: int) -> bool:
+            return self.total_bytes(sizes(k), context_tokens) <= memory_bytes
+
+        low, high = self.smallest, self.channels
+        if not fits(low):
+            raise ValueError(self._refusal(memory_bytes, context_tokens, sizes(low)))
+        while low < high:
+            blocks = (high - low) // self.granularity
+            middle = low + math.ceil(blocks / 2) * self.granularity
+            low, high = (
+                (middle, high) if fits(middle) else (low, middle - self.granularity)
+            )
+        return low
+
+    def largest_keep(
+        self,
+        memory_bytes: int,
+        context_tokens: int,
+        sizes: Callable[[int], Sizes] | None = None,
+    ) -> float:
+        """Return :meth:`largest_size` as a share of ``F``, for ``--keep``."""
+        return self.largest_size(memory_bytes, context_tokens, sizes) / self.channels
+
+    def check_fits(
+        self, sizes: Selection | Sizes, memory_bytes: int, context_tokens: int
+    ) -> None:
+        """Refuse a selection that does not fit, before anything is loaded.
+
+        Raises:
+            ValueError: if it does not, naming what it needs and what would fit.
+        """
+        needed = self.total_bytes(sizes, context_tokens)
+        if needed <= memory_bytes:
+            return
+        try:
+            keep = self.largest_keep(memory_bytes, context_tokens)
+            # Rounded down: the next larger share would not fit.
+            remedy = f"--keep {math.floor(keep * 1000) / 1000:g} fits"
+        except ValueError:
+            least = self.total_bytes([self.smallest] * self.layers, context_tokens)
+            remedy = f"even the smallest selection needs {in_words(least)}"
+        raise ValueError(
+            f"This needs {in_words(needed)} with a context of {context_tokens} tokens, "
+            f"and {in_words(memory_bytes)} are allowed; {remedy}."
+        )
+
+    def _refusal(self, memory_bytes: int, tokens: int, sizes: Sizes) -> str:
+        parts = {
+            "everything but the channels": self.core_bytes,
+            f"the KV cache of {tokens} tokens": self.kv_bytes(tokens),
+            "the predictor": self.predictor_bytes,
+            "a dense layer that is being read": self.passing_bytes,
+            f"a width of {min(sizes)}": self.channel_bytes(sizes),
+        }
+        summands = ", ".join(
+            f"{in_words(n)} for {what}" for what, n in parts.items() if n
+        )
+        least = self.total_bytes(sizes, tokens)
+        return (
+            f"{in_words(memory_bytes)} of memory are too few: the smallest selection "
+            f"needs {in_words(least)} ({summands}); allow {in_words(least)}, or take a "
+            "shorter context or a smaller or more strongly quantised model."
+        )
+
+
+def physical_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def in_words(count: int) -> str:
+    """Return bytes as people write them; what is needed is never rounded down."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            digits = max(0, 3 - len(str(count // unit)))
+            scale = 10**digits
+            return f"{-(-count * scale // unit) / scale:.{digits}f} {name}"
+    return f"{count} bytes"
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's weights, read or not."""
+    return sum(weight.nbytes for _, weight in tree_flatten(model.parameters()))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of the tensors in a folder's safetensors files."""
+    return sum(map(_tensor_bytes, folder.glob("*.safetensors")))
+
+
+def _tensor_bytes(file: Path) -> int:
+    with file.open("rb") as stream:
+        (header,) = struct.unpack("<Q", stream.read(8))
+    return file.stat().st_size - 8 - header
+
+
+def model_of_config(config: dict[str, Any]) -> nn.Module:
+    """Return mlx-lm's model of a config.json, its weights random and never computed.
+
+    Raises:
+        ValueError: if mlx-lm cannot build it.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, args_class = _get_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except Exception as error:  # whatever mlx-lm's model code trips over
+        raise ValueError(
+            f"mlx-lm cannot build the {config.get('model_type')!r} model of this "
+            f"config.json ({type(error).__name__}: {error}); check it."
+        ) from error
+    # Gemma 3's class has an output layer until it is given weights without one, and its
+    # config.json seldom says that there is none: Hugging Face takes that for granted.
+    gemma = str(config.get("model_type")).startswith("gemma3")
+    if config.get("tie_word_embeddings", gemma):
+        for module in model.modules():
+            module.pop("lm_head", None)
+    # A Hugging Face config names the dtype of its files, under an old or a new key.
+    name = config.get("torch_dtype") or config.get("dtype") or "float16"
+    dtype = getattr(mx, str(name).removeprefix("torch."), mx.float16)
+    model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
+    if how := config.get("quantization"):
+        _quantise(model, how)
+    return model
+
+
+def _quantise(model: nn.Module, how: dict[str, Any]) -> None:
+    def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in how:
+            return how[path]
+        whole = hasattr(module, "to_quantized")
+        return whole and module.weight.shape[-1] % how["group_size"] == 0
+
+    nn.quantize(
+        model,
+        group_size=how["group_size"],
+        bits=how["bits"],
+        mode=how.get("mode", "affine"),
+        class_predicate=wanted,
+    )
+
+
+def _channels_bytes(ffn: nn.Module) -> int:
+    """Return the bytes of an FFN that go with its channels: all but down's bias."""
+    parts = [(name, *item) for name in PROJECTIONS for item in ffn[name].items()]
+    return sum(
+        weight.nbytes
+        for projection, name, weight in parts
+        if isinstance(weight, mx.array) and (projection, name) != ("down_proj", "bias")
+    )
+
+
+def _caches(dense: nn.Module, config: dict[str, Any]) -> list[LayerCache]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    # Keys and values have the dtype of the activations, which is that of the norms.
+    norms = (w for name, w in tree_flatten(dense.parameters()) if "norm" in name)
+    size = next(norms).dtype.size
+    # Some models keep fewer caches than layers: the last layers share.
+    pairs = zip(dense.layers, make_prompt_cache(dense), strict=False)
+    return [
+        LayerCache(
+            size * (_kv_width(layer) or _kv_width_of(config)),
+            getattr(cache, "max_size", None),
+        )
+        for layer, cache in pairs
+    ]
+
+
+def _kv_width(layer: nn.Module) -> int:
+    """Return the numbers of a token's key and value, from the layer's projections."""
+    for _, module in layer.named_modules():
+        if "k_proj" in module and "v_proj" in module:
+            return sum(module[name].weight.shape[0] for name in ("k_proj", "v_proj"))
+    return 0
+
+
+def _kv_width_of(config: dict[str, Any]) -> int:
+    """Return the same from a config.json, for a layer with other names."""
+    queries = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // queries
+    return 2 * width * (config.get("num_key_value_heads") or queries)

@@ -1,0 +1,82 @@
+"""What a step of a generation says: text, selection, times, memory."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..selection.masks import Selection
+
+
+@dataclass
+class Seconds:
+    """Where the time of one generation went, in seconds (the paper's Table 3).
+
+    Attributes:
+        select: from the instruction to the selection; of a sweep, which loads too, and
+            may have read the prompt.
+        load: reading and slicing the selected channels.
+        prefill: reading of the prompt what is not read yet.
+        decode: from the first token to now.
+        ttft: select + load + prefill, the time to the first token.
+    """
+
+    select: float = 0.0
+    load: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    ttft: float = 0.0
+
+
+@dataclass
+class GenerationResponse:
+    """One step of :func:`ifp_mlx.stream_generate`.
+
+    Attributes:
+        text: the next piece of text, possibly empty.
+        token: the token's id.
+        finish_reason: ``"stop"``, ``"length"``, or ``None`` while it goes on.
+        selection: the channels it was generated with.
+        seconds: the time spent so far.
+        prompt_tokens: tokens in the prompt.
+        prompt_tps: prefill speed, tokens per second.
+        generation_tokens: tokens generated so far.
+        generation_tps: decode speed, tokens per second.
+        peak_memory_bytes: MLX's peak since the process started, in bytes.
+        cache: with a memory limit, ``hit`` if the compact model was there already,
+            ``miss`` if it was swept and kept (``select`` is the whole sweep then).
+    """
+
+    text: str
+    token: int
+    finish_reason: str | None
+    selection: Selection
+    seconds: Seconds
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory_bytes: int
+    cache: str | None = None
+
+
+def report(last: GenerationResponse) -> dict[str, Any]:
+    """Return the last response's figures as plain data, without the text."""
+    selection = last.selection
+    return {
+        "prompt_tokens": last.prompt_tokens,
+        "generation_tokens": last.generation_tokens,
+        "finish_reason": last.finish_reason,
+        "selection": {
+            "selector": selection.info.get("selector"),
+            "allocation": selection.info.get("allocation"),
+            "mask_id": selection.mask_id,
+            "compensated": selection.compensates,
+            "kept_channels": sum(selection.sizes),
+            "total_channels": selection.channels * len(selection.sizes),
+            "layers": selection.sizes,
+        },
+        "seconds": asdict(last.seconds),
+        "generation_tps": last.generation_tps,
+        "prompt_tps": last.prompt_tps,
+        "peak_memory_bytes": last.peak_memory_bytes,
+        "cache": last.cache,
+    }

@@ -1,0 +1,336 @@
+"""What fits, and how long it will take, before anything is loaded.
+
+Bytes are those of the files and shapes (:mod:`ifp_mlx.footprint`). Times are predicted
+from a device's bandwidths and arithmetic (:mod:`ifp_mlx.planning.roofline`): good for choosing,
+not for quoting. ``examples/plan.md`` holds them against what the paper measured.
+
+Exit status: 0 if it fits or no memory was named, 1 if it does not, 2 on a mistake.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.tables import markdown
+from ..model.checkpoint import PREDICTOR_FOLDER, load
+from ..model.footprint import Footprint, in_words, model_of_config
+from ..selection import widths
+from ..slicing.pruning import dense_shape
+from ..storage.folder import read_config
+from . import roofline
+from .devices import Device
+from .roofline import Job, Times, Work
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is planned for.
+
+    Attributes:
+        name: as it was given.
+        folder: where it lies, or ``None`` for a config.json.
+        footprint: its bytes.
+        work: its multiplications.
+        predictor: the multiplications per token and the layers of its predictor.
+        selective: whether only the selected channels are read from storage, as from a
+            channel store; of a plain folder all are read, and most let go.
+    """
+
+    name: str
+    folder: Path | None
+    footprint: Footprint
+    work: Work
+    predictor: tuple[int, int] | None
+    selective: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one keep needs and how long it takes.
+
+    Attributes:
+        keep: share of the channels, as ``--keep`` takes it.
+        target_size: ``k``.
+        compact_bytes: of the compact model.
+        total_bytes: with the KV cache and the predictor.
+        fits: in the memory that was named; ``None`` if none was.
+        times: predicted; ``None`` without a device.
+    """
+
+    keep: float
+    target_size: int
+    compact_bytes: int
+    total_bytes: int
+    fits: bool | None
+    times: Times | None
+
+
+def open_subject(name: str, *, channel_store: bool = False) -> Subject:
+    """Open a model folder, a hub id or a config.json alone; no weight is read.
+
+    Args:
+        name: of a hub id only the config.json is fetched.
+        channel_store: plan as if the weights lay in a channel store.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such model, or none that can be
+            sliced.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        config = _config(name, path)
+        dense = model_of_config(config)
+        footprint = Footprint.of_module(dense, config)
+        return Subject(name, None, footprint, Work.of(dense), None, channel_store)
+    model, _ = load(path)
+    return Subject(
+        name,
+        model.path,
+        Footprint.of(model),
+        Work.of(model.source.open()),
+        _predictor(model.path / PREDICTOR_FOLDER),
+        channel_store or hasattr(model.source, "reader"),
+    )
+
+
+def plan_rows(
+    subject: Subject,
+    keeps: Sequence[float],
+    job: Job,
+    *,
+    context_tokens: int,
+    memory_bytes: int | None = None,
+    device: Device | None = None,
+) -> list[Row]:
+    """Plan for several keeps.
+
+    Args:
+        subject: the model.
+        keeps: shares of the channels; each is rounded to the granularity.
+        job: what is to be done with it.
+        context_tokens: tokens that the KV cache must hold.
+        memory_bytes: that may be used.
+        device: to predict times for.
+    """
+    footprint = subject.footprint
+    rows = []
+    for keep in keeps:
+        k = widths.target_size(footprint.channels, keep, footprint.granularity)
+        sizes = [max(k, footprint.smallest)] * footprint.layers
+        total = footprint.total_bytes(sizes, context_tokens)
+        rows.append(
+            Row(
+                keep=sizes[0] / footprint.channels,
+                target_size=sizes[0],
+                compact_bytes=footprint.compact_bytes(sizes),
+                total_bytes=total,
+                fits=None if memory_bytes is None else total <= memory_bytes,
+                times=None if device is None else times(subject, device, sizes, job),
+            )
+        )
+    return rows
+
+
+def times(subject: Subject, device: Device, sizes: Sequence[int], job: Job) -> Times:
+    """Predict the phases of a request on a device."""
+    footprint, work = subject.footprint, subject.work
+    dense = sizes[0] == footprint.channels
+    select = 0.0 if dense else _select_seconds(subject, device, job.instruction_tokens)
+    whole = dense or not subject.selective
+    loaded = footprint.dense_bytes if whole else footprint.compact_bytes(sizes)
+    return roofline.predict(
+        device, work, footprint, sizes, job, select=select, loaded=loaded
+    )
+
+
+def _select_seconds(subject: Subject, device: Device, tokens: int) -> float:
+    if subject.predictor is None:
+        return roofline.dense_select_seconds(
+            device, subject.work, subject.footprint, tokens
+        )
+    weights, layers = subject.predictor
+    count = subject.footprint.predictor_bytes
+    return roofline.predictor_seconds(device, weights, count, layers, tokens)
+
+
+def _config(name: str, path: Path) -> dict[str, Any]:
+    """Return the config.json that a file or a hub id stands for."""
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return read_config(path)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_config(Path(hf_hub_download(name, "config.json")))
+    except Exception as error:  # the client lets those of its HTTP library through
+        raise FileNotFoundError(
+            f"{name} is no folder, and its config.json does not come from the Hugging "
+            f"Face Hub ({type(error).__name__}: {error}); give a folder or a file."
+        ) from error
+
+
+def _predictor(folder: Path) -> tuple[int, int] | None:
+    """Return the multiplications per token and the layers of a predictor."""
+    if not folder.exists():
+        return None
+    dense = model_of_config(read_config(folder / "config.json"))
+    layers, channels = dense_shape(dense)
+    return Work.of(dense).per_token([channels] * layers), layers
+
+
+def _verdict(
+    args: Any, rows: list[Row], largest: float | None, refusal: str | None
+) -> tuple[str, bool]:
+    """Return the words at the end, and whether what was asked for fits."""
+    if args.memory_gb is None:
+        return "", True
+    if refusal is not None:
+        return f"It does not fit: {refusal}", False
+    assert largest is not None
+    memory = in_words(round(args.memory_gb * 1e9))
+    k = next(row.target_size for row in rows if row.keep == largest)
+    best = f"the largest that fits {memory} is --target-size {k} (keep {largest:.3f})"
+    smallest = min(args.keep or [largest])
+    if largest < 1 and any(row.keep == smallest and not row.fits for row in rows):
+        return f"It does not fit at keep {smallest:g}; {best}.", False
+    if largest == 1:
+        return f"The whole model fits {memory}.", True
+    return f"{best[0].upper()}{best[1:]}.", True
+
+
+def report(
+    subject: Subject, rows: list[Row], context: int, job: Job, device: Device | None
+) -> str:
+    """Return the plan as tables for people."""
+    footprint = subject.footprint
+    step = f", chosen {footprint.granularity} at a time"
+    lines = [
+        f"{subject.name}: {footprint.layers} layers of {footprint.channels} channels"
+        + (step if footprint.granularity > 1 else ""),
+        "",
+        markdown(
+            ["part", "bytes"], [[n, in_words(b)] for n, b in _parts(subject, context)]
+        ),
+        "",
+        markdown(*_memory_table(rows)),
+    ]
+    if device is not None:
+        lines += ["", *_time_lines(subject, rows, job, device)]
+    return "\n".join(lines)
+
+
+def _parts(subject: Subject, context: int) -> list[tuple[str, int]]:
+    footprint = subject.footprint
+    parts = [
+        ("core: attention, embeddings, norms", footprint.core_bytes),
+        ("all channels", footprint.dense_bytes - footprint.core_bytes),
+        ("of them shared by every selection", footprint.shared_bytes),
+        ("one channel in every layer", footprint.channel_bytes([1] * footprint.layers)),
+        ("predictor", footprint.predictor_bytes),
+        (f"KV cache of {context} tokens", footprint.kv_bytes(context)),
+    ]
+    return [(name, count) for name, count in parts if count]
+
+
+def _memory_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    head = ["keep", "k", "compact model", "with KV and predictor"]
+    cells = [
+        [
+            _name(row),
+            str(row.target_size),
+            in_words(row.compact_bytes),
+            in_words(row.total_bytes),
+        ]
+        for row in rows
+    ]
+    if rows[0].fits is not None:
+        head.append("fits")
+        for row, line in zip(rows, cells, strict=True):
+            line.append("yes" if row.fits else "no")
+    return head, cells
+
+
+def _time_lines(
+    subject: Subject, rows: list[Row], job: Job, device: Device
+) -> list[str]:
+    how = "predictor" if subject.predictor else "the dense model reads the instruction"
+    head = ["keep", "select s", "load s, cold", "load s, warm", "prefill s"]
+    head += ["TTFT s, cold", "TTFT s, warm", "decode tokens/s"]
+    cells = []
+    for row in rows:
+        spent = row.times
+        assert spent is not None
+        figures = [spent.select, spent.load, spent.load_warm, spent.prefill]
+        figures += [None if spent.load is None else spent.ttft(), spent.ttft(warm=True)]
+        shown = ["-" if f is None else f"{f:.3g}" for f in figures]
+        cells.append([_name(row), *shown, f"{job.max_tokens / spent.decode:.3g}"])
+    read = "the selected channels" if subject.selective else "the whole folder"
+    return [
+        f"Predicted, not measured, for {device.about}: {job.prompt_tokens} prompt "
+        f"tokens, {job.max_tokens} decoded. Select: {how}"
+        f" ({job.instruction_tokens} tokens); 0 with a mask file. Load: {read}.",
+        "",
+        markdown(head, cells),
+        "",
+        *_sources(device),
+    ]
+
+
+def _sources(device: Device) -> list[str]:
+    figures = [
+        ("memory", device.memory, 1e9, "GB/s"),
+        ("storage", device.storage, 1e9, "GB/s"),
+        ("arithmetic", device.compute, 1e12, "TFLOPS"),
+    ]
+    lines = [
+        f"- {name}: {figure.value / unit:.3g} {what}, {figure.kind}: {figure.source}"
+        for name, figure, unit, what in figures
+        if figure is not None
+    ]
+    used = device.runtime
+    return [
+        *lines,
+        f"- of which used: prefill {used.prefill:g}, decode {used.decode:g}, copying "
+        f"{used.load:g}; {used.layer_seconds * 1e6:.3g} us a layer; {used.source}",
+    ]
+
+
+def _name(row: Row) -> str:
+    return "1, dense" if row.keep == 1 else f"{row.keep:.3g}"
+
+
+def as_json(
+    subject: Subject, rows: list[Row], context: int, job: Job, device: Device | None
+) -> dict[str, Any]:
+    """Return the plan as plain data."""
+    footprint = subject.footprint
+    return {
+        "model": subject.name,
+        "layers": footprint.layers,
+        "channels": footprint.channels,
+        "granularity": footprint.granularity,
+        "bytes": {
+            "core": footprint.core_bytes,
+            "channels": footprint.dense_bytes - footprint.core_bytes,
+            "shared": footprint.shared_bytes,
+            "predictor": footprint.predictor_bytes,
+            "kv": footprint.kv_bytes(context),
+        },
+        "context_length": context,
+        "job": asdict(job),
+        "selector": "predictor" if subject.predictor else "activation",
+        "reads": "selected" if subject.selective else "all",
+        "rows": [_row_json(row) for row in rows],
+        "device": device and asdict(device),
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    content = asdict(row)
+    if row.times is not None:
+        content["times"] |= {
+            "ttft": None if row.times.load is None else row.times.ttft(),
+            "ttft_warm": row.times.ttft(warm=True),
+        }
+    return content

@@ -1,0 +1,1 @@
+"""How any stock model is masked, read and sliced."""

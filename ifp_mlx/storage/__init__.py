@@ -1,0 +1,1 @@
+"""Where full weights live, and how parts of them are read."""

@@ -1,0 +1,173 @@
+"""A layer's tensors while its records arrive, in any order, from several threads."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..slicing.pruning import Donor
+from .layout import DTYPES, Layout, Part, units_of
+
+STRIP = 64  # channels whose columns are written at a time
+
+
+PAD = 64  # bytes between rows: rows a power of two apart share a place in the cache
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor.
+
+    Attributes:
+        part: what it is.
+        offset: where it begins in a record.
+        array: the tensor itself.
+        units: ``[n, a, b]``, a view of it unit by unit.
+        rows: ``[m, a, b]``, where what is read goes: ``units`` itself, or where a unit
+            is not in one piece, a place from which it is written there at the end.
+        old: ``[h, a, b]``, the donor's tensor unit by unit.
+    """
+
+    part: Part
+    offset: int
+    array: mx.array
+    units: np.ndarray
+    rows: np.ndarray
+    old: np.ndarray | None
+
+
+class ArrivingLayer:
+    """The tensors of some units of a layer, those read and those a donor gives.
+
+    Args:
+        layout: of the channel file.
+        layer: its number.
+        units: int ``[n]``, sorted: which units the tensors hold.
+        donor: the same layer filled before.
+        scratch: uint8, memory to be used until it is complete, or ``None``.
+
+    Attributes:
+        missing: int ``[m]``, sorted: the units that the donor cannot give.
+        scratch: for the next layer.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        layer: int,
+        units: np.ndarray,
+        donor: Donor | None = None,
+        scratch: np.ndarray | None = None,
+    ) -> None:
+        ffn, held = _held(layout, donor)
+        given = np.isin(units, held) if len(held) else np.zeros(len(units), bool)
+        self.missing = units[~given]
+        self._read, self._copied = np.flatnonzero(~given), np.flatnonzero(given)
+        self._from = np.searchsorted(held, units[given])
+        columns = [part for part in layout.parts[layer] if part.axis == 1]
+        row_bytes = sum(part.unit_bytes(layout.units) + PAD for part in columns)
+        needed = row_bytes * len(self.missing)
+        if scratch is None or scratch.size < needed:
+            scratch = np.empty(needed, np.uint8)
+        self.scratch = scratch
+        arrays = _zeros(layout, layer, len(units))
+        views = _bytes(arrays)
+        olds = None if ffn is None else _bytes(_parts_of(layout, layer, ffn))
+        self._tensors = []
+        for number, (part, offset) in enumerate(layout.fields(layer)):
+            view = rows = part.split(views[number], len(units), layout.units)
+            if part.axis == 1:
+                rows, scratch = _rows(scratch, len(self.missing), view)
+            old = None
+            if olds is not None:
+                old = part.split(olds[number], len(held), layout.units)
+            self._tensors.append(_Tensor(part, offset, arrays[number], view, rows, old))
+
+    def put(self, numbers: np.ndarray, records: np.ndarray) -> None:
+        """Take in the records, uint8 ``[p, record]``, of ``missing[numbers]``."""
+        for tensor in self._tensors:
+            nbytes = tensor.rows[0].nbytes
+            words = records[:, tensor.offset : tensor.offset + nbytes]
+            words = words.view(tensor.rows.dtype)
+            whole = tensor.rows is tensor.units
+            into = self._read[numbers] if whole else numbers
+            tensor.rows[into] = words.reshape(-1, *tensor.rows.shape[1:])
+
+    def complete(self) -> None:
+        """Finish the tensors, once every record has been put in."""
+        for tensor in self._tensors:
+            if tensor.rows is not tensor.units:
+                self._write_columns(tensor)
+            elif tensor.old is not None:
+                tensor.units[self._copied] = tensor.old[self._from]
+
+    def tensors(self) -> dict[tuple[str, str], mx.array]:
+        """Return them by projection and name, once complete."""
+        return {(t.part.projection, t.part.tensor): t.array for t in self._tensors}
+
+    def _write_columns(self, tensor: _Tensor) -> None:
+        if tensor.old is None:
+            _copy_in_strips(tensor.rows, tensor.units)
+            return
+        # All columns are gathered from the old ones, which is quick, and those that
+        # were read then put between them.
+        source = np.zeros(len(tensor.units), int)
+        source[self._copied] = self._from
+        old, out = (units.transpose(1, 0, 2) for units in (tensor.old, tensor.units))
+        np.take(old, source, axis=1, out=out, mode="clip")  # raise would copy
+        for start in range(0, len(tensor.rows), STRIP):
+            strip = slice(start, start + STRIP)
+            tensor.units[self._read[strip]] = tensor.rows[strip]
+
+
+def _held(layout: Layout, donor: Donor | None) -> tuple[nn.Module | None, np.ndarray]:
+    """Return the units that a donor can give: none if it cut one."""
+    if donor is not None:
+        channels, size = np.array(donor.channels), layout.unit
+        units = units_of(channels, size)
+        if channels.size == units.size * size:
+            return donor.ffn, units
+    return None, np.empty(0, int)
+
+
+def _zeros(layout: Layout, layer: int, units: int) -> list[mx.array]:
+    """Return a layer's tensors with so many units."""
+    return [
+        mx.zeros(
+            part.sliced_shape(units, layout.units), getattr(mx, DTYPES[part.dtype][0])
+        )
+        for part in layout.parts[layer]
+    ]
+
+
+def _parts_of(layout: Layout, layer: int, ffn: nn.Module) -> list[mx.array]:
+    """Return the tensors of an FFN that was filled before."""
+    return [ffn[part.projection][part.tensor] for part in layout.parts[layer]]
+
+
+def _bytes(arrays: list[mx.array]) -> list[np.ndarray]:
+    """View contiguous arrays as uint8; what is written there is written into them."""
+    # NumPy has no bfloat16.
+    known = [a.view(mx.uint16) if a.dtype == mx.bfloat16 else a for a in arrays]
+    mx.eval(arrays, known)  # at once: each call has a price
+    return [np.array(a, copy=False).reshape(-1).view(np.uint8) for a in known]
+
+
+def _rows(
+    scratch: np.ndarray, count: int, like: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut an array ``[count, a, b]``, with units as those of ``like``, from memory;
+    return the rest of it also.
+    """
+    unit_bytes = like[0].nbytes
+    end = count * (unit_bytes + PAD)
+    rows = scratch[:end].reshape(count, unit_bytes + PAD)[:, :unit_bytes]
+    return rows.view(like.dtype).reshape(count, *like.shape[1:]), scratch[end:]
+
+
+def _copy_in_strips(rows: np.ndarray, units: np.ndarray) -> None:
+    """Copy ``rows`` into ``units``, of the same shape but laid out column by column."""
+    for start in range(0, len(rows), STRIP):
+        strip = slice(start, start + STRIP)
+        units[strip] = rows[strip]

@@ -1,0 +1,453 @@
+"""Where full weights live: find a model folder, check it, open it without reading."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files.tensors import digest_of, weights_of
+from ..slicing.pruning import Donor, ffn_layers, share_core, slice_ffn, twin
+from .layout import AGAIN, CHANNEL_FILE, DTYPES, Layout, read_layout
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+    from .reader import ChannelReader
+
+    Classes = Callable[[dict[str, Any]], tuple[Any, Any]]
+
+
+# The small trained checkpoint inside the package.
+SHIPPED = Path(__file__).parent.parent / "checkpoint"
+
+
+# What a model needs, and what says how it may be used. Never code.
+NEEDED = ["*.json", "model*.safetensors", "predictor/*.safetensors", "*.jinja"]
+
+
+NEEDED += ["tokenizer.model", "*.tiktoken", "*.txt"]
+
+
+DOCUMENTS = ["LICENSE*", "README.md"]
+
+
+def resolve(model: str | os.PathLike[str], tqdm_class: type | None = None) -> Path:
+    """Return the folder of ``model``, fetching it from the hub if need be.
+
+    Args:
+        model: an existing folder, or a Hugging Face id such as ``org/name``.
+        tqdm_class: shows the download, instead of the hub client's own bars.
+
+    Raises:
+        FileNotFoundError: if it is neither, or if the hub does not give it.
+        NotADirectoryError: if it is a file.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(
+                f"{path} has no config.json, so it is not a model folder; "
+                "give a folder with config.json, model*.safetensors and a tokenizer."
+            )
+        return path
+    if path.exists():
+        raise NotADirectoryError(
+            f"{path} is a file, not a model folder; give its folder, or convert it "
+            "with convert/from_pytorch.py if it is a GGUF file or a state dict."
+        )
+    if isinstance(model, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        return _fetch(model, tqdm_class)
+    raise FileNotFoundError(
+        f"{model} is neither an existing folder nor a hub id such as org/name; "
+        "check the spelling."
+    )
+
+
+def _fetch(repo: str, tqdm_class: type | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    reasons = {
+        errors.GatedRepoError: "it is gated; accept its terms on huggingface.co, "
+        "then run `hf auth login`",
+        errors.RepositoryNotFoundError: "it is not there, or private; check the id, "
+        "or run `hf auth login`",
+        errors.LocalEntryNotFoundError: "it is not in the cache and the hub cannot be "
+        "reached; connect to the network with HF_HUB_OFFLINE unset, or give a folder",
+    }
+    bars: dict[str, Any] = {"tqdm_class": tqdm_class} if tqdm_class else {}
+    try:
+        try:
+            patterns = NEEDED + DOCUMENTS
+            return Path(snapshot_download(repo, allow_patterns=patterns, **bars))
+        except errors.IncompleteSnapshotError:
+            # Offline, with a copy fetched by mlx-lm, which leaves documents out.
+            return Path(
+                snapshot_download(repo, allow_patterns=NEEDED, local_files_only=True)
+            )
+    except Exception as error:  # the client lets those of its HTTP library through
+        kinds = (why for kind, why in reasons.items() if isinstance(error, kind))
+        why = next(kinds, f"{type(error).__name__}: {error}; try again")
+        raise FileNotFoundError(
+            f"{repo} is no folder, and does not come from the Hugging Face Hub: {why}."
+        ) from error
+
+
+class Folder:
+    """An ordinary model folder as the source of a model's weights.
+
+    Every source has these: what it reads from, a stock model whose FFN weights are
+    not in memory yet, and a way to put channels into one layer of it.
+
+    Attributes:
+        path: the folder.
+        granularity: channels that lie, and are best selected, together.
+    """
+
+    granularity = 1
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self) -> "nn.Module":
+        """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
+        check_folder(self.path)
+        return _load_lazily(self.path, None)[0]
+
+    def open_beside(self, other: "nn.Module") -> "nn.Module":
+        """Return what :meth:`open` does, with all but the FFNs of another compact model
+        of this source, which :meth:`open` and :meth:`fill` have made.
+        """
+        model = self.open()
+        share_core(model, other)
+        return model
+
+    def fill(
+        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+    ) -> None:
+        """Put a layer's channels into its FFN, in place.
+
+        Args:
+            ffn: the layer's FFN in a model from :meth:`open`.
+            layer: its number.
+            index: int32 ``[k]``, sorted; ``None`` is all channels, which here are
+                read when they are first used.
+
+        Raises:
+            ValueError: if a quantised ``down_proj`` would be cut inside a group.
+        """
+        if index is not None:
+            slice_ffn(ffn, index)
+
+    def fill_all(
+        self,
+        ffns: Sequence["nn.Module"],
+        indices: "Sequence[mx.array] | None" = None,
+        donors: "Sequence[Donor] | None" = None,
+    ) -> Iterator[int]:
+        """Fill layer after layer as :meth:`fill` does, and yield the number of each.
+
+        Args:
+            ffns: of all layers of a model from :meth:`open`.
+            indices: for each layer, as for :meth:`fill`; default: all channels.
+            donors: for each layer, the same one of another compact model, no gates
+                folded in, whose channels need not be read again; here they are.
+        """
+        for layer, ffn in enumerate(ffns):
+            self.fill(ffn, layer, indices[layer] if indices else None)
+            yield layer
+
+
+class ChannelStore(Folder):
+    """A folder whose FFN weights are in a channel file, of which :meth:`fill` reads
+    only the channels it is asked for, at once; :meth:`open` has zeros in their place.
+
+    Attributes:
+        reader: the channel file, and how much of it has been read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        check_folder(path)
+        self.reader = _open_channels(path)
+        self.granularity = self.reader.layout.unit
+
+    def open(self) -> "nn.Module":
+        """See :meth:`Folder.open`."""
+        return _load_lazily(self.path, self.reader.layout)[0]
+
+    def open_beside(self, other: "nn.Module") -> "nn.Module":
+        """See :meth:`Folder.open_beside`; building the model takes longer than reading
+        what a switch changes, so it is copied.
+        """
+        return twin(other)
+
+    def fill(
+        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+    ) -> None:
+        """Read a layer's channels into its FFN; see :meth:`ChannelReader.fill`."""
+        self.reader.fill(ffn, layer, index)
+
+    def fill_all(
+        self,
+        ffns: Sequence["nn.Module"],
+        indices: "Sequence[mx.array] | None" = None,
+        donors: "Sequence[Donor] | None" = None,
+    ) -> Iterator[int]:
+        """See :meth:`Folder.fill_all`; while a layer is put in place, the next is read."""
+        return self.reader.fill_all(ffns, indices, donors)
+
+
+def source_of(path: Path) -> Folder:
+    """Return a model folder as a source of weights.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is a channel store that is damaged, or
+            not of the model beside it.
+    """
+    return (ChannelStore if (path / CHANNEL_FILE).exists() else Folder)(path)
+
+
+def dense_model(path: Path) -> "nn.Module":
+    """Return the stock mlx-lm model of a folder; its weights stay on disk till used
+    (those of a channel store are read now).
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`check_folder`.
+    """
+    return dense_of(source_of(path))
+
+
+def dense_of(source: Folder) -> "nn.Module":
+    """Return the whole stock mlx-lm model of an open source; see :func:`dense_model`."""
+    model = source.open()
+    for _ in source.fill_all([ffn.module for ffn in ffn_layers(model)]):
+        pass
+    return model
+
+
+def _open_channels(path: Path) -> "ChannelReader":
+    from .reader import ChannelReader
+
+    reader = ChannelReader(path / CHANNEL_FILE)
+    if digest_of(weights_of(path)) != reader.layout.core:
+        raise ValueError(
+            f"{path / CHANNEL_FILE} was made for another model than the weights beside "
+            f"it; {AGAIN}."
+        )
+    return reader
+
+
+def _load_lazily(
+    path: Path, layout: Layout | None, classes: "Classes | None" = None
+) -> tuple["nn.Module", dict[str, Any]]:
+    """Return mlx-lm's model of a folder and its configuration; no weight is read.
+
+    Args:
+        path: the folder.
+        layout: of its channel file, for whose tensors there are zeros in the model;
+            they take no memory until they are used.
+        classes: stands in for mlx-lm's choice of classes.
+    """
+    import mlx.core as mx
+    from mlx_lm.utils import _get_classes, load_model
+
+    parts = [part for layer in layout.parts for part in layer] if layout else []
+    absent = {p.name: mx.zeros(p.shape, getattr(mx, DTYPES[p.dtype][0])) for p in parts}
+
+    def with_absent(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, args_class = (classes or _get_classes)(config)
+
+        def build(args: Any) -> "nn.Module":
+            model = model_class(args)
+            own = getattr(model, "sanitize", lambda weights: weights)
+            model.sanitize = lambda weights: own(weights | absent)
+            return model
+
+        return build, args_class
+
+    model, config = load_model(path, lazy=True, get_model_classes=with_absent)
+    del model.sanitize
+    return model, config
+
+
+def check_folder(path: Path) -> dict[str, Any]:
+    """Check a model folder before any weight is read; return its configuration.
+
+    Config, index, safetensors headers, and the name and shape of every tensor are
+    held against each other and against what mlx-lm's class for this config expects.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the files contradict themselves or each other.
+    """
+    from mlx_lm.utils import _get_classes
+
+    config = read_config(path / "config.json")
+    if (index := path / "model.safetensors.index.json").exists():
+        index_files(index)
+    files = _check_headers(path)
+    layout = _layout_of(path, files)
+    try:
+        model_class, args_class = _get_classes(config)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"model_type={config['model_type']!r} in {path / 'config.json'} is not "
+            "supported by mlx-lm; use a model that mlx-lm can load."
+        ) from error
+    problems: list[str | None] = []
+
+    class Checked(model_class):  # type: ignore[misc, valid-type]
+        """Compares where others load: by then names and shapes are final."""
+
+        def load_weights(self, weights: list, strict: bool = True) -> None:
+            problems.append(_mismatch(self, dict(weights), files, path))
+
+    try:
+        _, config = _load_lazily(path, layout, lambda config: (Checked, args_class))
+    except Exception as error:  # whatever mlx-lm's model code trips over
+        raise ValueError(
+            f"mlx-lm cannot build a {config['model_type']} model from {path} "
+            f"({type(error).__name__}: {error}); fetch or convert it again."
+        ) from error
+    if problems[0]:
+        raise ValueError(
+            f"{problems[0]}; config.json and the weights do not belong together: "
+            "fetch or convert both again."
+        )
+    return config
+
+
+def _layout_of(path: Path, files: dict[str, Path]) -> Layout | None:
+    """Return the header of a folder's channel file, if there is one, its tensors added
+    to ``files``.
+    """
+    file = path / CHANNEL_FILE
+    if not file.exists():
+        return None
+    layout = read_layout(file)
+    for part in (part for layer in layout.parts for part in layer):
+        if part.name in files:
+            raise ValueError(
+                f"{part.name} is in both {files[part.name]} and {file}; delete the "
+                "file that does not belong to this model."
+            )
+        files[part.name] = file
+    return layout
+
+
+def _mismatch(
+    model: "nn.Module", found: dict[str, Any], files: dict[str, Path], path: Path
+) -> str | None:
+    """Say how the tensors found first differ from those that ``model`` expects."""
+    from mlx.utils import tree_flatten
+
+    expected = tree_flatten(model.parameters(), destination={})
+    for name, tensor in expected.items():
+        if name not in found:
+            return f"{path} lacks the tensor {name} {tensor.shape}"
+        if found[name].shape != tensor.shape:
+            return (
+                f"{name} in {files.get(name, path)} has shape {found[name].shape}, "
+                f"but config.json asks for {tensor.shape}"
+            )
+    for name in sorted(found.keys() - expected.keys()):
+        return (
+            f"{files.get(name, path)} holds {name}, which config.json has no place for"
+        )
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; give a complete model folder.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        error = ValueError(f"a JSON {type(content).__name__}")
+    except ValueError as syntax:
+        error = syntax
+    raise ValueError(
+        f"{path} is not a JSON object ({error}); fetch or convert the model again."
+    ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is no model's, or asks to run code.
+    """
+    config = _read_json(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
+        raise ValueError(
+            f"model_type={model_type!r} in {path} names no model; "
+            "it should be a name such as 'llama'."
+        )
+    for key in ("model_file", "trust_remote_code"):
+        if config.get(key):
+            raise ValueError(
+                f"{key}={config[key]!r} in {path} asks to run code from the model "
+                "folder, which is never done; use a model that mlx-lm has built in."
+            )
+    return config
+
+
+def index_files(index: Path) -> list[Path]:
+    """Return the files that a ``*.index.json`` names, all of them in its folder."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map; delete it or fetch it again.")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(
+                f"{index} names {name!r}, which is no file of its own folder; "
+                "fetch the model again."
+            )
+        if not index.with_name(name).exists():
+            raise FileNotFoundError(
+                f"{index} names {name}, which is missing; fetch it."
+            )
+    return [index.with_name(name) for name in names]
+
+
+def _check_headers(path: Path) -> dict[str, Path]:
+    """Return the file that holds each tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = path.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":  # the hub's cache links to its blobs
+        homes.append(folder.parent.parent / "blobs")
+    files: dict[str, Path] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        if file.resolve().parent not in homes:
+            raise ValueError(
+                f"{file} is a link to {file.resolve()}, outside its model folder; "
+                "copy the file into the folder."
+            )
+        try:
+            with safe_open(file, framework="numpy") as header:
+                names = header.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}); fetch or convert the model again."
+            ) from error
+        if twice := files.keys() & set(names):
+            raise ValueError(
+                f"{min(twice)} is in both {files[min(twice)]} and {file}; "
+                "delete the file that does not belong to this model."
+            )
+        files |= dict.fromkeys(names, file)
+    if not files:
+        raise FileNotFoundError(
+            f"{path} has no model*.safetensors; "
+            "convert its weights with convert/from_pytorch.py first."
+        )
+    return files

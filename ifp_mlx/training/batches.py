@@ -1,0 +1,126 @@
+"""How examples become batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+PAD = 32  # lengths are padded to its multiples, so that few shapes are compiled
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example: what selects, what is read, and what is learned from it.
+
+    Attributes:
+        instruction: token ids for the predictor.
+        tokens: token ids for the model.
+        loss: bool of each token, whether it is a target that counts.
+        task: the number of its task, -1 if it names none.
+        place: where it was read, for messages.
+    """
+
+    instruction: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+    task: int = -1
+    place: str = ""
+
+
+class Batch(NamedTuple):
+    """Examples of one training step, padded on the right.
+
+    Attributes:
+        instruction: what selects, int32 ``[B, Ti]``.
+        lengths: real tokens of each instruction, int32 ``[B]``.
+        tokens: what the model reads, int32 ``[B, T]``.
+        loss_mask: 1 where a token is a target that counts, float32 ``[B, T]``. The
+            first token of a row has nothing before it and never counts.
+        tasks: the number of each row's task, int32 ``[B]``, or ``None``.
+    """
+
+    instruction: mx.array
+    lengths: mx.array
+    tokens: mx.array
+    loss_mask: mx.array
+    tasks: mx.array | None = None
+
+    def share(self, rank: int, size: int) -> "Batch":
+        """Return every ``size``-th row from ``rank`` on: one machine's part."""
+        if size == 1:
+            return self
+        rows: Any = (None if a is None else a[rank::size] for a in self)
+        return Batch(*rows)
+
+
+class Batches:
+    """Training batches in an order that depends on the seed and the epoch alone, so
+    that a batch's number is all that a resumed run has to know.
+
+    Args:
+        records: at least ``batch_size``.
+        batch_size: rows of a batch.
+        seed: of the order.
+    """
+
+    def __init__(self, records: Sequence[Record], batch_size: int, seed: int) -> None:
+        if len(records) < batch_size:
+            raise ValueError(
+                f"There are {len(records)} training examples, fewer than the batch size "
+                f"{batch_size}; lower it."
+            )
+        self.records, self.batch_size, self.seed = records, batch_size, seed
+        self.per_epoch = len(records) // batch_size
+        self._epoch, self._order = -1, np.zeros((0, 0), dtype=int)
+
+    def __call__(self, number: int) -> Batch:
+        """Return batch ``number``, counted from 0 through all epochs."""
+        return collate(self._chosen(number))
+
+    def places(self, number: int) -> list[str]:
+        """Return where the rows of batch ``number`` were read."""
+        return [record.place for record in self._chosen(number)]
+
+    def _chosen(self, number: int) -> list[Record]:
+        epoch, place = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffle(epoch)
+        return [self.records[i] for i in self._order[place]]
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.records))[: self.per_epoch * self.batch_size]
+        # Rows of like length lie together, so that little padding is computed.
+        window = 32 * self.batch_size
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            part[:] = sorted(part, key=lambda i: len(self.records[i].tokens))
+        return rng.permutation(order.reshape(self.per_epoch, self.batch_size))
+
+
+def in_order(records: Sequence[Record], batch_size: int) -> list[Batch]:
+    """Return batches of all records in their order, the last one perhaps smaller."""
+    starts = range(0, len(records), batch_size)
+    return [collate(records[start : start + batch_size]) for start in starts]
+
+
+def collate(records: Sequence[Record]) -> Batch:
+    """Put records side by side, padded on the right."""
+    tasks = np.array([record.task for record in records], dtype=np.int32)
+    return Batch(
+        mx.array(_padded([record.instruction for record in records])),
+        mx.array([len(record.instruction) for record in records], dtype=mx.int32),
+        mx.array(_padded([record.tokens for record in records])),
+        mx.array(_padded([record.loss for record in records]).astype(np.float32)),
+        None if (tasks < 0).all() else mx.array(tasks),
+    )
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    longest = max(len(row) for row in rows)
+    table = np.zeros((len(rows), -(-longest // PAD) * PAD), dtype=rows[0].dtype)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table

@@ -1,0 +1,387 @@
+"""Train a model and its masker together: one loss, one loop, and the command."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from ..files.atomic import refuse_existing
+from ..model.checkpoint import IFPConfig
+from ..selection.top_k import select
+from ..slicing.pruning import dense_shape
+from . import checkpoints, warm_start
+from .batches import Batch, Batches, Record, in_order
+from .curve import draw_curve
+from .diary import Diary
+from .maskers import (
+    Budget,
+    FixedMask,
+    Masker,
+    PredictorMasker,
+    ScoreTable,
+    checkpoint_layers,
+)
+from .recipe import TrainConfig, same_run
+from .records import Reader
+from .recover import recover
+from .step import Pair, Parent, Step
+from .trainee import (
+    Trainee,
+    adapt,
+    dense_parent,
+    make_predictor,
+    open_trainee,
+    write_checkpoint,
+)
+from .validation import GATE_FORMS, Report, Validation, evaluate_loss, sliced_error
+from .watch import CollapsedError, Watcher
+
+BatchOf = Callable[[int], Batch]  # the number of a micro-batch to its global batch
+
+
+SETTINGS, CHECKPOINTS, RESULT = "settings.json", "checkpoints", "model"
+
+
+def train(
+    model: nn.Module,
+    masker: Masker,
+    batches: BatchOf,
+    config: TrainConfig,
+    *,
+    parent: Parent | None = None,
+    validate: Callable[[], Report] | None = None,
+    watcher: Watcher | None = None,
+    log: Callable[[Report], None] | None = None,
+    folder: Path | None = None,
+) -> list[Report]:
+    """Train model and masker together, in place.
+
+    Args:
+        model: a stock mlx-lm model, or one with LoRA layers; what is not frozen is
+            trained. Its FFNs are masked in place and stay so, the mask being ones
+            outside of a step, so that it is the dense model.
+        masker: where the masks come from; what is not frozen in it is trained.
+        batches: gives micro-batch ``i``, always the same for the same ``i``; step ``s``
+            takes ``s·accumulate`` and those after it. Under mlx.launch every machine
+            takes its share of the rows.
+        config: see :class:`TrainConfig`.
+        parent: the dense parent's logits ``[B, T - 1, V]`` of a batch, needed if the
+            KL has a weight.
+        validate: called every ``eval_every`` steps, before the first and after the
+            last; what it returns goes into the log. See :class:`Validation`.
+        watcher: looks at every validation, and stops a run whose masks collapse.
+        log: called with every line of the log, besides the returned list.
+        folder: where the log and the checkpoints are kept. A run found there is
+            resumed, bit for bit, on one machine or on as many as before.
+
+    Returns:
+        The log: one dictionary for every ``log_every`` steps and every validation.
+
+    Raises:
+        CollapsedError: from the watcher; a checkpoint has been saved before.
+        ValueError: if the loss is no finite number, naming the step and where its
+            examples stand; a checkpoint of the step before has been saved.
+    """
+    mx.random.seed(config.seed)
+    pair = Pair(model, masker)
+    channels = pair.masked()[0].channels
+    if config.grad_checkpoint:
+        checkpoint_layers(model)
+    step = Step(pair, config, compiled=config.compile)
+    world = mx.distributed.init()
+    start = _resume(step, folder, world)
+    diary = Diary(folder if world.rank() == 0 else None, start, log)
+
+    def look(done: int) -> None:
+        if validate is None:
+            return
+        diary.note(done, report := validate())
+        try:
+            if watcher is not None:
+                watcher(report)
+        except CollapsedError:
+            keep(done)
+            raise
+
+    def keep(done: int) -> None:
+        if folder is not None and world.rank() == 0:
+            checkpoints.save(folder / CHECKPOINTS, done, step.tensors())
+
+    if start == 0:
+        look(0)
+    budget_at = partial(config.budget, channels)
+    _descend(step, batches, config, budget_at, parent, diary, look, keep, start)
+    return diary.lines
+
+
+def _descend(
+    step: Step,
+    batches: BatchOf,
+    config: TrainConfig,
+    budget_at: Callable[[int], Budget],
+    parent: Parent | None,
+    diary: Diary,
+    look: Callable[[int], None],
+    keep: Callable[[int], None],
+    start: int,
+) -> None:
+    """Make the steps from ``start`` on; log, validate and save as they come due."""
+    world = mx.distributed.init()
+    bar = tqdm(
+        range(start, config.steps),
+        initial=start,
+        total=config.steps,
+        unit="step",
+        disable=True if world.rank() else None,
+    )
+    for number in bar:
+        mx.random.seed(config.seed + number)  # so a resumed step draws the same
+        first = number * config.accumulate
+        numbers = range(first, first + config.accumulate)
+        parts = (batches(i).share(world.rank(), world.size()) for i in numbers)
+        try:
+            report = step(parts, budget_at(number), parent)
+        except FloatingPointError as error:
+            keep(number)
+            raise _not_finite(error, number, batches, numbers) from None
+        done = number + 1
+        last = done == config.steps
+        if done % config.log_every == 0 or last:
+            diary.note(done, {name: float(value) for name, value in report.items()})
+            bar.set_postfix(loss=f"{diary.lines[-1]['loss']:.3f}")
+        if done % config.eval_every == 0 or last:
+            look(done)
+        if done % config.save_every == 0 or last:
+            keep(done)
+
+
+def _resume(step: Step, folder: Path | None, world: mx.distributed.Group) -> int:
+    """Take over the newest checkpoint; return the steps made. The first machine's
+    state is everyone's: the others need no folder, and no equal start.
+    """
+    made = 0
+    if folder is not None and world.rank() == 0:
+        found = checkpoints.load(folder / CHECKPOINTS)
+        if found is not None:
+            made, tensors = found
+            step.restore(tensors)
+    if world.size() == 1:
+        return made
+
+    def first(array: mx.array) -> mx.array:
+        own = array if world.rank() == 0 else mx.zeros_like(array)
+        return mx.distributed.all_sum(own, stream=mx.cpu)
+
+    step.restore({name: first(array) for name, array in step.tensors().items()})
+    return int(first(mx.array(made)))
+
+
+def _not_finite(
+    error: Exception, number: int, batches: BatchOf, numbers: Iterable[int]
+) -> ValueError:
+    places = getattr(batches, "places", None)
+    where = ""
+    if places is not None:
+        found = [place for i in numbers for place in places(i)]
+        where = " Its examples: " + ", ".join(found[:8])
+        where += f" and {len(found) - 8} more." if len(found) > 8 else "."
+    return ValueError(
+        f"{error} at step {number + 1}, which was not made.{where} Lower the learning "
+        "rate, or look at these examples."
+    )
+
+
+def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train as the settings say, and write the result into the output folder.
+
+    Args:
+        config: complete, as :func:`ifp_mlx.training.recipe.from_options` makes it.
+        log: takes one line of progress.
+
+    Returns:
+        What the command reports.
+
+    Raises:
+        FileExistsError: if the run in the output folder is finished.
+        ValueError, OSError: about settings, model or data, with a remedy.
+    """
+    output, first = Path(config.output), mx.distributed.init().rank() == 0
+    refuse_existing(output / RESULT)
+    if config.stage == "recover":
+        return recover(config, train, log)
+    mx.random.seed(config.seed)
+    trainee = open_trainee(config)
+    budget = config.budget(dense_shape(trainee.model)[1])
+    masker = _new_masker(trainee, config)
+    records, checked = _read(trainee, config, masker, log)
+    if first:
+        same_run(config, output / SETTINGS)
+    resumed = any((output / CHECKPOINTS).glob("step-*"))
+    if not resumed:
+        _begin(masker, trainee, records, config, log)
+    parent = dense_parent(trainee, config)
+    adapt(trainee.model, config)
+    began = time.perf_counter()
+    lines = train(
+        trainee.model,
+        masker,
+        Batches(records, config.batch_size, config.seed),
+        config,
+        parent=parent,
+        validate=Validation(trainee.model, masker, checked, budget),
+        watcher=Watcher() if config.watch == "stop" else None,
+        log=lambda line: log(_line(line)),
+        folder=output if first else None,
+    )
+    report: dict[str, Any] = {
+        "output": str(output / RESULT),
+        "steps": config.steps,
+        "train_seconds": time.perf_counter() - began,
+        "peak_memory_bytes": mx.get_peak_memory(),
+        **{k: v for line in lines for k, v in line.items() if k != "step"},
+    }
+    if first:
+        report |= _finish(output, trainee, masker, checked, budget, config)
+        try:
+            draw_curve(lines, output / "curve.png")
+        except ImportError as error:
+            log(f"No picture: {error}.")
+    return report
+
+
+def _new_masker(trainee: Trainee, config: TrainConfig) -> Masker:
+    if config.masker == "dense":
+        return FixedMask(None)
+    if config.masker == "static":
+        return ScoreTable(mx.zeros(dense_shape(trainee.model)))
+    return PredictorMasker(make_predictor(trainee, config))
+
+
+def _read(
+    trainee: Trainee, config: TrainConfig, masker: Masker, log: Callable[[str], None]
+) -> tuple[list[Record], list[Batch]]:
+    """Return the training examples, and batches of some validation examples."""
+    longest = trainee.config.get("max_position_embeddings") or config.max_length
+    own = getattr(getattr(masker, "predictor", None), "tokenizer", None)
+    reader = Reader(
+        trainee.tokenizer,
+        config.stage,
+        max_length=min(config.max_length, longest),
+        chunk=config.chunk,
+        predictor_tokenizer=own,
+        skip_bad=config.skip_bad,
+    )
+    records = reader.read(config.data, "train")
+    checked = reader.read(config.data, "valid")
+    for name, found in (("train", records), ("valid", checked)):
+        if not found:
+            raise ValueError(f"{config.data} has no {name} examples; put some there.")
+    for skipped in reader.skipped:
+        log(f"Left out: {skipped}.")
+    order = np.random.default_rng(config.seed).permutation(len(checked))
+    if config.eval_batches:
+        order = order[: config.eval_batches * config.batch_size]
+    log(f"{len(records)} training examples, {len(order)} for validation.")
+    return records, in_order([checked[i] for i in order], config.batch_size)
+
+
+def _begin(
+    masker: Masker,
+    trainee: Trainee,
+    records: Sequence[Record],
+    config: TrainConfig,
+    log: Callable[[str], None],
+) -> None:
+    """Set where the masker starts, from some training examples."""
+    if config.masker == "dense":
+        return
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    chosen = [records[i] for i in order[: config.warm_start or 64]]
+    batches = in_order(chosen, config.batch_size)
+    progress = partial(tqdm, desc="warm start", disable=None, leave=False)
+    if isinstance(masker, ScoreTable):
+        used = [
+            warm_start.channel_importance(trainee.model, b) for b in progress(batches)
+        ]
+        prior = np.concatenate(used).mean(axis=0)
+        masker.table = mx.array(prior / prior.std(axis=-1, keepdims=True))
+        return
+    assert isinstance(masker, PredictorMasker)
+    kind, decorrelate = config.score_kind()
+    options = {"centred": kind == "centred", "decorrelate": decorrelate}
+    if config.warm_start:
+        start = warm_start.warm_start(
+            masker.predictor, trainee.model, batches, **options, progress=progress
+        )
+        log(
+            f"Warm start: the instruction explains {start['explained']:.0%} of what "
+            f"differs in the use of channels, in {start['rank']} directions."
+        )
+    if kind != "none":
+        centred = kind == "centred"
+        warm_start.scale_layers(masker.predictor, batches, centred=centred)
+    if config.shared:
+        warm_start.share_channels(
+            masker.predictor, start["prior"], config.shared, config.granularity
+        )
+
+
+def _finish(
+    output: Path,
+    trainee: Trainee,
+    masker: Masker,
+    checked: Sequence[Batch],
+    budget: Budget,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """Write the result and hold it against what was trained."""
+    report: dict[str, Any] = {}
+    ifp = predictor = None
+    if isinstance(masker, PredictorMasker):
+        ifp = IFPConfig(
+            target_size=budget.k,
+            gates=config.gates,
+            temperature=config.temperature,
+            granularity=config.granularity,
+            shared=config.shared,
+        )
+        predictor = masker.predictor
+        for form in GATE_FORMS:
+            loss = evaluate_loss(trainee.model, masker, checked, budget, form)
+            report[f"loss_{form}"] = loss
+    elif isinstance(masker, ScoreTable):
+        selection = select(
+            masker.table,
+            [budget.k] * len(masker.table),
+            granularity=budget.granularity,
+            gates=budget.gates,
+            temperature=budget.temperature,
+        )
+        selection.save(output / "mask.safetensors")
+    write_checkpoint(output / RESULT, trainee, ifp, predictor)
+    if predictor is not None:
+        report["sliced_error"] = sliced_error(
+            output / RESULT, trainee.model, checked[0]
+        )
+    return report
+
+
+def _line(report: Report) -> str:
+    step = f"step {int(report['step'])}:"
+    names = [
+        "loss",
+        "kl",
+        "valid_loss",
+        "valid_kl",
+        "overlap_within",
+        "overlap_between",
+    ]
+    names += ["overlap_chance"]
+    parts = [f"{n.replace('_', ' ')} {report[n]:.3f}" for n in names if n in report]
+    return " ".join([step, ", ".join(parts)])
