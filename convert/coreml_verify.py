@@ -94,7 +94,7 @@ def verify(
             row, as swift-transformers sends it. Either way it is all zero: causality
             is the package's own business.
         reference_file: an ``.npz`` to which the prompt and MLX's greedy tokens and
-            logits are added, for ``examples/coreml_on_mac.py``.
+            logits are added, for ``examples/benchmarks/coreml_on_mac.py``.
 
     Raises:
         ValueError: if the package is damaged, or refuses these inputs.

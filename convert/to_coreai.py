@@ -2,7 +2,7 @@
 
 Core AI is Core ML's successor in iOS and macOS 27. Its Python package writes a program
 and has a CPU runtime on Linux, which is what verifies it. Not run on a Mac: read
-examples/coreai.md for what is known and what is not.
+examples/guides/coreai.md for what is known and what is not.
 """
 
 import asyncio

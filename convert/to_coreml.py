@@ -33,7 +33,7 @@ from ifp_mlx.selection.widths import check_multiple
 
 Consumer = Literal["default", "hf"]
 PACKAGE = "model.mlpackage"
-REFERENCE = "reference.npz"  # MLX's logits, for examples/coreml_on_mac.py
+REFERENCE = "reference.npz"  # MLX's logits, for examples/benchmarks/coreml_on_mac.py
 CONTEXT = 2048  # unless the user says so: the whole cache is allocated at once
 CONTEXT_MULTIPLE = 32  # the Neural Engine fails on states of other sizes
 QUERY = 256  # tokens in one call: the logits of them all are an output

@@ -14,8 +14,8 @@ from .selection.widths import ALLOCATIONS
 from .storage.folder import SHIPPED
 
 # How often SmolLM2-135M-Instruct, untrained, still chooses the dense model's next
-# token, by keep: "activation, first-layer" in examples/quality.md, which is the default
-# where no prior was computed.
+# token, by keep: "activation, first-layer", which is the default where no prior was
+# computed, in examples/benchmarks/selectors/quality.md.
 AGREEMENT = {0.75: 0.74, 0.5: 0.54, 1 / 3: 0.44}
 
 

@@ -16,7 +16,7 @@ from .selection.masks import COMPENSATED, Selection
 from .selection.scores import READING
 
 # The KL to the dense model of the default at keep 0.5, with the first layer whole and
-# with uniform widths: examples/quality.md.
+# with uniform widths: examples/benchmarks/selectors/quality.md.
 WIDTHS_KL = {"SmolLM2-135M": (0.92, 0.98), "Gemma-3-270m": (0.55, 0.52)}
 
 

@@ -129,7 +129,8 @@ def _add_task_options(parser: cli.Parser) -> None:
         "--answers-folder",
         type=Path,
         default=Path("models/answers"),
-        help="of the sets; default: %(default)s, where examples/answer_sets.py puts them",
+        help="of the sets; default: %(default)s, where "
+        "examples/benchmarks/answers/answer_sets.py puts them",
     )
     add(
         "--run-generated-code",

@@ -122,7 +122,7 @@ def test_the_command_refuses_a_missing_package_in_one_line(
 
 # --- the script for a Mac: everything but Core ML itself ---
 
-ON_MAC = Path(__file__).parent.parent / "examples" / "coreml_on_mac.py"
+ON_MAC = Path(__file__).parent.parent / "examples/benchmarks/coreml_on_mac.py"
 
 
 class CoreML:

@@ -1,6 +1,5 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import run_command, tiny_config, tiny_model, write_folder
@@ -214,18 +213,3 @@ def test_mistakes_are_one_line_and_exit_status_2(tmp_path, capsys):
     ):
         status, _, err = run_command(plan.main, capsys, *arguments)
         assert status == 2 and sentence in err and err.count("\n") == 1
-
-
-def test_the_papers_table_is_met_by_the_same_model(monkeypatch):
-    import sys
-
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
-    import plan_paper
-
-    monkeypatch.delitem(sys.modules, "plan_paper")
-    for name, *cells in plan_paper.rows():
-        for cell in filter(None, cells):
-            found, paper = map(float, cell.split(" / "))
-            assert found == pytest.approx(paper, rel=0.35), (name, cell)
-    page = plan_paper.PAGE.read_text(encoding="utf-8")
-    assert all(cell in page for row in plan_paper.rows() for cell in row)

@@ -25,7 +25,7 @@ try:
 except ImportError:
     import httpx
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = Path(__file__).parent.parent / "examples/benchmarks/server"
 FRENCH = "You translate English into French."
 HELLO = [{"role": "user", "content": "Hello"}]
 SCHEMA = {
@@ -418,7 +418,7 @@ def served(folder, *options):
 
 def test_malformed_requests_get_4xx_and_the_server_stops_gracefully(folder):
     with served(folder) as (url, _):
-        script = [sys.executable, EXAMPLES / "server_fuzz.py", "--url", url]
+        script = [sys.executable, SCRIPTS / "server_fuzz.py", "--url", url]
         done = subprocess.run(
             [*script, "--requests", "150"], capture_output=True, text=True, check=False
         )
@@ -430,7 +430,7 @@ def test_malformed_requests_get_4xx_and_the_server_stops_gracefully(folder):
 def test_a_crowd_gets_right_answers_and_a_killed_client_frees_its_slot(folder):
     options = "--clients 8 --seconds 1 --tokens 6 --batch 4 --turns 1".split()
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "server_load.py", "--model", folder, *options],
+        [sys.executable, SCRIPTS / "server_load.py", "--model", folder, *options],
         capture_output=True,
         text=True,
         check=False,

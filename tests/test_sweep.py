@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,6 +5,7 @@ from conftest import FAMILIES, write_folder
 from mlx.utils import tree_flatten
 from test_compact import write_quantised
 
+from examples.benchmarks.families import families
 from ifp_mlx import load
 from ifp_mlx.model import sweep
 from ifp_mlx.selection import top_k
@@ -15,10 +13,6 @@ from ifp_mlx.selection.scores import blend_scores
 from ifp_mlx.slicing import reading
 from ifp_mlx.slicing.pruning import ffn_layers, slice_ffn, slice_model
 from ifp_mlx.storage.folder import Folder
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-
-import families
 
 
 def assert_same(found, expected):

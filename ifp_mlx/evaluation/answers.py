@@ -48,7 +48,7 @@ def find_set(name: str, folder: Path) -> Path:
         there = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl")))
         raise FileNotFoundError(
             f"There are no questions {path}; {folder} has {there or 'none'} "
-            "(examples/answer_sets.py makes some)."
+            "(examples/benchmarks/answers/answer_sets.py makes some)."
         )
     return path
 

@@ -63,7 +63,7 @@ MLX = Runtime(
     "load and layer are assumed",
 )
 # The paper's script, PyTorch with one kernel after the other. Fitted once, to all rows
-# of Table 3 together (examples/plan.md shows what is left over).
+# of Table 3 together (examples/guides/plan.md shows what is left over).
 PYTORCH = Runtime(
     prefill=0.58,
     decode=1.0,

@@ -2,7 +2,7 @@
 
 Bytes are those of the files and shapes (:mod:`ifp_mlx.footprint`). Times are predicted
 from a device's bandwidths and arithmetic (:mod:`ifp_mlx.planning.roofline`): good for choosing,
-not for quoting. ``examples/plan.md`` holds them against what the paper measured.
+not for quoting. ``examples/guides/plan.md`` holds them against what the paper measured.
 
 Exit status: 0 if it fits or no memory was named, 1 if it does not, 2 on a mistake.
 """
