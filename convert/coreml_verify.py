@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         from convert.coreml.weights import quantise
 
         compact.set_dtype(mx.float32)
-        quantise(compact, args.q_bits, args.q_group_size)
+        quantise(compact, model.plan, args.q_bits, args.q_group_size)
     tokens = tokenize(tokenizer, as_messages(args.prompt))
     report = verify(
         args.package,

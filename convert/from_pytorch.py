@@ -18,7 +18,7 @@ from convert.gguf.vocabulary import unpack_sentencepiece
 from ifp_mlx.cli import Parser, run
 from ifp_mlx.files.atomic import new_folder, refuse_existing
 from ifp_mlx.files.companions import LICENCES, copy_companions
-from ifp_mlx.storage.folder import check_folder, dense_model, index_files, resolve
+from ifp_mlx.storage.folder import index_files, resolve, source_of
 from ifp_mlx.storage.writer import fill_store
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ def _convert_model(
             shutil.copyfile(companions / name, folder / name)
     if need_tokenizer and not (folder / "tokenizer.json").exists():
         unpack_sentencepiece(companions, folder)
-    config = check_folder(origin)
-    model = dense_model(origin)
+    config = source_of(origin).config
+    model = source_of(origin).dense()
     if dtype is not None:
         _cast(model, getattr(mx, dtype))
         config["torch_dtype"] = dtype

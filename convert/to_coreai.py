@@ -8,7 +8,6 @@ examples/guides/coreai.md for what is known and what is not.
 import asyncio
 import json
 import time
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from tqdm import tqdm
 
 from convert.coreai.graph import FAMILIES, STATES, Decoder
 from ifp_mlx import cli
-from ifp_mlx.compact import quantisation_of, with_text
 from ifp_mlx.files.atomic import new_folder, refuse_existing
-from ifp_mlx.model.checkpoint import IFPModel, Progress, load
-from ifp_mlx.model.export import Quantisation, pad_ffn
+from ifp_mlx.files.progress import SHOWN, ProgressBar
+from ifp_mlx.model.checkpoint import IFPModel, load
+from ifp_mlx.model.decide import decide
+from ifp_mlx.model.export import Quantisation
 from ifp_mlx.selection.masks import Selection
 from ifp_mlx.selection.widths import check_multiple
-from ifp_mlx.slicing.pruning import ffn_layers
+from ifp_mlx.slicing.sliced import count_units, pad
 
 CONTEXT = 1024
 STEPS = 8
@@ -42,7 +41,7 @@ def export_coreai(
     quantisation: Quantisation | None = None,
     context_length: int | None = None,
     verify: bool = True,
-    progress: Progress = iter,
+    progress: ProgressBar = iter,
 ) -> dict[str, Any]:
     """Write a compact model as an ``.aimodel``, its activations in float32.
 
@@ -138,7 +137,7 @@ def _check(
         raise ImportError(
             "This needs Core AI's Python package: pip install 'ifp-mlx[coreai]'"
         )
-    family = type(model.source.open()).__module__.rpartition(".")[2]
+    family = type(model.source.skeleton).__module__.rpartition(".")[2]
     if family not in FAMILIES or "quantization" in model.config:
         raise ValueError(
             f"{model.name} ({family}) is not written for Core AI yet; use an "
@@ -157,14 +156,15 @@ def _compact(
     model: IFPModel,
     selection: Selection,
     quantisation: Quantisation | None,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> nn.Module:
     compact = model.compact(selection, progress=progress)
     compact.set_dtype(mx.float32)  # Core AI's CPU runtime then gives MLX's logits
     if quantisation is not None:
         group = quantisation.group_size
-        for _, _, ffn in ffn_layers(compact):
-            pad_ffn(ffn, -(-ffn.gate_proj.weight.shape[0] // group) * group)
+        plan = model.plan
+        for module, layer in zip(plan.modules(compact), plan.layers, strict=True):
+            pad(module, layer, -(-count_units(module, layer) // group) * group)
         nn.quantize(compact, group, quantisation.bits)
     mx.eval(compact.parameters())
     return compact
@@ -173,7 +173,7 @@ def _compact(
 def _verify(
     asset: Path, compact: nn.Module, model: IFPModel, selection: Selection
 ) -> dict[str, Any]:
-    text = selection.info.get("instruction", PROMPT)
+    text = selection.origin.instruction or PROMPT
     tokens = model.instruction_tokens(text)[:32]
     error, same = compare(asset, compact, tokens)
     if not error <= LIMIT:
@@ -199,20 +199,16 @@ def command(args: Any) -> None:
         if given:
             raise ValueError(f"{flag} is for --format coreml; leave it out.")
     refuse_existing(Path(args.output))
-    progress = partial(tqdm, disable=None, leave=False)
-    select = cli.selection_options(args) | {"progress": progress}
+    request = cli.request_of(args)
     model, _ = load(args.model)
-    if args.mask_file:
-        selection = Selection.load(args.mask_file)
-    else:
-        selection = model.select(args.instruction, **select)
+    decision = decide(request, model, lasting=True)
     report = export_coreai(
         model,
-        with_text(args, selection, model),
+        model.selected(decision, progress=SHOWN),
         args.output,
-        quantisation=quantisation_of(args),
+        quantisation=cli.quantisation_of(args),
         context_length=args.context_length,
         verify=not args.no_verify,
-        progress=progress,
+        progress=SHOWN,
     )
     print(json.dumps(report) if args.json else report["package"])

@@ -9,26 +9,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from tqdm import tqdm
 
 from convert.coreml.bundle import describe, summary, write_companions
 from ifp_mlx import cli
-from ifp_mlx.compact import (
-    add_compensation_option,
-    add_quantisation_options,
-    quantisation_of,
-    with_text,
-)
 from ifp_mlx.files.atomic import new_folder, refuse_existing
-from ifp_mlx.model.checkpoint import IFPModel, Progress, load
+from ifp_mlx.files.progress import SHOWN, ProgressBar
+from ifp_mlx.model.checkpoint import IFPModel, load
+from ifp_mlx.model.decide import decide
 from ifp_mlx.model.export import Quantisation
 from ifp_mlx.selection.masks import Selection
+from ifp_mlx.selection.request import Request
 from ifp_mlx.selection.widths import check_multiple
 
 Consumer = Literal["default", "hf"]
@@ -68,7 +63,7 @@ def export(
     output: str | Path,
     options: Options | None = None,
     *,
-    progress: Progress = iter,
+    progress: ProgressBar = iter,
 ) -> dict[str, Any]:
     """Export one function per selection; weights that functions share are stored once.
 
@@ -165,9 +160,9 @@ def _check_selections(
     """Refuse what cannot work before any weight is read."""
     from convert.coreml.graph import check_family
 
-    check_family(model.source.open())
+    check_family(model.source.skeleton)
     for selection in selections.values():
-        selection.check_fits(model.layers, model.channels, model.fingerprint)
+        model.check_fits(selection)
     how = options.quantisation
     is_quantised = "quantization" in model.config
     if options.lut and not (is_quantised or how):
@@ -210,7 +205,7 @@ def _compact(
     model: IFPModel,
     selection: Selection,
     quantisation: Quantisation | None,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> nn.Module:
     """Return the model to export, as MLX would run it."""
     compact = model.compact(selection, progress=progress)
@@ -219,7 +214,7 @@ def _compact(
     from convert.coreml.weights import quantise
 
     _cast(compact, mx.float32)
-    quantise(compact, quantisation.bits, quantisation.group_size)
+    quantise(compact, model.plan, quantisation.bits, quantisation.group_size)
     mx.eval(compact.parameters())
     return compact
 
@@ -268,7 +263,7 @@ def _interface(options: Options) -> Any:
 
 
 def _prompt(model: IFPModel, selection: Selection, options: Options) -> list[int]:
-    text = selection.info.get("instruction", PROMPT)
+    text = selection.origin.instruction or PROMPT
     room = min(PROMPT_TOKENS, options.context_length or CONTEXT) - STEPS
     return model.instruction_tokens(text)[:room]
 
@@ -347,11 +342,11 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="to_coreml.py", description=__doc__)
     cli.add_model_option(parser)
     cli.add_selection_options(parser)
-    add_compensation_option(parser)
+    cli.add_compensate_option(parser, cli.LASTING)
     add = parser.add_argument
     add("--functions", help="NAME=MASK_FILE,...: one function per mask, first default")
     add("--output", required=True, help="NAME.mlpackage, or a folder to make")
-    add_quantisation_options(parser)
+    cli.add_quantisation_options(parser)
     add("--lut", action="store_true", help="lookup tables: exact, 1.8 times larger")
     add("--context-length", type=int, help="positions; default: 2048 at most")
     add(
@@ -401,13 +396,19 @@ def _mask_files(args: Any) -> dict[str, Path]:
     return parse_functions(args.functions)
 
 
-def _selections(
-    args: Any, files: dict[str, Path], model: IFPModel, select: dict[str, Any]
-) -> dict[str, Selection]:
-    files = {"main": args.mask_file} if args.mask_file else files
-    found = {name: Selection.load(file) for name, file in files.items()}
-    found = found or {"main": model.select(args.instruction, **select)}
-    return {name: with_text(args, one, model) for name, one in found.items()}
+def _selections(args: Any, model: IFPModel) -> dict[str, Selection]:
+    """Return the selection of every function, of ``main`` where there is just one."""
+    requests = {"main": cli.request_of(args)}
+    if args.functions is not None:
+        files = _mask_files(args)
+        asked = {"compensate": args.compensate}
+        requests = {
+            name: Request(mask_file=str(file), **asked) for name, file in files.items()
+        }
+    return {
+        name: model.selected(decide(request, model, lasting=True), progress=SHOWN)
+        for name, request in requests.items()
+    }
 
 
 def _command(args: Any) -> None:
@@ -427,14 +428,16 @@ def _command(args: Any) -> None:
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     check_coremltools()
     _targets(Path(args.output))
-    progress = partial(tqdm, disable=None, leave=False)
-    files = {} if args.functions is None else _mask_files(args)
-    select = cli.selection_options(args) | {"progress": progress}
+    if args.functions is not None:
+        _mask_files(args)  # its mistakes are told before anything is loaded
+    cli.request_of(args)
     model, _ = load(args.model)
     length, verify = args.context_length, not args.no_verify
-    options = Options(quantisation_of(args), args.lut, length, args.consumer, verify)
-    selections = _selections(args, files, model, select)
-    report = export(model, selections, args.output, options, progress=progress)
+    options = Options(
+        cli.quantisation_of(args), args.lut, length, args.consumer, verify
+    )
+    selections = _selections(args, model)
+    report = export(model, selections, args.output, options, progress=SHOWN)
     print(summary(report), file=sys.stderr)
     print(json.dumps(report) if args.json else report["package"])
 

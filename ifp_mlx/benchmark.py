@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from . import cli
 from .evaluation.runners import Contest, forget_files
 from .evaluation.speed import Case, draw, measure, table
+from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, load
 from .selection.calibration import calibration_chats
 from .selection.masks import Selection
 from .selection.prompts import tokenize
 from .selection.widths import target_size
+from .slicing.reading import check_channels
 
 INSTRUCTION = "Answer the question in one sentence."
 
@@ -59,18 +60,16 @@ def _command(args: Any) -> None:
             f"be at least 1, --max-tokens {args.max_tokens} at least 2."
         )
     model, tokenizer = load(args.model)
+    check_channels(model.plan)  # two of its rows read a text
     if args.cold:
         forget_files(model.path)  # or it says now that it cannot
     texts = (tokenize(tokenizer, chat[-2:]) for chat in calibration_chats())
     text = [token for tokens in texts for token in tokens]
-    progress = partial(tqdm, disable=None, leave=False)
     masks = [Selection.load(args.mask_file)] if args.mask_file else _masks(model, args)
     cases = []
     for mask, length in itertools.product(masks, args.prompt_tokens):
         contest = _contest(model, args, mask, text[:length])
-        cases.append(
-            measure(contest, turns=args.turns, cold=args.cold, progress=progress)
-        )
+        cases.append(measure(contest, turns=args.turns, cold=args.cold, progress=SHOWN))
     _print(args, model, cases)
 
 
@@ -97,7 +96,7 @@ def _contest(model: IFPModel, args: Any, mask: Selection, prompt: list[int]) -> 
     if args.mask_file:
         choose: Callable[[], Selection] = partial(Selection.load, args.mask_file)
     else:
-        selector = mask.info["selector"]
+        selector = mask.origin.selector
         selector = "auto" if selector == "all" else selector
         choose = partial(model.select, args.instruction, selector=selector, **options)
     # As generate does by itself.

@@ -1,15 +1,14 @@
 """Make a channel store of a model folder, or the folder of a store."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from . import cli
 from .files.atomic import refuse_existing
+from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, load
 from .selection.masks import Selection
 from .storage.layout import CHANNEL_FILE, read_layout
@@ -89,14 +88,14 @@ def uses_of(
             raise FileNotFoundError(f"There is no mask file in {path}.")
         for file in files:
             selection = Selection.load(file)
-            selection.check_fits(model.layers, model.channels, model.fingerprint)
+            model.check_fits(selection)
             masks.append(np.array(selection.mask()) > 0)
     return np.stack(masks).astype(np.float32), f"{len(masks)} masks"
 
 
 def _command(args: Any) -> None:
     refuse_existing(Path(args.output))
-    progress = partial(tqdm, disable=None, leave=False)
+    progress = SHOWN
     model, _ = load(args.model)
     about: dict[str, Any] = {"path": args.output}
     if args.to_folder:

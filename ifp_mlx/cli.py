@@ -1,17 +1,20 @@
 """What the commands share: how they end, and the options that select."""
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from .selection.masks import COMPENSATED, Selection, find_mask
+from .selection.masks import Selection, find_mask
+from .selection.request import Request
 from .selection.scores import SELECTORS
 from .selection.widths import ALLOCATIONS
 from .storage.folder import SHIPPED
+
+if TYPE_CHECKING:
+    from .model.export import Quantisation
 
 # How often SmolLM2-135M-Instruct, untrained, still chooses the dense model's next
 # token, by keep: "activation, first-layer", which is the default where no prior was
@@ -120,6 +123,25 @@ def add_compensate_option(parser: argparse.ArgumentParser, default: str) -> None
     )
 
 
+# When a compact model that is written for good is compensated.
+LASTING = "for task masks, and where the instruction is read to select by it"
+
+
+def add_quantisation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the result is quantised."""
+    add = parser.add_argument
+    add("--quantize", "-q", action="store_true", help="quantise the result")
+    add("--q-bits", type=int, default=4, help="default: %(default)s")
+    add("--q-group-size", type=int, default=64, help="default: %(default)s")
+
+
+def quantisation_of(args: argparse.Namespace) -> "Quantisation | None":
+    """Return what those options ask for; ``None`` leaves the weights as they are."""
+    from .model.export import Quantisation
+
+    return Quantisation(args.q_bits, args.q_group_size) if args.quantize else None
+
+
 def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--tasks-folder``, where task masks are."""
     parser.add_argument(
@@ -149,13 +171,12 @@ def warn_of_low_keep(selection: Selection) -> None:
     """Say on stderr what to expect when fewer channels are kept than an untrained
     model bears: as measured for this task mask, else for a small model.
     """
-    share = sum(selection.sizes) / (selection.channels * len(selection.sizes))
-    if share >= max(AGREEMENT) - 0.005 or selection.info.get("selector") == "predictor":
+    share, origin = selection.share, selection.origin
+    if share >= max(AGREEMENT) - 0.005 or origin.selector == "predictor":
         return
-    if card := selection.info.get("evaluation"):
-        measured = json.loads(card)
+    if measured := origin.evaluation:
         found = measured
-        if COMPENSATED in selection.info:
+        if selection.compensates:
             found = measured.get("compensated", measured)
         expect = (
             f"this task mask chose the dense model's next token "
@@ -170,7 +191,7 @@ def warn_of_low_keep(selection: Selection) -> None:
             f"--keep {max(AGREEMENT):g}; larger models bear more"
         )
     print(
-        f"Note: {share:.0%} of the channels, without training for it: {expect}.",
+        f"Note: {share:.0%} of the {selection.unit}s, without training for it: {expect}.",
         file=sys.stderr,
     )
 
@@ -187,11 +208,13 @@ def say_slicing(slicing: str, selection: Selection) -> None:
             "down_proj: sliced by whole quantisation groups, nothing is lost.",
             file=sys.stderr,
         )
-    elif COMPENSATED in selection.info and slicing == "requantised":
+    elif selection.compensates and slicing == "requantised":
         print("down_proj: compensated, and quantised again.", file=sys.stderr)
     elif slicing == "requantised":
-        cost = selection.info.get("requantisation KL")
-        measured = f"that costs a KL of {cost}" if cost else "compact measures the cost"
+        cost = selection.origin.requantisation_kl
+        measured = "compact measures the cost"
+        if cost is not None:
+            measured = f"that costs a KL of {cost:.4g} nats per token"
         print(
             f"down_proj: the mask {selection.mask_id} cuts its quantisation groups, so "
             f"it was dequantised, sliced and quantised again; {measured}.",
@@ -206,26 +229,17 @@ def _with_task(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def selection_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the selection options as the arguments of :meth:`IFPModel.select`.
+def request_of(args: argparse.Namespace, **more: Any) -> Request:
+    """Return what the options of :func:`add_selection_options` ask for.
+
+    Args:
+        args: parsed.
+        more: fields of the request that have no option here.
 
     Raises:
-        ValueError: if a mask file comes with options that would make another one.
+        ValueError: if they contradict each other.
     """
-    options = {
-        name: getattr(args, name)
-        for name in (
-            "keep", "target_size", "selector", "allocation", "granularity", "seed",
-        )
-    }  # fmt: skip
-    given = [
-        name
-        for name in ("keep", "target_size", "allocation", "granularity")
-        if options[name] is not None
-    ]
-    if args.mask_file and (given or options["selector"] != "auto"):
-        raise ValueError(
-            f"The mask file {args.mask_file} says which channels are kept; leave out "
-            "--keep, --target-size, --selector, --allocation and --granularity."
-        )
-    return options
+    names: tuple[str, ...] = ("instruction", "mask_file", "keep", "target_size")
+    names += ("selector", "allocation", "granularity", "seed", "compensate")
+    asked = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return Request(**asked | more)

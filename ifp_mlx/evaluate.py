@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from . import cli
 from .evaluation import answers, sandbox, shares
@@ -33,19 +32,15 @@ from .evaluation.report import first_setting, report, summary
 from .evaluation.rows import Row, read_rows
 from .evaluation.teacher import Setting
 from .files.atomic import new_file
-from .model.checkpoint import load
+from .files.progress import SHOWN
+from .model.checkpoint import IFPModel, load
+from .selection.request import Request, compensates
 from .selection.scores import READING
+from .selection.widths import Allocation
 
 PAGE, DATA, PICTURE = "report.md", "results.json", "quality.png"
-
-
 SPEED_TOKENS = 16
-
-
 MANY: dict[str, Any] = {"nargs": "+", "metavar": "X"}
-
-
-PROGRESS = partial(tqdm, disable=None, leave=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,7 +157,7 @@ def _sweep(args: Any) -> None:
         args.prefill,
         args.selector or ["activation", "random"],
         args.keep or [0.75, 0.5],
-        args.allocation or ["uniform", "first-layer"],
+        args.allocation or _allocations(model),
     )
     kept = args.output is not None
     arms = evaluate(
@@ -177,7 +172,7 @@ def _sweep(args: Any) -> None:
         smaller_model=args.smaller_model,
         speed_tokens=args.speed_tokens if kept else 0,
         seed=args.seed,
-        progress=PROGRESS,
+        progress=SHOWN,
     )
     about = {
         "model": model.name,
@@ -207,11 +202,16 @@ def _files(args: Any, tokenizer: Any) -> dict[str, list[Row]]:
     return files
 
 
-def _task_settings(args: Any) -> list[Setting]:
+def _allocations(model: IFPModel) -> list[Allocation]:
+    """Return what a model of its kind can have: a mixture has one number of experts."""
+    return ["uniform"] if model.plan.unit == "expert" else ["uniform", "first-layer"]
+
+
+def _task_settings(args: Any, model: IFPModel) -> list[Setting]:
     choices = itertools.product(
         args.selector or ["activation"],
         args.keep or [0.5],
-        args.allocation or ["first-layer"],
+        args.allocation or _allocations(model)[-1:],
     )
     return [
         Setting(*choice, compensate=_compensates(args, choice[0])) for choice in choices
@@ -220,7 +220,8 @@ def _task_settings(args: Any) -> list[Setting]:
 
 def _compensates(args: Any, selector: str) -> bool:
     """Whether a setting is compensated: unless asked otherwise, as generate does."""
-    return selector in READING if args.compensate is None else args.compensate
+    request = Request(compensate=args.compensate)
+    return compensates(request, None, reads=selector in READING, lasting=False)
 
 
 def _harness(args: Any) -> None:
@@ -240,7 +241,7 @@ def _harness(args: Any) -> None:
     }
     about = about_run(model, args.seed) | options
     log = Log(args.output, about, harness.KEY)
-    settings = _task_settings(args)
+    settings = _task_settings(args, model)
     harness.measure(model, tasks, settings, log, **options, seed=args.seed)
     found = harness.compare(tasks, settings, log, args.select_by)
     levels = {f"{name}, acc": harness.chance(task) for name, task in tasks.items()}
@@ -265,8 +266,8 @@ def _answers(args: Any) -> None:
     max_tokens = args.max_tokens or answers.MAX_TOKENS
     about = about_run(model, args.seed) | {"max_tokens": max_tokens}
     log = Log(args.output, about, answers.KEY)
-    settings = _task_settings(args)
-    options: dict[str, Any] = {"seed": args.seed, "progress": PROGRESS}
+    settings = _task_settings(args, model)
+    options: dict[str, Any] = {"seed": args.seed, "progress": SHOWN}
     answers.measure(model, sets, settings, log, max_tokens=max_tokens, **options)
     found = answers.compare(sets, settings, log)
     counts = ", ".join(f"{name} {len(questions)}" for name, questions in sets.items())

@@ -3,19 +3,17 @@
 import json
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from . import cli
+from .files.progress import SHOWN
 from .model.checkpoint import load
 from .model.compact_cache import CompactCache
 from .model.generation import stream_generate
 from .model.responses import GenerationResponse, report
-from .selection.masks import Selection
 from .selection.prompts import as_messages
 
 
@@ -69,31 +67,22 @@ def _command(args: Any) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
-    if args.prefill == "dense" and args.memory_gb is not None:
-        raise ValueError(
-            "--prefill dense has the whole model in memory, and --memory-gb is there to "
-            "avoid that; leave one of them out."
-        )
     as_messages(prompt)  # an empty prompt is refused before anything is loaded
+    memory = _bytes(args.memory_gb)
+    request = cli.request_of(args, prefill=args.prefill, memory_bytes=memory)
     model, tokenizer = load(args.model)
     mx.random.seed(args.seed)
-    selection = Selection.load(args.mask_file) if args.mask_file else None
     steps = stream_generate(
         model,
         tokenizer,
         prompt,
+        request=request,
         system_prompt=args.system_prompt,
-        instruction=args.instruction,
-        selection=selection,
-        compensate=args.compensate,
-        memory_bytes=_bytes(args.memory_gb),
         cache=CompactCache(args.cache_folder),
-        prefill=args.prefill,
         chat_template=not args.ignore_chat_template,
-        progress=partial(tqdm, disable=None, leave=False),
+        progress=SHOWN,
         max_tokens=args.max_tokens,
         sampler=make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
-        **cli.selection_options(args),
     )
     text, last = _print_stream(steps)
     if args.save_mask:
@@ -127,8 +116,8 @@ def _summary(last: GenerationResponse) -> str:
     selection, seconds = last.selection, last.seconds
     total = selection.channels * len(selection.sizes)
     return (
-        f"{sum(selection.sizes)} of {total} channels, chosen by "
-        f"{selection.info.get('selector')} ({selection.info.get('allocation')}), mask "
+        f"{sum(selection.sizes)} of {total} {selection.unit}s, chosen by "
+        f"{selection.origin.selector} ({selection.origin.allocation}), mask "
         f"{selection.mask_id}; select {seconds.select:.2f} s, load {seconds.load:.2f} s, "
         f"prefill {last.prompt_tokens} tokens {seconds.prefill:.2f} s, decode "
         f"{last.generation_tokens} tokens {seconds.decode:.2f} s "

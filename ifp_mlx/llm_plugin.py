@@ -4,8 +4,8 @@
     llm models options set ifp model FOLDER        # from then on: llm -m ifp "..."
 
 `llm` finds this module by the package's entry point and imports it; nothing of ours
-does. The system prompt selects the channels if there is one, else the first user
-message, and a conversation keeps that mask, as everywhere in this package.
+does. System prompt and first user message select the channels, and a conversation keeps
+that mask, as everywhere in this package.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -81,6 +81,7 @@ def _heard(event: Event, response: Any) -> str:
         response.set_usage(input=event.prompt_tokens, output=event.generation_tokens)
         response.response_json = {
             "mask_id": event.mask_id,
+            "identity": event.identity,
             "kept_channels": event.kept_channels,
             "total_channels": event.total_channels,
             "finish_reason": event.finish_reason,

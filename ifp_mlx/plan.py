@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from . import cli
-from .model.decision import DEFAULT_KEEP
+from .model.decide import DEFAULT_KEEP
 from .planning import devices, machine
 from .planning.roofline import Job
 from .planning.rows import _verdict, as_json, open_subject, plan_rows, report

@@ -1,13 +1,11 @@
 """How much each layer minds being pruned: the command."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from . import cli
 from .evaluation.sensitivity import (
@@ -18,6 +16,7 @@ from .evaluation.sensitivity import (
     hash_of,
     measure_sensitivity,
 )
+from .files.progress import SHOWN
 from .model.checkpoint import SENSITIVITY_FILE, load
 from .selection.widths import MEASURED_SHARES
 
@@ -68,9 +67,7 @@ def _command(args: Any) -> None:
         costs is None or _about(file).get(TEXTS_HASH) != hash_of(texts)
     )
     if costs is None or other:
-        costs = measure_sensitivity(
-            model, texts, progress=partial(tqdm, disable=None, leave=False)
-        )
+        costs = measure_sensitivity(model, texts, progress=SHOWN)
     print("KL to the dense model, nats per token, with one layer pruned:\n")
     print(table(costs))
     if args.json:

@@ -13,6 +13,7 @@ from . import cli
 from .engine import Engine, IFPError
 from .openai.api import LOOPBACK, Policy, make_app
 from .openai.protocol import Defaults
+from .selection.request import Request
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -74,6 +75,7 @@ def _command(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)} must be at least 1.")
+    Request(keep=args.keep)  # refused now, not with every request
     with Engine.open(
         args.model,
         memory_limit=args.memory_limit,

@@ -10,7 +10,16 @@ from tqdm import tqdm
 
 from . import cli
 from .evaluation.rows import Row, read_rows
-from .evaluation.tasks import Task, _check_name, library, make, measure, merge, overlap
+from .evaluation.tasks import (
+    TaskMask,
+    check_name,
+    library,
+    make,
+    measure,
+    merge,
+    overlap,
+)
+from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, load
 from .selection.masks import find_mask
 from .selection.prompts import as_messages, tokenize
@@ -60,7 +69,7 @@ def build_parser() -> cli.Parser:
 
 
 def _make(args: Any) -> None:
-    _check_name(args.name)
+    check_name(args.name)
     model, tokenizer = load(args.model)
     examples = _examples(args, tokenizer)
     task = make(
@@ -70,7 +79,7 @@ def _make(args: Any) -> None:
         keep=args.keep,
         target_size=args.target_size,
         allocation=args.allocation,
-        progress=partial(tqdm, disable=None, leave=False),
+        progress=SHOWN,
     )
     _measure_and_save(args, model, tokenizer, task, examples)
 
@@ -90,7 +99,7 @@ def _merge(args: Any) -> None:
     task = merge(
         model,
         args.name,
-        [Task.load(find_mask(name, folders)) for name in args.tasks],
+        [TaskMask.load(find_mask(name, folders)) for name in args.tasks],
         keep=args.keep,
         target_size=args.target_size,
         allocation=args.allocation,
@@ -99,7 +108,7 @@ def _merge(args: Any) -> None:
 
 
 def _measure_and_save(
-    args: Any, model: IFPModel, tokenizer: Any, task: Task, seen: list[Row]
+    args: Any, model: IFPModel, tokenizer: Any, task: TaskMask, seen: list[Row]
 ) -> None:
     if args.held_out is not None:
         rows = read_rows(args.held_out, tokenizer)
@@ -110,16 +119,16 @@ def _measure_and_save(
     print(json.dumps(_about(task)) if args.json else path)
 
 
-def _about(task: Task) -> dict[str, Any]:
-    info = task.selection.info
+def _about(task: TaskMask) -> dict[str, Any]:
+    origin = task.selection.origin
     return {
         "name": task.name,
-        "model": info["model"],
-        "keep": float(info["keep"]),
-        "allocation": info["allocation"],
+        "model": origin.model,
+        "keep": origin.keep,
+        "allocation": origin.allocation,
         "mask_id": task.selection.mask_id,
         "layers": task.selection.sizes,
-        "made": json.loads(info["made"]),
+        "made": origin.made,
         "evaluation": task.evaluation,
     }
 

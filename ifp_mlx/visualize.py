@@ -7,9 +7,9 @@ from typing import Any
 from . import cli
 from .evaluation.tasks import library
 from .model.checkpoint import load
+from .pictures.assemble import visualize
 from .pictures.measured import read_benchmarks, read_evaluation
 from .pictures.tally import Tally
-from .pictures.tell import visualize
 from .selection.masks import Selection
 
 
@@ -78,7 +78,7 @@ def _tally(args: Any) -> Tally:
     """Return what is to be drawn."""
     if args.mask_file:
         found = {path: Selection.load(path) for path in args.mask_file}
-        names = [s.info.get("task", path.stem) for path, s in found.items()]
+        names = [s.origin.task or path.stem for path, s in found.items()]
         return Tally(names, list(found.values()))
     tasks = library(cli.library_folder(args))
     return Tally([task.name for task in tasks], [task.selection for task in tasks])

@@ -1,8 +1,12 @@
 """Tiny random models in every supported family, and a machine without a network."""
 
+import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 # Before anything imports the hub client or MLX: tests are offline, and mx.compile
@@ -21,6 +25,8 @@ from mlx.utils import tree_flatten
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 
+ROOT = Path(__file__).parent.parent
+FAMILIES_FILE = ROOT / "examples/benchmarks/families/families.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "ministral3")
 
 CHAT_TEMPLATE = (
@@ -75,7 +81,24 @@ def tiny_model(family: str, seed: int = 0, **changes):
 
     config = tiny_config(family, **changes)
     model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
+    return randomised(model_class(args_class.from_dict(config)), seed)
+
+
+@cache
+def families() -> dict[str, dict]:
+    """Return the small config.json of every model type of mlx-lm that can be built."""
+    return json.loads(FAMILIES_FILE.read_text())
+
+
+def family_units() -> dict[str, str]:
+    """Return what is selected of each type that works, as its page says."""
+    page = FAMILIES_FILE.with_suffix(".md").read_text()
+    rows = (line.strip("| ").split(" | ") for line in page.splitlines())
+    return {row[0]: row[1] for row in rows if row[1:2] in (["channel"], ["expert"])}
+
+
+def randomised(model, seed: int = 0):
+    """Give a model random fp32 weights; return it."""
     rng = np.random.default_rng(seed)
     weights = [
         (name, mx.array(rng.normal(0, 0.3, value.shape).astype(np.float32)))
@@ -122,6 +145,73 @@ def write_folder(folder: Path, family: str = "llama", seed: int = 0, **changes) 
     return folder
 
 
+MIXED = {
+    "model.layers.0.mlp.down_proj": {"group_size": 128, "bits": 3, "mode": "affine"},
+    "model.layers.1.mlp.gate_proj": {"group_size": 32, "bits": 8, "mode": "affine"},
+    "model.layers.2.mlp.down_proj": False,
+    "lm_head": False,
+}
+
+
+def write_quantised(folder, mode="affine", group=64, bits=4, mixed=False):
+    """Write a folder as mlx_lm.convert -q does, with parameters per path if mixed."""
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    shape = {"intermediate_size": 512, "hidden_size": 128, "head_dim": 32}
+    write_folder(folder, **shape)
+    model, config = load_model(folder)
+
+    def params(path, module):
+        how = {"group_size": group, "bits": bits, "mode": mode}
+        return MIXED.get(path, how) if hasattr(module, "to_quantized") else False
+
+    predicate = params if mixed else None
+    with contextlib.redirect_stdout(None):  # it prints
+        model, config = quantize_model(
+            model, config, group, bits, mode, quant_predicate=predicate
+        )
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    return folder
+
+
+def add_prior(model, seed=5):
+    rng = np.random.default_rng(seed)
+    prior = rng.random((model.layers, model.channels)).astype(np.float32)
+    mx.save_safetensors(
+        str(model.path / "prior.safetensors"), {"scores": mx.array(prior)}
+    )
+
+
+def fetch(name: str) -> Path:
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples/fetch.py", name],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return Path(run.stdout.splitlines()[-1])
+
+
+def write_family(folder: Path, name: str, *, quantised: bool = False) -> Path:
+    """Write a small random model of any type as an ordinary folder; return the folder."""
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    from ifp_mlx.slicing.stock import build
+
+    folder.mkdir(parents=True)
+    config = families()[name] | {"eos_token_id": 258}
+    model = randomised(build(config))
+    if quantised:
+        fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0  # noqa: E731
+        with contextlib.redirect_stdout(None):  # it prints
+            model, config = quantize_model(model, config, 32, 4, quant_predicate=fits)
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    write_tokenizer(folder)
+    return folder
+
+
 def run_command(main, capsys, *arguments) -> tuple[int, str, str]:
     """Run a command's ``main``; return its exit status, stdout and stderr."""
     try:
@@ -131,6 +221,16 @@ def run_command(main, capsys, *arguments) -> tuple[int, str, str]:
         status = stop.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def swept(model, instruction, *, progress=iter, **options):
+    """Return selection, compact model and KV cache of a request, plain by default."""
+    from ifp_mlx.model.decide import decide
+    from ifp_mlx.selection.request import Request
+
+    request = Request(instruction=instruction, **{"compensate": False} | options)
+    made = model.prepare(decide(request, model), progress=progress)
+    return made.selection, made.model, made.kv
 
 
 def relative_error(found: mx.array, expected: mx.array) -> float:

@@ -57,7 +57,7 @@ def describe(model: IFPModel, selections: dict[str, Selection]) -> dict[str, Any
                 "mask_id": selection.mask_id,
                 "layers": selection.sizes,
                 "channels": selection.channels,
-                "selection": selection.info,
+                "selection": selection.as_text(),
             }
             for name, selection in selections.items()
         },

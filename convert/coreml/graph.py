@@ -175,6 +175,7 @@ class _Decoder:
         return mb.add(x=x, y=r)
 
     def ffn(self, ffn: nn.Module, x: Var) -> Var:
+        """Return the FFN's output; the families here call their matrices alike."""
         gate = self.linear(ffn.gate_proj, x)
         gate = (
             mb.gelu(x=gate, mode="TANH_APPROXIMATION")

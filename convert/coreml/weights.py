@@ -9,8 +9,8 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Var
 from coremltools.converters.mil.mil.types.type_mapping import string_to_nptype
 
-from ifp_mlx.model.export import pad_ffn
-from ifp_mlx.slicing.pruning import ffn_layers
+from ifp_mlx.slicing.shapes import Plan
+from ifp_mlx.slicing.sliced import count_units, pad
 
 # How far, in steps, a zero point may be from the integer that stands in for it. MLX
 # makes it an integer; float16 and bfloat16 then round it away by up to 0.06.
@@ -18,7 +18,7 @@ INTEGER = 0.1
 QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 
-def quantise(model: nn.Module, bits: int, group: int) -> None:
+def quantise(model: nn.Module, plan: Plan, bits: int, group: int) -> None:
     """Quantise a float32 model in place, so that MLX and Core ML read the same values.
 
     MLX makes biases whole multiples of the scales. With scales that float16 holds and
@@ -26,14 +26,15 @@ def quantise(model: nn.Module, bits: int, group: int) -> None:
 
     Args:
         model: its FFN layers may have any width; they grow to whole groups.
+        plan: of its slices.
         bits: per weight.
         group: weights per scale.
 
     Raises:
         ValueError: if any other matrix is not a multiple of the group wide.
     """
-    for _, _, ffn in ffn_layers(model):
-        pad_ffn(ffn, -(-ffn.gate_proj.weight.shape[0] // group) * group)
+    for module, layer in zip(plan.modules(model), plan.layers, strict=True):
+        pad(module, layer, -(-count_units(module, layer) // group) * group)
     for name, module in model.named_modules():
         width = module.weight.shape[-1] if hasattr(module, "to_quantized") else 0
         if width % group:

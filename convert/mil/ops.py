@@ -370,7 +370,6 @@ MOVES: dict[str, Callable[..., Any]] = {
     ).astype(np.int32),
 }
 
-
 # What must be of one type; other floats, like epsilon, are parameters.
 OPERANDS = ("x", "y", "query", "key", "value", "weight", "bias")
 

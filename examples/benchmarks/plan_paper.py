@@ -15,6 +15,7 @@ from ifp_mlx.evaluation.tables import markdown
 from ifp_mlx.model.footprint import Footprint, model_of_config
 from ifp_mlx.planning.devices import find
 from ifp_mlx.planning.roofline import Job, Work, predict, predictor_seconds
+from ifp_mlx.slicing.plan import plan_of
 
 PAGE = Path(__file__).parents[1] / "guides" / "plan.md"
 MARKS = "<!-- table -->", "<!-- end of table -->"
@@ -60,7 +61,8 @@ def rows() -> list[list[str]]:
     device, table = find("rtx-a6000"), []
     for name, (config, kept, measured) in ROWS.items():
         dense = model_of_config(config)
-        footprint, work = Footprint.of_module(dense, config), Work.of(dense)
+        plan = plan_of(dense, config)
+        footprint, work = Footprint.of_module(dense, plan), Work.of(dense, plan)
         sizes, select, copied = [kept] * footprint.layers, 0.0, 0
         if measured[0] is not None:
             head = 128 * footprint.layers * footprint.channels

@@ -69,7 +69,7 @@ def masked(config: TrainConfig, batch_size: tuple[int, int]) -> Move:
     batch = batch_of(trainee, *batch_size)
     masker = PredictorMasker(make_predictor(trainee, config))
     pair = Pair(trainee.model, masker)
-    channels = pair.masked()[0].channels
+    channels = trainee.plan.units
     step = Step(pair, config, compiled=False)
     return lambda: mx.eval(step([batch], config.budget(channels)))
 

@@ -1,5 +1,6 @@
 """A model for apps: one thread owns MLX, callers on any thread get plain events."""
 
+from ..selection.request import Request
 from .chat import Chat
 from .engine import Engine
 from .errors import (
@@ -15,14 +16,13 @@ from .errors import (
     UnknownTask,
 )
 from .events import CancelToken, Done, Event, Progress, Task, Token
-from .requests import Choice, Sampling
+from .sampling import Sampling
 
 __all__ = [
     "Busy",
     "CancelToken",
     "Cancelled",
     "Chat",
-    "Choice",
     "ContextTooLong",
     "Done",
     "Engine",
@@ -34,6 +34,7 @@ __all__ = [
     "ModelNotFound",
     "OutOfMemory",
     "Progress",
+    "Request",
     "Sampling",
     "Task",
     "Token",

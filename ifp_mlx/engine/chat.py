@@ -1,14 +1,21 @@
 """A conversation on an engine, and which mask each of its turns is answered with."""
 
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..selection.prompts import Message
 from .errors import InvalidRequest
 from .events import Event, Token
 
-if TYPE_CHECKING:
-    from .engine import Engine
+
+class Streams(Protocol):
+    """What answers the turns: an :class:`~ifp_mlx.engine.Engine`."""
+
+    def stream(self, messages: list[Message], **options: Any) -> Iterator[Event]:
+        """Answer, as events."""
+
+    def astream(self, messages: list[Message], **options: Any) -> AsyncIterator[Event]:
+        """Answer, as events for ``async for``."""
 
 
 class Chat:
@@ -26,7 +33,7 @@ class Chat:
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: Streams,
         system: str | None,
         reselect: str | None,
         options: dict[str, Any],

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..selection.prompts import Prompt
+from ..selection.request import Request
 from .chat import Chat, text_of
 from .errors import (
     EngineClosed,
@@ -21,9 +22,24 @@ from .errors import (
 )
 from .events import CancelToken, Done, Event, Progress, Task, Token
 from .host import Host, Settings, typed_errors
-from .lanes import Request
-from .requests import Choice, Sampling
+from .lanes import Ticket
+from .sampling import Sampling
 from .worker import Worker
+
+# The fields of a Request that have a meaning here: memory is the engine's own, and the
+# prompt is read by the compact model.
+CHOOSING = (
+    "task",
+    "mask_file",
+    "instruction",
+    "keep",
+    "target_size",
+    "selector",
+    "allocation",
+    "granularity",
+    "compensate",
+    "seed",
+)
 
 OnProgress = Callable[[Progress], None]
 
@@ -144,25 +160,25 @@ class Engine:
 
         Args:
             instruction: what selects; or give ``mask_file``.
-            name: of the task; default: its mask's id. An existing one is replaced.
+            name: of the task; default: its identity. An existing one is replaced.
             load: ``False`` leaves the loading to the first request.
             progress: called with ``select`` and ``channels``, on the worker thread.
             stop: cancels at the next layer or calibration text.
-            options: the fields of :class:`Choice`.
+            options: the fields of :class:`Request` that are in ``CHOOSING``.
 
         Raises:
             InvalidRequest: on a choice that cannot be had.
             OutOfMemory: if the compact model would exceed the memory limit.
             Cancelled: by ``stop``.
         """
-        choice, sampling = split_options(options | {"instruction": instruction})
-        if sampling or not (choice.instruction or choice.mask_file):
+        request, sampling = split_options(options | {"instruction": instruction})
+        if sampling or not (request.instruction or request.mask_file):
             raise InvalidRequest(
                 f"A task is prepared from an instruction or a mask_file, not {options}."
             )
         stop = stop or CancelToken()
         return self._call(
-            lambda host: host.shelf.prepare(name, choice, progress, stop, load)
+            lambda host: host.shelf.prepare(name, request, progress, stop, load)
         ).result()
 
     def tasks(self) -> list[Task]:
@@ -201,7 +217,7 @@ class Engine:
             stop: cancels within one prefill step or one token; the stream then ends
                 with ``Done("cancelled")``.
             chat_template: ``False`` leaves the chat template out.
-            options: the fields of :class:`Choice` (``task``,
+            options: the fields of :class:`Request` (``task``,
                 ``instruction``, ``mask_file``, ``keep``, ...; by default the messages
                 up to the first user message select) and of
                 :class:`Sampling` (``max_tokens``, ``temp``, ...).
@@ -271,26 +287,26 @@ class Engine:
         stop: CancelToken | None = None,
         chat_template: bool = True,
         **options: Any,
-    ) -> Callable[..., Request]:
+    ) -> Callable[..., Ticket]:
         if not self.alive:
             raise EngineClosed("The engine is closed; open another one.")
-        choice, sampling = split_options(options)
+        request, sampling = split_options(options)
         return partial(
-            Request,
+            Ticket,
             messages,
-            choice,
+            request,
             Sampling(**sampling),
             CancelToken(stop),
             chat_template=chat_template,
         )
 
-    def _enqueue(self, request: Request) -> Future:
-        return self._call(lambda host: host.add(request, self._max_queue))
+    def _enqueue(self, ticket: Ticket) -> Future:
+        return self._call(lambda host: host.add(ticket, self._max_queue))
 
-    def _events(self, asking: Callable[..., Request]) -> Iterator[Event]:
+    def _events(self, asking: Callable[..., Ticket]) -> Iterator[Event]:
         events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        request = asking(emit=events.put)
-        self._enqueue(request).result()
+        ticket = asking(emit=events.put)
+        self._enqueue(ticket).result()
         try:
             while True:
                 event = events.get()
@@ -300,9 +316,9 @@ class Engine:
                 if isinstance(event, Done):
                     return
         finally:
-            request.stop.cancel()
+            ticket.stop.cancel()
 
-    async def _aevents(self, asking: Callable[..., Request]) -> AsyncIterator[Event]:
+    async def _aevents(self, asking: Callable[..., Ticket]) -> AsyncIterator[Event]:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -310,11 +326,11 @@ class Engine:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
             except RuntimeError:  # the caller's loop is closed: nobody listens
-                request.stop.cancel()
+                ticket.stop.cancel()
 
-        request = asking(emit=emit)
+        ticket = asking(emit=emit)
         try:
-            await asyncio.wrap_future(self._enqueue(request))
+            await asyncio.wrap_future(self._enqueue(ticket))
             while True:
                 event = await events.get()
                 if isinstance(event, BaseException):
@@ -323,7 +339,7 @@ class Engine:
                 if isinstance(event, Done):
                     return
         finally:
-            request.stop.cancel()
+            ticket.stop.cancel()
 
 
 def _about(host: Host) -> dict[str, Any]:
@@ -335,17 +351,22 @@ def _about(host: Host) -> dict[str, Any]:
     }
 
 
-def split_options(options: dict[str, Any]) -> tuple[Choice, dict[str, Any]]:
-    """Part options into those that choose a mask and those that decode."""
-    choosing = {field.name for field in fields(Choice)}
+def split_options(options: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+    """Part options into the request for a selection and those that decode.
+
+    Raises:
+        InvalidRequest: on an option that there is not, or that cannot be had.
+    """
     sampling = {field.name for field in fields(Sampling)}
-    if unknown := options.keys() - choosing - sampling:
+    if unknown := options.keys() - {*CHOOSING} - sampling:
         raise InvalidRequest(
             f"{min(unknown)!r} is no option; there are "
-            f"{', '.join(sorted(choosing | sampling))}."
+            f"{', '.join(sorted({*CHOOSING} | sampling))}."
         )
-    choice = {name: options[name] for name in options.keys() & choosing}
-    if choice.get("selector") != "random":  # the same mask for every other seed
-        choice.pop("seed", None)
-    rest = {name: options[name] for name in options.keys() & sampling}
-    return Choice(**choice), rest
+    choosing = {name: options[name] for name in options.keys() & {*CHOOSING}}
+    # Every other selector chooses the same for every seed; and None is no seed.
+    if choosing.get("selector") != "random" or choosing.get("seed") is None:
+        choosing.pop("seed", None)
+    with typed_errors(InvalidRequest):
+        request = Request(**choosing)
+    return request, {name: options[name] for name in options.keys() & sampling}

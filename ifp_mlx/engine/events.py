@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Stage = Literal["download", "load", "select", "channels", "prefill", "decode"]
-
-
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -64,6 +62,7 @@ class Done:
         finish_reason: ``stop`` (end of turn or a stop string), ``length`` or
             ``cancelled``.
         mask_id: of the selection used; empty if it ended before there was one.
+        identity: of the weights used, which compensation decides too.
         kept_channels: of all layers together.
         total_channels: ``L * F``.
         prompt_tokens: tokens in the prompt.
@@ -76,6 +75,7 @@ class Done:
 
     finish_reason: FinishReason
     mask_id: str = ""
+    identity: str = ""
     kept_channels: int = 0
     total_channels: int = 0
     prompt_tokens: int = 0
@@ -95,6 +95,7 @@ class Task:
     Attributes:
         name: what requests call it.
         mask_id: of its selection.
+        identity: of its weights, which compensation decides too.
         kept_channels: of all layers together.
         total_channels: ``L * F``.
         channels: ``F``, the dense width of one layer.
@@ -108,6 +109,7 @@ class Task:
 
     name: str
     mask_id: str
+    identity: str
     kept_channels: int
     total_channels: int
     channels: int

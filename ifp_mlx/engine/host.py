@@ -27,9 +27,9 @@ from .errors import (
 )
 from .events import Progress
 from .grammar import Grammar
-from .lanes import Lane, Request, Schedule
-from .requests import DEFAULT_MAX_TOKENS
-from .shelf import Shelf, clear_memory
+from .lanes import Lane, Schedule, Ticket
+from .residents import Shelf, clear_memory
+from .sampling import DEFAULT_MAX_TOKENS
 from .worker import detached
 
 QUICK = 0.02  # seconds that tokenising what has its mask already may take
@@ -77,7 +77,7 @@ class Host:
         self.prompts = LRUPromptCache(max_bytes=settings.prompt_cache_bytes)
         self.schedule = Schedule(self._open_lane, self.shelf.weigh, budget, limit)
         self.shelf.in_use = self.schedule.selections
-        self.arrivals: deque[Request] = deque()
+        self.arrivals: deque[Ticket] = deque()
         # As mlx-lm does while it generates; each batch restores what it found.
         self._old_wired_limit = maybe_set_recommended_wired_limit()
         self._old_memory_limit = None if limit is None else mx.set_memory_limit(limit)
@@ -100,7 +100,7 @@ class Host:
         """Requests that wait for a place."""
         return len(self.arrivals) + len(self.schedule.waiting)
 
-    def add(self, request: Request, max_queue: int) -> None:
+    def add(self, ticket: Ticket, max_queue: int) -> None:
         """Queue a request.
 
         Raises:
@@ -108,7 +108,7 @@ class Host:
         """
         if self.queued >= max_queue:
             raise Busy(f"{self.queued} requests are waiting; try again a little later.")
-        self.arrivals.append(request)
+        self.arrivals.append(ticket)
 
     def turn(self) -> None:
         """Take in arrivals until one took its time, then one step of everybody."""
@@ -119,8 +119,8 @@ class Host:
 
     def fail(self, error: BaseException) -> None:
         """End every request with ``error``, and put the limits back."""
-        for request in self.arrivals:
-            request.emit(error)
+        for ticket in self.arrivals:
+            ticket.emit(error)
         self.arrivals.clear()
         self.schedule.fail(error)
         if self._old_wired_limit is not None:
@@ -142,8 +142,8 @@ class Host:
 
     def unload(self) -> None:
         """Cancel what runs, and give all weights and caches back."""
-        for request in self.arrivals:
-            request.stop.cancel()
+        for ticket in self.arrivals:
+            ticket.stop.cancel()
         while self.arrivals:
             self._take_in(self.arrivals.popleft())
         self.schedule.cancel()
@@ -151,64 +151,64 @@ class Host:
         self.shelf.unload()
         clear_memory()
 
-    def tokens_of(self, request: Request) -> list[int]:
+    def tokens_of(self, ticket: Ticket) -> list[int]:
         """Return the ids of a request's prompt."""
-        if is_tokens(request.messages):
-            tokens = list(request.messages)
+        if is_tokens(ticket.messages):
+            tokens = list(ticket.messages)
             if min(tokens) < 0 or max(tokens) >= self.vocabulary:
                 raise InvalidRequest(
                     f"The prompt's token ids go from {min(tokens)} to {max(tokens)}; "
                     f"the model's from 0 to {self.vocabulary - 1}."
                 )
             return tokens
-        messages = as_messages(request.messages)
-        return tokenize(self.tokenizer, messages, chat_template=request.chat_template)
+        messages = as_messages(ticket.messages)
+        return tokenize(self.tokenizer, messages, chat_template=ticket.chat_template)
 
-    def _take_in(self, request: Request) -> None:
+    def _take_in(self, ticket: Ticket) -> None:
         """Give a request its tokens and its selection, and let it wait for a lane."""
-        if request.stop.cancelled:
-            return request.finish("cancelled")
+        if ticket.stop.cancelled:
+            return ticket.finish("cancelled")
         try:
             with typed_errors(InvalidRequest):
-                self._check_length(request)
+                self._check_length(ticket)
                 start = time.perf_counter()
-                request.selection = self.shelf.select(
-                    request.choice, self._selecting(request), request.emit, request.stop
+                ticket.selection = self.shelf.select(
+                    ticket.request, self._selecting(ticket), ticket.emit, ticket.stop
                 )
-                request.seconds["select"] = time.perf_counter() - start
-                request.kv_bytes = self.shelf.check_limit(
-                    request.selection, len(request.tokens) + request.max_tokens
+                ticket.seconds["select"] = time.perf_counter() - start
+                ticket.kv_bytes = self.shelf.check_limit(
+                    ticket.selection, len(ticket.tokens) + ticket.max_tokens
                 )
-                request.processors = self._processors(request)
+                ticket.processors = self._processors(ticket)
         except Cancelled:
-            request.finish("cancelled")
+            ticket.finish("cancelled")
         except Exception as error:  # of this request; the others go on
-            request.emit(detached(error))
+            ticket.emit(detached(error))
         else:
-            self.schedule.add(request)
+            self.schedule.add(ticket)
 
-    def _selecting(self, request: Request) -> Prompt:
+    def _selecting(self, ticket: Ticket) -> Prompt:
         """Return what selects where nothing else is said, tokenised as the prompt."""
-        if request.chat_template or is_tokens(request.messages):
-            return request.messages
-        messages = instruction_of(as_messages(request.messages))
+        if ticket.chat_template or is_tokens(ticket.messages):
+            return ticket.messages
+        messages = instruction_of(as_messages(ticket.messages))
         return tokenize(self.tokenizer, messages, chat_template=False)
 
-    def _check_length(self, request: Request) -> None:
-        request.tokens = self.tokens_of(request)
-        asked, room = request.sampling.max_tokens, self.context_length
-        length = len(request.tokens)
-        request.max_tokens = asked or min(DEFAULT_MAX_TOKENS, room - length)
-        if length + max(request.max_tokens, 1) > room:
+    def _check_length(self, ticket: Ticket) -> None:
+        ticket.tokens = self.tokens_of(ticket)
+        asked, room = ticket.sampling.max_tokens, self.context_length
+        length = len(ticket.tokens)
+        ticket.max_tokens = asked or min(DEFAULT_MAX_TOKENS, room - length)
+        if length + max(ticket.max_tokens, 1) > room:
             raise ContextTooLong(
                 f"The prompt has {length} tokens and the answer {asked or 'at least 1'}, "
                 f"more than the context of {room}; shorten one."
             )
 
-    def _processors(self, request: Request) -> list[Any]:
+    def _processors(self, ticket: Ticket) -> list[Any]:
         from mlx_lm.sample_utils import make_logits_processors
 
-        sampling = request.sampling
+        sampling = ticket.sampling
         vocabulary = self.vocabulary
         for token in sampling.logit_bias or {}:
             if not 0 <= token < vocabulary:
@@ -234,15 +234,16 @@ class Host:
     @property
     def vocabulary(self) -> int:
         """How many tokens the model knows."""
-        return int(self.model.config["vocab_size"])
+        return self.model.vocabulary
 
-    def _open_lane(self, request: Request) -> Lane:
+    def _open_lane(self, ticket: Ticket) -> Lane:
         start = time.perf_counter()
-        model = self.shelf.load(request.selection, request.emit, request.stop)
-        request.seconds["load"] = time.perf_counter() - start
+        with typed_errors(InvalidRequest):
+            model = self.shelf.load(ticket.selection, ticket.emit, ticket.stop)
+        ticket.seconds["load"] = time.perf_counter() - start
         return Lane(
             model,
-            request.selection,
+            ticket.selection,
             self.tokenizer,
             self.prompts,
             batch=self.settings.batch,

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..selection.masks import Selection
+from ..selection.request import Request
 from .errors import Cancelled, IFPError
 from .events import (
     CancelToken,
@@ -21,20 +22,20 @@ from .events import (
     Token,
     TokenLogprob,
 )
-from .requests import Choice, Sampling
+from .sampling import Sampling
 from .worker import detached
 
 Emit = Callable[[Event | BaseException], None]
 
 
-class Request:
+class Ticket:
     """One request on its way through the engine; used by the worker alone.
 
     Attributes:
         emit: hands an event, or the error that ends the stream, to the caller.
         stop: the caller's cancel token.
         messages: the conversation or text, as the caller gave it.
-        choice: which mask.
+        request: which selection.
         sampling: how to decode.
         selection: once there is one.
         tokens: the prompt's ids, once tokenised.
@@ -53,13 +54,13 @@ class Request:
     def __init__(
         self,
         messages: Any,
-        choice: Choice,
+        request: Request,
         sampling: Sampling,
         stop: CancelToken,
         emit: Emit,
         chat_template: bool = True,
     ) -> None:
-        self.messages, self.choice, self.sampling = messages, choice, sampling
+        self.messages, self.request, self.sampling = messages, request, sampling
         self.chat_template = chat_template
         self.stop, self.emit = stop, emit
         self.processors: list[Any] = []
@@ -125,12 +126,13 @@ class Request:
 
 
 def mask_figures(selection: Selection | None) -> dict[str, Any]:
-    """Return ``mask_id``, ``kept_channels`` and ``total_channels`` of a selection."""
+    """Return ``mask_id``, ``identity`` and the kept and all channels of a selection."""
     if selection is None:
         return {}
     sizes = selection.sizes
     return {
         "mask_id": selection.mask_id,
+        "identity": selection.identity,
         "kept_channels": sum(sizes),
         "total_channels": selection.channels * len(sizes),
     }
@@ -185,7 +187,8 @@ class Lane:
 
     Args:
         model: the mask's compact model.
-        selection: the mask; its id is the key of every KV cache that comes from it.
+        selection: the mask; its identity is the key of every KV cache that comes from
+            it.
         tokenizer: mlx-lm's.
         prompts: mlx-lm's ``LRUPromptCache``.
         batch: requests decoded together at most.
@@ -204,9 +207,9 @@ class Lane:
     ) -> None:
         from mlx_lm.generate import BatchGenerator
 
-        self.selection, self.mask_id = selection, selection.mask_id
+        self.selection, self.identity = selection, selection.identity
         self._batch = batch
-        self.running: dict[int, Request] = {}
+        self.running: dict[int, Ticket] = {}
         self.draining = False
         self._tokenizer, self._prompts = tokenizer, prompts
         self._generator = BatchGenerator(
@@ -217,21 +220,21 @@ class Lane:
             prefill_step_size=prefill_step,
         )
 
-    def admit(self, request: Request) -> None:
-        """Give the request a place in the batch, with what is cached of its prompt."""
-        cache, rest = self._cached(request.tokens)
-        cached = len(request.tokens) - len(rest)
+    def admit(self, ticket: Ticket) -> None:
+        """Give a request a place in the batch, with what is cached of its prompt."""
+        cache, rest = self._cached(ticket.tokens)
+        cached = len(ticket.tokens) - len(rest)
         [uid] = self._generator.insert(
             [rest],
-            [request.max_tokens],
+            [ticket.max_tokens],
             caches=None if cache is None else [cache],
-            all_tokens=[request.tokens[:cached]],
-            samplers=[sampler_of(request.sampling)],
-            logits_processors=[request.processors],
+            all_tokens=[ticket.tokens[:cached]],
+            samplers=[sampler_of(ticket.sampling)],
+            logits_processors=[ticket.processors],
         )
-        self.running[uid] = request
-        text = Text(self._tokenizer, request.sampling.stop_strings)
-        request.start(text, cached)
+        self.running[uid] = ticket
+        text = Text(self._tokenizer, ticket.sampling.stop_strings)
+        ticket.start(text, cached)
 
     def step(self) -> None:
         """Prefill one step of the new prompts, decode one token of the others."""
@@ -244,19 +247,19 @@ class Lane:
         for response in prompts:
             self.running[response.uid].prefilled(response.progress[0])
         for response in tokens:
-            request = self.running[response.uid]
-            reason = request.token(response)
+            ticket = self.running[response.uid]
+            reason = ticket.token(response)
             if response.finish_reason is not None:
                 self._keep(response.prompt_cache, response.all_tokens)
                 del self.running[response.uid]
-                request.finish(reason or response.finish_reason)
+                ticket.finish(reason or response.finish_reason)
             elif reason is not None:
                 self._end(response.uid, reason)
 
     def fail(self, error: BaseException) -> None:
         """End every request with ``error``."""
-        for request in self.running.values():
-            request.emit(error)
+        for ticket in self.running.values():
+            ticket.emit(error)
         self.running.clear()
 
     def close(self) -> None:
@@ -272,7 +275,7 @@ class Lane:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV caches if every answer comes to its full length."""
-        return sum(request.kv_bytes for request in self.running.values())
+        return sum(ticket.kv_bytes for ticket in self.running.values())
 
     @property
     def cache_bytes(self) -> int:
@@ -280,17 +283,17 @@ class Lane:
         return int(self._generator.prompt_cache_nbytes)
 
     def _end(self, uid: int, reason: FinishReason) -> None:
-        request = self.running.pop(uid)
-        decoding = request.number > 0
+        ticket = self.running.pop(uid)
+        decoding = ticket.number > 0
         kept = self._generator.remove([uid], return_prompt_caches=decoding)
         if decoding:
             self._keep(*kept[uid])
-        request.finish(reason)
+        ticket.finish(reason)
 
     def _cached(self, tokens: list[int]) -> tuple[Any, list[int]]:
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-        cache, rest = self._prompts.fetch_nearest_cache(self.mask_id, tokens)
+        cache, rest = self._prompts.fetch_nearest_cache(self.identity, tokens)
         if cache is not None and not rest:  # one token must be left to start from
             if not can_trim_prompt_cache(cache):
                 return None, list(tokens)
@@ -302,7 +305,7 @@ class Lane:
         size = sum(layer.nbytes for layer in cache)
         if size <= self._prompts.max_bytes:
             mx.eval([layer.state for layer in cache])  # let go of the batch it was in
-            self._prompts.insert_cache(self.mask_id, list(tokens), cache)
+            self._prompts.insert_cache(self.identity, list(tokens), cache)
 
 
 def sampler_of(sampling: Sampling) -> Any:
@@ -341,14 +344,14 @@ class Schedule:
 
     def __init__(
         self,
-        open_lane: Callable[[Request], Lane],
+        open_lane: Callable[[Ticket], Lane],
         weigh: Callable[..., int],
         budget: int,
         limit: int | None = None,
     ) -> None:
         self._open, self._weigh = open_lane, weigh
         self._budget, self._limit = budget, limit
-        self.waiting: list[Request] = []
+        self.waiting: list[Ticket] = []
         self.lanes: dict[str, Lane] = {}
 
     def selections(self) -> list[Selection]:
@@ -360,29 +363,29 @@ class Schedule:
         """Whether there is anything to do."""
         return bool(self.waiting or self.lanes)
 
-    def add(self, request: Request) -> None:
+    def add(self, ticket: Ticket) -> None:
         """Queue a request that has its selection and tokens."""
-        request.ready = time.perf_counter()
-        self.waiting.append(request)
+        ticket.ready = time.perf_counter()
+        self.waiting.append(ticket)
 
     def turn(self) -> None:
         """Admit what fits, then one step of every lane."""
         self._admit()
-        for mask_id, lane in list(self.lanes.items()):
+        for identity, lane in list(self.lanes.items()):
             try:
                 lane.step()
             except Exception as error:  # of one batch; the others go on
                 lane.fail(detached(error))
             if not lane.running:
-                self.lanes.pop(mask_id).close()
+                self.lanes.pop(identity).close()
 
     def cancel(self) -> None:
         """End everything as cancelled."""
         for lane in self.lanes.values():
-            for request in lane.running.values():
-                request.stop.cancel()
-        for request in self.waiting:
-            request.stop.cancel()
+            for ticket in lane.running.values():
+                ticket.stop.cancel()
+        for ticket in self.waiting:
+            ticket.stop.cancel()
         while self.busy:
             self.turn()
 
@@ -391,49 +394,49 @@ class Schedule:
         for lane in self.lanes.values():
             lane.fail(error)
             lane.close()
-        for request in self.waiting:
-            request.emit(error)
+        for ticket in self.waiting:
+            ticket.emit(error)
         self.waiting, self.lanes = [], {}
 
     def _admit(self) -> None:
         crowded: dict[str, None] = {}
         still_waiting = []
         held = False  # for want of memory: then nobody may pass by
-        for request in self.waiting:
-            mask_id = request.selection.mask_id
-            if request.stop.cancelled:
-                request.finish("cancelled")
-            elif mask_id in self.lanes:
-                lane = self.lanes[mask_id]
-                held = held or not self._fits(request)
+        for ticket in self.waiting:
+            identity = ticket.selection.identity
+            if ticket.stop.cancelled:
+                ticket.finish("cancelled")
+            elif identity in self.lanes:
+                lane = self.lanes[identity]
+                held = held or not self._fits(ticket)
                 if held or lane.full:
-                    still_waiting.append(request)
+                    still_waiting.append(ticket)
                 else:
-                    lane.admit(request)
-            elif not (held or crowded) and self._fits(request, opening=True):
-                self._open_for(request)
+                    lane.admit(ticket)
+            elif not (held or crowded) and self._fits(ticket, opening=True):
+                self._open_for(ticket)
             else:
-                crowded[mask_id] = None
-                still_waiting.append(request)
+                crowded[identity] = None
+                still_waiting.append(ticket)
         self.waiting = still_waiting
         for lane in list(self.lanes.values())[: len(crowded)]:
             lane.draining = True
 
-    def _fits(self, request: Request, *, opening: bool = False) -> bool:
+    def _fits(self, ticket: Ticket, *, opening: bool = False) -> bool:
         """Whether there is room for a request; alone, there always is."""
-        opened = [request.selection] if opening else []
+        opened = [ticket.selection] if opening else []
         models = self._weigh(*self.selections(), *opened)
-        caches = request.kv_bytes + sum(lane.kv_bytes for lane in self.lanes.values())
+        caches = ticket.kv_bytes + sum(lane.kv_bytes for lane in self.lanes.values())
         fits = self._limit is None or models + caches <= self._limit
         return not self.lanes or (fits and not (opening and models > self._budget))
 
-    def _open_for(self, request: Request) -> None:
+    def _open_for(self, ticket: Ticket) -> None:
         try:
-            lane = self._open(request)
+            lane = self._open(ticket)
         except Cancelled:
-            request.finish("cancelled")
+            ticket.finish("cancelled")
         except (IFPError, ValueError, OSError) as error:
-            request.emit(detached(error))
+            ticket.emit(detached(error))
         else:
-            self.lanes[lane.mask_id] = lane
-            lane.admit(request)
+            self.lanes[lane.identity] = lane
+            lane.admit(ticket)

@@ -26,7 +26,7 @@ from ..selection.masks import Selection
 from ..selection.prompts import tokenize
 from ..slicing import reading
 from ..slicing.compensation import TEXT_TOKENS
-from ..slicing.pruning import mask_model, set_masks
+from ..slicing.masked import mask_model, set_masks
 from .log import Log
 from .shares import DENSE
 from .shares import compare as compare_values
@@ -64,7 +64,7 @@ class SelectingLM(MLXLM):
         has_template = model.tokenizer.has_chat_template
         self._ifp, self._dense, self.tokenizer = model, model.dense(), model.tokenizer
         self._model = self._dense
-        self._masked = mask_model(self._dense)
+        self._masked = mask_model(self._dense, model.plan)
         self._ones = mx.ones((model.layers, 1))
         self._max_tokens, self._batch_size, self._sampler = max_tokens, batch_size, None
         self.use_chat_template = has_template if chat is None else chat
@@ -151,7 +151,7 @@ class SelectingLM(MLXLM):
     def _mask_of_task(self, task: Any) -> Selection:
         self._run(None)
         texts = task_texts(task, self.tokenizer, chat=self.use_chat_template)
-        scores = reading.prior_scores(self._dense, texts)
+        scores = reading.prior_scores(self._dense, self._ifp.plan, texts)
         # The scores are known; "activation" keeps the gates binary.
         return self._selection([0], "activation", scores, sum(texts, [])[:TEXT_TOKENS])
 

@@ -26,14 +26,8 @@ from .rows import Row, answer_text
 from .teacher import Evaluator, Setting, metrics
 
 DENSE = "dense"
-
-
 KEY = ("arm", "file", "row")
-
-
 SPEED_PROMPT = 32
-
-
 Progress = Callable[[Iterable], Iterable]
 
 
@@ -83,7 +77,11 @@ def arms_of(
             allocation=setting.allocation,
         )
         arms.append(
-            Arm(setting.name, setting, compact_bytes(dense, selection, setting.bits))
+            Arm(
+                setting.name,
+                setting,
+                compact_bytes(dense, model.plan, selection, setting.bits),
+            )
         )
     arms += [Arm(rival.name, bytes=weight_bytes(rival.model)) for rival in rivals]
     return arms

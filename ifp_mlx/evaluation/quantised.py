@@ -1,13 +1,12 @@
 """Compact models at few bits: sliced, then quantised, as `compact -q` writes them."""
 
-import copy
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..model.checkpoint import IFPModel
-from ..slicing.pruning import PROJECTIONS, ffn_layers, slice_ffn
+from ..slicing.shapes import LayerPlan, at, put_at
+from ..slicing.sliced import count_units, cut, twin
 from .rivals import group_of
 
 
@@ -33,8 +32,13 @@ class QuantisedCompact:
             )
         self._dense, self._bits = model.dense(), bits
         self._group = group_of(self._dense)
-        self._ffns = ffn_layers(self._dense)
-        wide = {id(ffn.module[name]) for ffn in self._ffns for name in PROJECTIONS}
+        self._plan = model.plan
+        self._modules = self._plan.modules(self._dense)
+        wide = {
+            id(at(module, piece.module))
+            for layer, module in zip(self._plan.layers, self._modules, strict=True)
+            for piece in layer.slices
+        }
         nn.quantize(
             self._dense,
             self._group,
@@ -51,9 +55,10 @@ class QuantisedCompact:
         Raises:
             ValueError: if a layer keeps channels that fill no whole groups.
         """
-        for (block, name, ffn), row in zip(self._ffns, np.array(mask), strict=True):
+        layers = zip(self._plan.layers, self._modules, np.array(mask), strict=True)
+        for layer, module, row in layers:
             index = mx.array(np.flatnonzero(row).astype(np.int32))
-            setattr(block, name, self._cut(ffn, index))
+            put_at(self._dense, layer.path, self._cut(module, layer, index))
         return self._dense
 
     def round(self, compact: nn.Module) -> None:
@@ -62,8 +67,8 @@ class QuantisedCompact:
         Raises:
             ValueError: as :meth:`of`.
         """
-        for ffn in ffn_layers(compact):
-            self._check(ffn.module.gate_proj.weight.shape[0])
+        for count in map(count_units, self._plan.modules(compact), self._plan.layers):
+            self._check(count)
         nn.quantize(compact, self._group, self._bits)
 
     def _check(self, width: int) -> None:
@@ -75,11 +80,9 @@ class QuantisedCompact:
                 f"that gives {below} or {below + self._group}."
             )
 
-    def _cut(self, ffn: nn.Module, index: mx.array) -> nn.Module:
+    def _cut(self, module: nn.Module, layer: LayerPlan, index: mx.array) -> nn.Module:
         self._check(index.size)
-        part = copy.copy(ffn)
-        for name in PROJECTIONS:
-            part[name] = copy.copy(ffn[name])
-        slice_ffn(part, index)
+        part = twin(module)
+        cut(part, layer, index, self._plan.units)
         nn.quantize(part, self._group, self._bits)
         return part

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 
 from ..model.checkpoint import IFPModel
 from ..selection.masks import Selection
-from ..slicing.pruning import ffn_layers
-from ..storage.folder import check_folder, resolve
+from ..slicing.shapes import Plan
+from ..storage.folder import resolve, source_of
 from .rows import Row, retokenize, same_tokens
 from .teacher import log_probabilities, metrics
 
@@ -64,16 +64,16 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def compact_bytes(
-    model: nn.Module, selection: Selection, bits: int | None = None
+    model: nn.Module, plan: Plan, selection: Selection, bits: int | None = None
 ) -> int:
     """Return :func:`weight_bytes` of the compact model.
 
     Args:
         model: the dense one.
+        plan: its plan.
         selection: made for it.
         bits: that the compact model is quantised to, if it is.
     """
-    share = sum(selection.sizes) / (selection.channels * len(selection.sizes))
     group = group_of(model)
 
     def size(part: nn.Module) -> int:
@@ -81,8 +81,8 @@ def compact_bytes(
             return weight_bytes(part)
         return quantised_bytes(part, bits, group)
 
-    ffns = sum(size(ffn.module) for ffn in ffn_layers(model))
-    return size(model) - round((1 - share) * ffns)
+    ffns = sum(map(size, plan.modules(model)))
+    return size(model) - round((1 - selection.share) * ffns)
 
 
 def quantised_bytes(model: nn.Module, bits: int, group: int | None = None) -> int:
@@ -147,7 +147,7 @@ def smaller(path: str, model: IFPModel) -> Rival:
     from mlx_lm.utils import load_model, load_tokenizer
 
     folder: Path = resolve(path)
-    config = check_folder(folder)
+    config = source_of(folder).config
     other = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
     small, _ = load_model(folder)
     same = same_tokens(model.tokenizer, other)

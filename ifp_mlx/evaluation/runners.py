@@ -21,12 +21,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..model.checkpoint import IFPModel
+from ..model.decide import decide
 from ..model.dense_prefill import read_densely
 from ..selection.masks import Selection
+from ..selection.request import Request
+from ..slicing.stock import build
 
 ROWS = ("dense", "compact", "activation", "stock")
-
-
 LOADING = ("dense", "compact", "activation")
 
 
@@ -64,7 +65,7 @@ class Contest:
     Attributes:
         model: the large model.
         choose: makes the selection of ``compact``.
-        options: of :meth:`IFPModel.sweep`, for ``activation``.
+        options: fields of the :class:`Request` of ``activation``.
         prompt: token ids; they select for ``activation``.
         max_tokens: tokens to decode, whatever they are.
         size: ``k``, of ``stock``.
@@ -106,8 +107,9 @@ class Contest:
             mx.eval(model.parameters())
             return model, Run(0.0, time.perf_counter() - start), None
         if row == "activation":
-            _, model, kv = self.model.sweep(self.prompt, **self.options)
-            return model, Run(time.perf_counter() - start, 0.0), kv
+            request = Request(instruction=self.prompt, **self.options)
+            made = self.model.prepare(decide(request, self.model))
+            return made.model, Run(time.perf_counter() - start, 0.0), made.kv
         if row == "stock":
             return stock_of_width(self.model, self.size), Run(0.0, 0.0), None
         selection = self.choose()
@@ -137,12 +139,8 @@ class Contest:
 
 def stock_of_width(model: IFPModel, k: int) -> nn.Module:
     """Return a random model of mlx-lm's own class with ``k`` channels per layer."""
-    from mlx_lm.utils import _get_classes
-
-    config = {**model.config, "intermediate_size": k}
-    model_class, args_class = _get_classes(config)
-    stock = model_class(args_class.from_dict(config))
-    names = tree_flatten(model.source.open().parameters(), destination={})
+    stock = build(model.plan.resized(model.config, k))
+    names = tree_flatten(model.source.skeleton.parameters(), destination={})
     if hasattr(stock, "sanitize"):
         stock.sanitize(dict(names))  # as loading does: some classes then tie their head
     dtype = next(w.dtype for name, w in names.items() if name.endswith("norm.weight"))

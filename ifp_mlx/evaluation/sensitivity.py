@@ -18,20 +18,18 @@ import mlx.nn as nn
 import numpy as np
 
 from ..files.atomic import new_file
+from ..files.progress import ProgressBar
 from ..model.calibration import TOKENS, calibration_texts
-from ..model.checkpoint import SENSITIVITY_FILE, IFPModel, Progress
+from ..model.checkpoint import SENSITIVITY_FILE, IFPModel
 from ..selection import top_k
 from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
-from ..slicing.pruning import MaskedFFN, mask_model, set_masks
+from ..slicing.masked import mask_model, set_masks
+from ..slicing.stock import log_softmax
 from .rows import read_rows
 
 DATA_TEXTS = 12  # of a user's own files, all together
-
-
 TEXTS_HASH = "texts"  # in the file's metadata: what it was measured on
-
-
 PARTIAL_FILE = f"partial.{SENSITIVITY_FILE}"
 
 
@@ -39,7 +37,7 @@ def measure_sensitivity(
     model: IFPModel,
     texts: Sequence[Sequence[int]] | None = None,
     *,
-    progress: Progress = iter,
+    progress: ProgressBar = iter,
 ) -> mx.array:
     """Measure every layer and keep the result with the model.
 
@@ -111,11 +109,11 @@ class Probe:
         scores: mx.array | None = None,
     ) -> None:
         self.dense = model.dense()
-        self.masked: list[MaskedFFN] = mask_model(self.dense)
+        self.masked = mask_model(self.dense, model.plan)
         self.ones = mx.ones((model.layers, model.channels))
         self.granularity = model.granularity
         if scores is None:
-            scores = reading.prior_scores(self.dense, texts)
+            scores = reading.prior_scores(self.dense, model.plan, texts)
         self.scores = scores
         self.texts = texts
         # What all texts begin with is the chat template's, and easy.
@@ -150,7 +148,7 @@ class Probe:
             row = self.scores[layer : layer + 1]
             mask = top_k.select(row, [k], granularity=self.granularity).mask()[0]
         set_masks(self.masked, self.ones)
-        self.masked[layer].set_mask(mask)
+        set_masks([self.masked[layer]], mask[None])
         found = []
         for text, outputs, p in zip(
             self.texts, self.outputs, self.reference, strict=True
@@ -173,9 +171,7 @@ class Probe:
 
     def _log_probabilities(self, logits: mx.array) -> mx.array:
         """Return ``[T, V]`` of the text after the template's part."""
-        found = nn.log_softmax(logits[0, self.start :].astype(mx.float32), axis=-1)
-        mx.eval(found)
-        return found
+        return log_softmax(logits[0, self.start :])
 
 
 class _StandIn:

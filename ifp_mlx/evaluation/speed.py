@@ -1,6 +1,6 @@
 """Speed and memory of the compact model beside the dense one and a stock one.
 
-The rows (:mod:`ifp_mlx.runners`) take turns in one process, each from nothing in
+The rows (:mod:`ifp_mlx.evaluation.runners`) take turns in one process, each from nothing in
 memory, so that a busy or throttled machine slows all alike, and ratios are taken within
 each turn. Prefill is bound by arithmetic, decoding at batch 1 by the bytes of the
 weights, so the two are timed apart. The prompt is running text, not one repeated token.

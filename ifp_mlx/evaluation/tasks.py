@@ -8,7 +8,6 @@ the first tokens of its examples, from which the kept channels can learn to make
 the dropped ones.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +17,9 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..model.checkpoint import IFPModel, Progress
-from ..selection.masks import Selection, find_mask
-from ..selection.widths import Allocation
+from ..files.progress import ProgressBar
+from ..model.checkpoint import IFPModel
+from ..selection.masks import Selection
 from ..slicing import reading
 from ..slicing.compensation import TEXT_TOKENS
 from .rows import Row
@@ -28,12 +27,12 @@ from .teacher import METRICS, Evaluator
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskMask:
     """A named selection, and the scores it was made from.
 
     Attributes:
-        selection: its ``info`` holds ``task`` (the name), ``made`` and, once measured,
-            ``evaluation``, both JSON; its ``text`` is the beginning of the examples.
+        selection: its ``origin`` holds ``task`` (the name), ``made`` and, once measured,
+            ``evaluation``; its ``text`` is the beginning of the examples.
         scores: ``[L, F]``, so that tasks can be merged.
     """
 
@@ -43,13 +42,12 @@ class Task:
     @property
     def name(self) -> str:
         """What ``--task`` calls it."""
-        return self.selection.info["task"]
+        return str(self.selection.origin.task)
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
         """Its measured cost, from :func:`measure`, or ``None``."""
-        text = self.selection.info.get("evaluation")
-        return None if text is None else json.loads(text)
+        return self.selection.origin.evaluation
 
     def save(self, folder: Path) -> Path:
         """Write it into a library and return the file; one of its name is replaced."""
@@ -58,7 +56,7 @@ class Task:
         return path
 
     @staticmethod
-    def load(path: Path) -> "Task":
+    def load(path: Path) -> "TaskMask":
         """Read a task mask.
 
         Raises:
@@ -67,12 +65,12 @@ class Task:
         """
         selection = Selection.load(path)
         scores = cast(dict[str, mx.array], mx.load(str(path))).get("scores")
-        if scores is None or "task" not in selection.info:
+        if scores is None or selection.origin.task is None:
             raise ValueError(
                 f"{path} is a mask, but not of a task: it keeps no scores; make one "
                 "with python -m ifp_mlx.tasks make."
             )
-        return Task(selection, scores.astype(mx.float32))
+        return TaskMask(selection, scores.astype(mx.float32))
 
 
 def make(
@@ -80,44 +78,38 @@ def make(
     name: str,
     examples: Sequence[Row],
     *,
-    keep: float | None = None,
-    target_size: int | None = None,
-    allocation: Allocation | None = None,
-    progress: Progress = iter,
-) -> Task:
+    progress: ProgressBar = iter,
+    **size: Any,
+) -> TaskMask:
     """Make a task mask from examples of a task.
 
     Args:
         model: from :func:`ifp_mlx.load`.
         name: what to call the task.
         examples: prompts and answers; an answer may be empty.
-        keep, target_size, allocation: see :meth:`IFPModel.select`.
         progress: wraps the iteration over examples.
+        size: ``keep`` or ``target_size``, and ``allocation``, of a :class:`Request`.
 
     Raises:
         ValueError: if there are no examples, or the name cannot be a file's.
     """
-    _check_name(name)
+    check_name(name)
     if not examples:
         raise ValueError(f"The task {name} has no examples; give at least one.")
     pairs = [(row.prompt, row.answer) for row in examples]
-    scores = reading.task_scores(model.dense(), pairs, progress=progress)
+    scores = reading.task_scores(model.dense(), model.plan, pairs, progress=progress)
     tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
     about = {"examples": len(examples), "tokens": tokens}
-    size: dict[str, Any] = {"keep": keep, "target_size": target_size}
     text = sum(([*prompt, *answer] for prompt, answer in pairs), [])[:TEXT_TOKENS]
-    return _task(model, name, scores, about, text, allocation=allocation, **size)
+    return _task(model, name, scores, about, text, **size)
 
 
 def merge(
     model: IFPModel,
     name: str,
-    tasks: Sequence[Task],
-    *,
-    keep: float | None = None,
-    target_size: int | None = None,
-    allocation: Allocation | None = None,
-) -> Task:
+    tasks: Sequence[TaskMask],
+    **size: Any,
+) -> TaskMask:
     """Make one mask for several tasks, of the size of one.
 
     In every layer each task has the same say: its scores count as shares of the
@@ -127,31 +119,32 @@ def merge(
         model: that the tasks were made with.
         name: what to call the merged task.
         tasks: at least two.
-        keep, target_size, allocation: see :meth:`IFPModel.select`.
+        size: ``keep`` or ``target_size``, and ``allocation``, of a :class:`Request`.
 
     Raises:
         ValueError: if there are fewer than two tasks, or one is of another model.
     """
-    _check_name(name)
+    check_name(name)
     if len(tasks) < 2:
         raise ValueError(f"{name} merges {len(tasks)} task(s); name two or more.")
     energy = mx.zeros((model.layers, model.channels))
     for task in tasks:
-        task.selection.check_fits(model.layers, model.channels, model.fingerprint)
+        model.check_fits(task.selection)
         square = mx.square(task.scores)
         energy = energy + square / square.sum(axis=1, keepdims=True)
     about = {"merged": [task.name for task in tasks]}
-    size: dict[str, Any] = {"keep": keep, "target_size": target_size}
     each = TEXT_TOKENS // len(tasks)
     text = sum((list(task.selection.text or ())[:each] for task in tasks), [])
-    return _task(
-        model, name, mx.sqrt(energy), about, text, allocation=allocation, **size
-    )
+    return _task(model, name, mx.sqrt(energy), about, text, **size)
 
 
 def measure(
-    model: IFPModel, task: Task, rows: Sequence[Row], *, progress: Progress = iter
-) -> Task:
+    model: IFPModel,
+    task: TaskMask,
+    rows: Sequence[Row],
+    *,
+    progress: ProgressBar = iter,
+) -> TaskMask:
     """Measure a task mask on examples; return it with its evaluation card, which also
     says, as ``compensated``, what it costs when its text makes up for dropped channels.
 
@@ -178,8 +171,8 @@ def measure(
             better.append(evaluator.compare(row, compensated, reference))
     card: dict[str, Any] = _means(plain) | {"rows": len(rows)}
     card |= {"compensated": _means(better)} if better else {}
-    info = selection.info | {"evaluation": json.dumps(card)}
-    return replace(task, selection=replace(selection, info=info))
+    origin = replace(selection.origin, evaluation=card)
+    return replace(task, selection=replace(selection, origin=origin))
 
 
 def _means(found: list[dict[str, float]]) -> dict[str, float]:
@@ -200,17 +193,12 @@ def overlap(a: Selection, b: Selection) -> np.ndarray:
     return np.array(rows)
 
 
-def find(name: str, folder: Path) -> Path:
-    """Return the mask file of a task in a library; see :func:`masks.find_mask`."""
-    return find_mask(name, [folder])
-
-
-def library(folder: Path) -> list[Task]:
+def library(folder: Path) -> list[TaskMask]:
     """Return the tasks in a folder, by name; other masks in it are left out."""
     tasks = []
     for path in sorted(folder.glob("*.safetensors")):
-        if "task" in Selection.load(path).info:
-            tasks.append(Task.load(path))
+        if Selection.load(path).origin.task is not None:
+            tasks.append(TaskMask.load(path))
     if not tasks:
         raise ValueError(
             f"There is no task mask in {folder}; make one with python -m ifp_mlx.tasks "
@@ -226,7 +214,7 @@ def _task(
     about: dict[str, Any],
     text: list[int],
     **size: Any,
-) -> Task:
+) -> TaskMask:
     from datetime import UTC, datetime
     from importlib.metadata import version
 
@@ -235,13 +223,15 @@ def _task(
     selection = model.select([0], selector="activation", scores=scores, **size)
     about["date"] = datetime.now(UTC).date().isoformat()
     about["versions"] = {n: version(n) for n in ("ifp_mlx", "mlx", "mlx-lm")}
-    info = {"selector": "task", "task": name, "made": json.dumps(about)}
-    info["model"] = model.name
-    selection = replace(selection, info=selection.info | info, text=tuple(text) or None)
-    return Task(selection, scores)
+    origin = replace(
+        selection.origin, selector="task", task=name, made=about, model=model.name
+    )
+    selection = replace(selection, origin=origin, text=tuple(text) or None)
+    return TaskMask(selection, scores)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ``ValueError`` if a task's name cannot be a file's."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(
             f"name={name!r} cannot be a task's: use letters, digits, '-', '_' and '.'."

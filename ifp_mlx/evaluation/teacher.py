@@ -12,7 +12,8 @@ from ..model.checkpoint import IFPModel
 from ..selection import scores
 from ..selection.masks import Selection
 from ..selection.widths import Allocation
-from ..slicing.pruning import MaskedFFN, mask_model, set_masks
+from ..slicing.masked import mask_model, set_masks
+from ..slicing.stock import log_softmax, prefill
 from .rows import Row
 
 METRICS = ("nll", "kl", "agreement")
@@ -78,7 +79,7 @@ class Evaluator:
     def __init__(self, model: IFPModel) -> None:
         self.model = model
         self._dense = model.dense()
-        self._masked: list[MaskedFFN] = mask_model(self._dense)
+        self._masked = mask_model(self._dense, model.plan)
         self._ones = mx.ones((model.layers, 1))
 
     def reference(self, row: Row, *, keep_cache: bool = False) -> Reference:
@@ -174,17 +175,17 @@ def log_probabilities(model: nn.Module, row: Row) -> mx.array:
 
     Logits are computed there alone: of the rest of the prompt only the cache is.
     """
-    cache = _read(model, row.prompt[:-1])
+    cache = prefill(model, row.prompt[:-1], PREFILL_STEP)
     tokens = [row.prompt[-1], *row.answer[:-1]]
-    return _log_softmax(model(mx.array(tokens)[None], cache=cache)[0])
+    return log_softmax(model(mx.array(tokens)[None], cache=cache)[0])
 
 
 def read_row(model: nn.Module, row: Row) -> Reference:
     """Return a model's log-probabilities at the answer, ``[A, V]``, and its cache after
     the prompt, for :func:`continued`.
     """
-    cache = _read(model, row.prompt[:-1])
-    first = _log_softmax(model(mx.array(row.prompt[-1:])[None], cache=cache)[0])
+    cache = prefill(model, row.prompt[:-1], PREFILL_STEP)
+    first = log_softmax(model(mx.array(row.prompt[-1:])[None], cache=cache)[0])
     prompt = Reference(first, cache)
     return Reference(continued(model, row, prompt), cache)
 
@@ -204,7 +205,7 @@ def continued(model: nn.Module, row: Row, prompt: Reference) -> mx.array:
         return first
     cache = copy.deepcopy(prompt.cache)
     rest = model(mx.array(row.answer[:-1])[None], cache=cache)[0]
-    return mx.concatenate([first, _log_softmax(rest)])
+    return mx.concatenate([first, log_softmax(rest)])
 
 
 def metrics(row: Row, found: mx.array, reference: mx.array | None) -> dict[str, float]:
@@ -223,20 +224,3 @@ def metrics(row: Row, found: mx.array, reference: mx.array | None) -> dict[str, 
         values["kl"] = float(kl.mean())
         values["agreement"] = float(same.astype(mx.float32).mean())
     return values
-
-
-def _read(model: nn.Module, tokens: list[int]) -> list[Any]:
-    """Return the cache after some tokens; logits are never evaluated."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = make_prompt_cache(model)
-    for start in range(0, len(tokens), PREFILL_STEP):
-        model(mx.array(tokens[start : start + PREFILL_STEP])[None], cache=cache)
-        mx.eval([layer.state for layer in cache])
-    return cache
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    found = nn.log_softmax(logits.astype(mx.float32), axis=-1)
-    mx.eval(found)
-    return found

@@ -77,6 +77,8 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the file to write; an existing file is replaced in one step.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(
         prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent

@@ -10,8 +10,6 @@ from typing import BinaryIO
 import numpy as np
 
 COPY_BYTES = 8 << 20
-
-
 SAMPLED_BYTES = 4096
 
 

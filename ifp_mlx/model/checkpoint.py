@@ -1,22 +1,24 @@
-"""A checkpoint folder as an object: select channels, make the compact model."""
+"""A checkpoint folder as an object: select units, make the compact model."""
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..files.atomic import new_file
-from ..selection import calibration, masks, top_k, widths
+from ..files.progress import ProgressBar
+from ..selection.calibration import calibration_chats
 from ..selection.config import CONFIG_FILE, IFPConfig
-from ..selection.masks import Selection
+from ..selection.masks import Origin, Selection
 from ..selection.predictor import SparsityPredictor
 from ..selection.prompts import (
     Message,
@@ -26,34 +28,46 @@ from ..selection.prompts import (
     is_tokens,
     tokenize,
 )
+from ..selection.request import Request
 from ..selection.scores import blend_scores, random_scores
-from ..selection.widths import Allocation
+from ..selection.top_k import select
+from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
-from ..slicing.pruning import (
-    Donor,
-    cuts_groups,
-    dense_shape,
-    ffn_layers,
-    fill_model,
-    group_sizes,
-    share_core,
-)
-from ..storage.folder import SHIPPED, check_folder, dense_of, resolve, source_of
+from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
+from ..storage.folder import SHIPPED, Folder, resolve, source_of
 from . import sweep
-from .decision import Choice, decide
-from .sweep import Choose, Swept
+from .decide import decide
+from .decision import Decision
+from .experts import check_selection, groups_of
+from .footprint import Footprint
+from .sweep import Choose
 
 PRIOR_FILE, PREDICTOR_FOLDER = "prior.safetensors", "predictor"
-
-
 SENSITIVITY_FILE = "sensitivity.safetensors"
 
 
-Progress = Callable[[Iterable], Iterable]
+class Compact(NamedTuple):
+    """A selection and the small model it makes.
+
+    Attributes:
+        selection: what is kept.
+        model: an ordinary mlx-lm model, its weights in memory.
+        kv: the instruction's KV cache of the dense model, if that read it.
+        select: seconds to the selection; of a sweep, which loads too.
+        load: seconds of reading and slicing.
+        cache: ``hit`` if it was kept on disk, ``miss`` if it was swept and kept.
+    """
+
+    selection: Selection
+    model: nn.Module
+    kv: list[Any] | None = None
+    select: float = 0.0
+    load: float = 0.0
+    cache: str | None = None
 
 
 class IFPModel:
-    """A large model on disk, from which an instruction's channels can be loaded.
+    """A large model on disk, from which an instruction's units can be loaded.
 
     No weight stays in memory: :meth:`select` and :meth:`compact` read what they
     need and let it go. Make one with :func:`load`.
@@ -65,37 +79,39 @@ class IFPModel:
         ifp: its ifp_config.json, or the defaults.
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         source: where the weights are read from.
+        plan: what is sliced of it.
         layers: ``L``.
-        channels: ``F``, the width of the dense FFN.
+        channels: ``F``, the width of the dense FFN; of experts, how many there are.
         groups: every layer's quantisation group along ``F``, 1 where there is none.
         granularity: what widths are multiples of, so that they are whole groups.
+        fingerprint: float16 ``[D]``, the final norm's weights, to know it by.
     """
 
-    def __init__(
-        self, path: Path, name: str, config: dict[str, Any], tokenizer: Any
-    ) -> None:
-        self.path = path
-        self.name = name
-        self.config = config
-        self.tokenizer = tokenizer
-        self.ifp = IFPConfig.load(path)
-        self.source = source_of(path)
-        dense = self.source.open()
-        self.layers, self.channels = dense_shape(dense)
-        self.groups = group_sizes(dense)
+    def __init__(self, source: Folder, name: str, tokenizer: Any) -> None:
+        self.source, self.name, self.tokenizer = source, name, tokenizer
+        self.path, self.config, self.plan = source.path, source.config, source.plan
+        self.ifp = IFPConfig.load(self.path)
+        self.layers, self.channels = self.plan.shape
+        self.groups = group_sizes(source.skeleton, self.plan)
         self.granularity = math.lcm(
-            self.ifp.granularity, *self.groups, self.source.granularity
+            self.ifp.granularity, *self.groups, source.granularity
         )
         if self.channels % self.granularity:
             raise ValueError(
-                f"{path / CONFIG_FILE} has granularity {self.ifp.granularity}, which "
-                f"does not divide the {self.channels} channels; correct it."
+                f"{self.path / CONFIG_FILE} has granularity {self.ifp.granularity}, "
+                f"which does not divide the {self.channels} {self.plan.unit}s; correct "
+                "it."
             )
-        self.fingerprint = _fingerprint(dense)
+        self.fingerprint = _fingerprint(source.skeleton)
 
     def dense(self) -> nn.Module:
         """Return the whole stock mlx-lm model; each weight is read when first used."""
-        return dense_of(self.source)
+        return self.source.dense()
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """The bytes of its parts."""
+        return Footprint.of(self)
 
     @cached_property
     def predictor(self) -> SparsityPredictor | None:
@@ -124,7 +140,7 @@ class IFPModel:
         """What pruning each layer alone costs, nats, float32 ``[L, 6]`` for the shares
         ``widths.MEASURED_SHARES``; ``None`` before ``ifp_mlx.sensitivity`` was run.
         """
-        shares = len(widths.MEASURED_SHARES)
+        shares = len(MEASURED_SHARES)
         return self._stored(SENSITIVITY_FILE, "kl", self.layers, shares)
 
     def _stored(self, file: str, name: str, *shape: int) -> mx.array | None:
@@ -144,130 +160,126 @@ class IFPModel:
 
     def select(
         self,
-        instruction: Prompt,
+        instruction: Prompt | None = None,
         *,
-        keep: float | None = None,
-        target_size: int | None = None,
-        selector: str = "auto",
-        allocation: Allocation | None = None,
-        granularity: int | None = None,
-        seed: int = 0,
         scores: mx.array | None = None,
-        progress: Progress = iter,
+        progress: ProgressBar = iter,
+        **options: Any,
     ) -> Selection:
-        """Choose the channels that an instruction needs.
+        """Choose the units that an instruction needs.
 
         Args:
-            instruction: a text, which goes through the chat template as in
-                :func:`ifp_mlx.generate`; messages, of which those up to the first
-                user message count; or token ids, taken as they are.
-            keep: kept share of ``F``, rounded to the granularity. Default: the
-                checkpoint's own target size, else 0.5.
-            target_size: ``k`` itself, instead of ``keep``.
-            selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``,
-                or ``auto``: the first of predictor, blend (if a prior is kept with
-                the checkpoint) and activation that is there. ``prior`` and
-                ``blend`` compute the prior once if it is missing.
-            allocation: ``uniform``, ``first-layer`` or, once measured,
-                ``sensitivity``. Default: uniform for a trained predictor, else
-                first-layer where the budget pays for it.
-            granularity: channels that are selected together. Default: as the
-                checkpoint says, else 1, for which a quantised ``down_proj`` is
-                quantised again; whole groups lose nothing and choose worse.
-            seed: of the selector ``random``.
+            instruction: what selects; see :class:`Request`.
             scores: ``[L, F]``, the selector's own if they are known already.
             progress: wraps the iterations over calibration texts and over layers.
+            options: the fields of :class:`Request` (``keep``, ``target_size``,
+                ``selector``, ``allocation``, ``granularity``, ``seed``, ...). Nothing
+                is compensated here unless ``compensate`` is true.
 
         Returns:
-            A selection with its making in ``info``.
+            A selection that says how it was made.
 
         Raises:
             ValueError: on a keep, selector or allocation that cannot be had.
         """
-        choice = decide(self, keep, target_size, selector, allocation, granularity)
-        tokens = self.instruction_tokens(instruction)
-        selector = choice.selector
+        plain = {"instruction": instruction, "compensate": False}
+        decision = decide(Request(**plain | options), self)
+        return self.selected(decision, scores=scores, progress=progress)
+
+    def selected(
+        self,
+        decision: Decision,
+        *,
+        scores: mx.array | None = None,
+        progress: ProgressBar = iter,
+    ) -> Selection:
+        """Return the selection that was decided on; see :meth:`select`."""
+        if decision.selection is not None:
+            return decision.selection
+        selector = decision.selector
         if selector == "all":  # nothing to choose
             scores = mx.zeros((self.layers, self.channels))
         elif scores is None:
-            scores = self.scores(tokens, selector, seed=seed, progress=progress)
-        selection = top_k.select(
+            seed = decision.request.seed
+            scores = self.scores(
+                decision.tokens, selector, seed=seed, progress=progress
+            )
+        elif scores.shape != self.plan.shape:
+            raise ValueError(
+                f"The scores have the shape {scores.shape}, and this model's layers and "
+                f"{self.plan.unit}s {self.plan.shape}; give scores of this model."
+            )
+        selection = select(
             scores,
-            choice.sizes,
-            granularity=choice.granularity,
+            decision.sizes,
+            granularity=decision.granularity,
             gates=self.ifp.gates if selector == "predictor" else "binary",
             temperature=self.ifp.temperature,
+            groups=groups_of(self.config) if self.plan.unit == "expert" else 1,
         )
-        share = f"{choice.size / self.channels:.4g}"
-        info = {"selector": selector, "allocation": choice.allocation, "keep": share}
-        if not is_tokens(instruction):
+        selection = replace(
+            selection,
+            origin=self._origin(decision),
+            fingerprint=self.fingerprint,
+            unit=self.plan.unit,
+        )
+        if not decision.compensate:
+            return selection
+        return selection.compensated(decision.tokens, "the instruction")
+
+    def _origin(self, decision: Decision) -> Origin:
+        instruction, text = decision.request.instruction, None
+        if instruction is not None and not is_tokens(instruction):
             text = instruction_of(as_messages(instruction))[-1]["content"]
-            info["instruction"] = text
-        return replace(selection, info=info, fingerprint=self.fingerprint)
+        return Origin(
+            selector=decision.selector,
+            allocation=decision.allocation,
+            keep=decision.size / self.channels,
+            instruction=text,
+        )
 
-    def sweep(
-        self,
-        instruction: Prompt,
-        *,
-        keep: float | None = None,
-        target_size: int | None = None,
-        selector: str = "auto",
-        allocation: Allocation | None = None,
-        granularity: int | None = None,
-        compensate: bool = False,
-        seed: int = 0,
-        progress: Progress = iter,
-    ) -> Swept:
-        """Select and make the compact model in one pass over the layers.
+    def prepare(self, decision: Decision, *, progress: ProgressBar = iter) -> Compact:
+        """Select and load what was decided on.
 
-        With the selectors activation and blend every layer is read once, and about
-        one dense layer is in memory above the compact model. The others need no
-        dense model, and are :meth:`select`, then :meth:`compact`.
+        With the selectors activation and blend both are one pass over the layers, in
+        which about one dense layer is in memory above the compact model. The others
+        need no dense model, and are :meth:`selected`, then :meth:`compact`.
 
         Args:
-            instruction, keep, target_size, selector, allocation, granularity, seed: see
-                :meth:`select`.
-            compensate: let kept channels make up for dropped ones, as the instruction
-                shows; see :meth:`ifp_mlx.Selection.compensated`.
+            decision: from :func:`ifp_mlx.model.decide.decide`.
             progress: wraps the iterations over calibration texts and over layers.
-
         """
-        choice = decide(self, keep, target_size, selector, allocation, granularity)
-        options: dict[str, Any] = {
-            "target_size": choice.size,
-            "selector": selector,
-            "allocation": allocation,
-            "granularity": granularity,
-            "seed": seed,
-        }
-        tokens = self.instruction_tokens(instruction)
-        swept = None
-        if choice.reads:
-            rows = [mx.array(0.0)] * self.layers
-            choose = self._chooser(choice, rows, progress)
-            swept = sweep.compact_model(
-                self.source, tokens, choose, compensate=compensate, progress=progress
-            )
-            options["scores"] = mx.stack(rows)
-        selection = self.select(instruction, **options, progress=progress)
-        if compensate:
-            selection = selection.compensated(tokens, "the instruction")
-        if swept is None:
-            return Swept(selection, self.compact(selection, progress=progress))
-        return Swept(selection, *swept)
+        start = time.perf_counter()
+        if not decision.reads:
+            selection = self.selected(decision, progress=progress)
+            chosen = time.perf_counter()
+            model = self.compact(selection, progress=progress)
+            spent = time.perf_counter() - chosen
+            return Compact(selection, model, None, chosen - start, spent)
+        rows = [mx.array(0.0)] * self.layers
+        model, kv = sweep.compact_model(
+            self.source,
+            decision.tokens,
+            self._chooser(decision, rows, progress),
+            compensate=decision.compensate,
+            progress=progress,
+        )
+        selection = self.selected(decision, scores=mx.stack(rows))
+        return Compact(selection, model, kv, time.perf_counter() - start)
 
     def _chooser(
-        self, choice: Choice, rows: list[mx.array], progress: Progress
+        self, decision: Decision, rows: list[mx.array], progress: ProgressBar
     ) -> Choose:
         """Return what chooses a layer's channels, and keeps its scores in ``rows``."""
-        prior = self.known_prior(progress) if choice.selector == "blend" else None
+        blend = decision.selector == "blend"
+        prior = self.known_prior(progress) if blend else None
 
         def choose(layer: int, scores: mx.array) -> mx.array:
             row = scores[None]
             if prior is not None:
                 row = blend_scores(row, prior[layer : layer + 1])
             rows[layer] = row[0]
-            return choice.channels_of(layer, row)
+            return decision.channels_of(layer, row)
 
         return choose
 
@@ -276,17 +288,17 @@ class IFPModel:
         selection: Selection,
         *,
         beside: tuple[nn.Module, Selection] | None = None,
-        progress: Progress = iter,
+        progress: ProgressBar = iter,
     ) -> nn.Module:
-        """Load the selected channels as an ordinary mlx-lm model.
+        """Load the selected units as an ordinary mlx-lm model.
 
         Args:
             selection: made with this model. If it is compensated, the dense model
-                reads its text, layer by layer (:mod:`ifp_mlx.compensation`), and a
-                quantised ``down_proj`` is quantised again.
+                reads its text, layer by layer (:mod:`ifp_mlx.slicing.compensation`),
+                and a quantised ``down_proj`` is quantised again.
             beside: another compact model of this one, and its selection. Attention,
                 embeddings and norms are used again instead of read; so are, from a
-                channel store, channels that are neither compensated nor have gates.
+                channel store, units that are neither compensated nor have gates.
             progress: wraps the iteration over layers.
 
         Returns:
@@ -295,23 +307,45 @@ class IFPModel:
 
         Raises:
             ValueError: if the selection is of another model, or is compensated and
-                has gates.
+                has gates, or by a text that is lost.
         """
-        selection.check_fits(self.layers, self.channels, self.fingerprint)
+        self.check_fits(selection)
+        selection.check_reproducible()
         if selection.compensates:
             model = sweep.compensated_model(self.source, selection, progress=progress)
             if beside is not None:
-                share_core(model, beside[0])
+                share_core(model, beside[0], self.plan)
             return model
         if beside is None:
             model, donors = self.source.open(), None
         else:
-            model, donors = self.source.open_beside(beside[0]), _donors(*beside)
-        ffns = [ffn.module for ffn in ffn_layers(model)]
-        fills = self.source.fill_all(ffns, selection.indices, donors)
-        fill_model(model, fills, selection, progress=progress)
+            model, donors = self.source.open_beside(beside[0]), self._donors(*beside)
+        fills = self.source.fill_all(
+            self.plan.modules(model), selection.indices, donors
+        )
+        fill_model(model, self.plan, fills, selection, progress=progress)
         mx.eval(model.parameters())
         return model
+
+    def _donors(self, other: nn.Module, its: Selection) -> list[Donor] | None:
+        """Return the layers to take units from; none if they are not as they were
+        read.
+        """
+        if its.gates is not None or its.compensates:
+            return None
+        pairs = zip(self.plan.modules(other), its.indices, strict=True)
+        return [Donor(module, index) for module, index in pairs]
+
+    def check_fits(self, selection: Selection) -> None:
+        """Raise ``ValueError`` unless a selection was made for this model."""
+        if selection.unit != self.plan.unit:
+            raise ValueError(
+                f"The mask {selection.mask_id} keeps {selection.unit}s, and this model's "
+                f"{self.plan.unit}s are selected; use a mask made with this model."
+            )
+        selection.check_fits(self.layers, self.channels, self.fingerprint)
+        if selection.unit == "expert":
+            check_selection(selection, self.plan, self.config)
 
     def cut_layers(self, selection: Selection) -> list[int]:
         """Return the layers in which a selection cuts quantisation groups, so that
@@ -330,23 +364,41 @@ class IFPModel:
         """
         if max(self.groups) == 1:
             return "not quantised"
-        again = masks.COMPENSATED in selection.info or self.cut_layers(selection)
+        again = selection.compensates or self.cut_layers(selection)
         return "requantised" if again else "whole groups"
 
     def instruction_tokens(self, instruction: Prompt) -> list[int]:
         """Return the token ids that select, for anything :meth:`select` takes."""
         if is_tokens(instruction):
-            return list(instruction)
+            return self._known_tokens(instruction)
         return tokenize(self.tokenizer, instruction_of(as_messages(instruction)))
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows: rows of its largest embedding, since config
+        files have no one name for it, and some leave it to a default.
+        """
+        kinds = (nn.Embedding, nn.QuantizedEmbedding)
+        found = (m for m in self.source.skeleton.modules() if isinstance(m, kinds))
+        return max(int(embedding.weight.shape[0]) for embedding in found)
+
+    def _known_tokens(self, tokens: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in tokens]
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise ValueError(
+                f"The instruction's token ids go from {min(ids)} to {max(ids)}, the "
+                f"model's from 0 to {self.vocabulary - 1}; tokenise it with this model."
+            )
+        return ids
 
     def scores(
         self,
-        tokens: list[int],
+        tokens: Sequence[int],
         selector: str,
         *,
         seed: int = 0,
         dense: nn.Module | None = None,
-        progress: Progress = iter,
+        progress: ProgressBar = iter,
     ) -> mx.array:
         """Return the channel scores of one selector, float32 ``[L, F]``.
 
@@ -368,23 +420,23 @@ class IFPModel:
         if dense is None:
             local = sweep.activation_scores(self.source, tokens, progress=progress)
         else:
-            local = reading.activation_scores(dense, tokens)
+            local = reading.activation_scores(dense, self.plan, tokens)
         return local if prior is None else blend_scores(local, prior)
 
-    def known_prior(self, progress: Progress = iter) -> mx.array:
+    def known_prior(self, progress: ProgressBar = iter) -> mx.array:
         """Return the prior, float32 ``[L, F]``, computed now if it is not there yet."""
         prior = self.prior
         return self.compute_prior(progress=progress) if prior is None else prior
 
-    def compute_prior(self, *, progress: Progress = iter) -> mx.array:
+    def compute_prior(self, *, progress: ProgressBar = iter) -> mx.array:
         """Compute the prior over the package's calibration text and keep it with the
         checkpoint (in memory alone where the folder cannot be written).
 
         Returns:
             float32 ``[L, F]``.
         """
-        texts = [self._calibration_tokens(c) for c in calibration.calibration_chats()]
-        scores = reading.prior_scores(self.dense(), texts, progress=progress)
+        texts = [self._calibration_tokens(c) for c in calibration_chats()]
+        scores = reading.prior_scores(self.dense(), self.plan, texts, progress=progress)
         try:
             with new_file(self.path / PRIOR_FILE) as scratch:
                 mx.save_safetensors(str(scratch), {"scores": scores})
@@ -399,13 +451,13 @@ class IFPModel:
         except ValueError:  # some chat templates know no system message
             return tokenize(self.tokenizer, [m for m in chat if m["role"] != "system"])
 
-    def _predict(self, tokens: list[int]) -> mx.array:
+    def _predict(self, tokens: Sequence[int]) -> mx.array:
         assert self.predictor is not None
         own = self.predictor.tokenizer
         if own is not None:  # the predictor's language model has other tokens
             text = self.tokenizer.decode(tokens)
             tokens = own.encode(text, add_special_tokens=False)
-        return self.predictor(mx.array(tokens)[None])[0]
+        return self.predictor(mx.array(list(tokens))[None])[0]
 
 
 def load(model: str | os.PathLike[str] = SHIPPED) -> tuple[IFPModel, Any]:
@@ -427,32 +479,27 @@ def load(model: str | os.PathLike[str] = SHIPPED) -> tuple[IFPModel, Any]:
     from mlx_lm.utils import load_tokenizer
 
     path = resolve(model)
-    config = check_folder(path)
-    tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    source = source_of(path)
+    _ = source.plan  # or it says why nothing can be selected
+    tokenizer = load_tokenizer(path, eos_token_ids=source.config.get("eos_token_id"))
     name = path.resolve().name if Path(model).exists() else str(model)
-    return IFPModel(path, name, config, tokenizer), tokenizer
-
-
-def _donors(other: nn.Module, its: Selection) -> list[Donor] | None:
-    """Return the FFNs to take channels from; none if they are not as they were read."""
-    if its.gates is not None or its.compensates:
-        return None
-    layers = zip(ffn_layers(other), its.indices, strict=True)
-    return [Donor(ffn.module, index) for ffn, index in layers]
+    return IFPModel(source, name, tokenizer), tokenizer
 
 
 def _fingerprint(model: nn.Module) -> mx.array:
-    """Return the final norm's weights, float16 ``[D]``."""
-    norms = {
+    """Return the final norm's weights, float16 ``[D]``; none where a type has no such
+    weights (nanochat).
+    """
+    vectors = {
         name: weight
         for name, weight in tree_flatten(model.parameters())
-        if name.endswith("norm.weight") and not re.search(r"\.\d+\.", name)
+        if weight.ndim == 1 and not re.search(r"\.\d+\.", name)
     }
-    if not norms:
-        raise ValueError(f"{type(model).__module__} has no final norm to know it by.")
-    name = next(
-        (n for n in norms if re.search(r"(^|\.)norm\.weight$", n)), [*norms][-1]
-    )
-    fingerprint = norms[name].astype(mx.float16)
+    norms = [name for name in vectors if name.endswith("norm.weight")]
+    final = [name for name in norms if re.search(r"(^|\.)norm\.weight$", name)][:1]
+    others = [name for name in vectors if name.endswith("weight")]
+    name = next(iter([*final, *norms[::-1], *others[::-1]]), None)
+    found = mx.zeros(0) if name is None else vectors[name]
+    fingerprint = found.astype(mx.float16)
     mx.eval(fingerprint)  # or it would be read from the file much later
     return fingerprint

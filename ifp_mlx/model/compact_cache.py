@@ -10,27 +10,54 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..files.atomic import new_folder
 from ..files.caches import cache_place
+from ..files.progress import ProgressBar
 from ..selection.masks import Selection
-from ..slicing.pruning import PROJECTIONS, ffn_layers, note_width
-from ..storage.folder import CHANNEL_FILE
-from .checkpoint import IFPModel
-from .decision import decide
+from ..slicing.sliced import count_units, follow, note_units, sliced_names
+from ..storage.layout import CHANNEL_FILE
+from .checkpoint import Compact, IFPModel
+from .decision import Decision
 
 LIMIT_BYTES = 32 << 30
-
-
 MASK, CHANNELS = "mask.safetensors", "channels.safetensors"
+ENTRY_VERSION = 2
+
+
+def prepare_once(
+    model: IFPModel, decision: Decision, cache: "CompactCache", progress: ProgressBar
+) -> Compact:
+    """Return what was decided on from the cache, or make it and keep it.
+
+    No KV cache goes with it: an answer must not depend on what was kept.
+
+    Args:
+        model: the large model.
+        decision: what to select and load.
+        cache: where it is looked for, and kept.
+        progress: wraps the iterations over calibration texts and over layers.
+    """
+    start = time.perf_counter()
+    if decision.selector in ("prior", "blend"):
+        model.known_prior(progress)  # a part of the key
+    key = cache.key(model, decision)
+    found = cache.load(model, key)
+    if found is not None:
+        return Compact(*found, load=time.perf_counter() - start, cache="hit")
+    made = model.prepare(decision, progress=progress)
+    cache.save(key, model, made.selection, made.model)
+    spent = time.perf_counter() - start
+    return Compact(made.selection, made.model, select=spent, cache="miss")
 
 
 class CompactCache:
@@ -47,27 +74,29 @@ class CompactCache:
         self.folder = folder or cache_place("compact")
         self.limit_bytes = limit_bytes
 
-    def key(self, model: IFPModel, tokens: Sequence[int], **options: Any) -> str:
+    def key(self, model: IFPModel, decision: Decision) -> str:
         """Return what tells a selection from all others: the model's files, the tokens
-        that select, and what is decided of the arguments of :meth:`IFPModel.sweep`.
+        that select, and what was decided.
 
         A model that was copied elsewhere with new times is another one: that costs a
         sweep, where a mix of two models would answer nonsense.
         """
-        seed, compensate = options.get("seed", 0), options.pop("compensate", False)
-        choice = decide(model, **options)
+        seed = decision.request.seed
         about = {
+            "version": ENTRY_VERSION,
             "config": model.config,
             "ifp": asdict(model.ifp),
             "files": _stamps(model.path),
-            "tokens": list(tokens),
-            "choice": asdict(choice),
-            "compensate": compensate,
-            "seed": seed if choice.selector == "random" else None,
+            "tokens": decision.tokens,
+            "selector": decision.selector,
+            "sizes": decision.sizes,
+            "granularity": decision.granularity,
+            "compensate": decision.compensate,
+            "seed": seed if decision.selector == "random" else None,
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
         digest.update(np.array(model.fingerprint.view(mx.uint16)).tobytes())
-        if choice.selector in ("prior", "blend") and model.prior is not None:
+        if decision.selector in ("prior", "blend") and model.prior is not None:
             digest.update(np.array(model.prior).tobytes())
         return digest.hexdigest()[:32]
 
@@ -81,34 +110,30 @@ class CompactCache:
             return None
         try:
             selection = Selection.load(entry / MASK)
-            selection.check_fits(model.layers, model.channels, model.fingerprint)
-            weights = cast(dict[str, mx.array], mx.load(str(entry / CHANNELS)))
-            compact = model.source.open()
-            for layer, ffn in enumerate(ffn_layers(compact)):
-                _put(ffn.module, layer, weights, selection.sizes[layer])
+            model.check_fits(selection)
+            compact = _filled(model, selection, entry / CHANNELS)
         except (KeyError, OSError, RuntimeError, ValueError):
             shutil.rmtree(entry, ignore_errors=True)
             return None
-        note_width(compact)
         mx.eval(compact.parameters())
         os.utime(entry)
         return selection, compact
 
-    def save(self, key: str, selection: Selection, compact: nn.Module) -> None:
+    def save(
+        self, key: str, model: IFPModel, selection: Selection, compact: nn.Module
+    ) -> None:
         """Keep a compact model; where the folder cannot be written, nothing is kept.
 
         Entries that were not used for longest go, until the rest is small enough.
         """
-        weights = {
-            f"{layer}.{projection}.{name}": array
-            for layer, ffn in enumerate(ffn_layers(compact))
-            for projection in PROJECTIONS
-            for name, array in ffn.module[projection].parameters().items()
-        }
+        arrays = tree_flatten(compact.parameters(), destination={})
+        names = sum(sliced_names(compact, model.plan), [])
         try:
             with new_folder(self.folder / key) as scratch:
                 selection.save(scratch / MASK)
-                mx.save_safetensors(str(scratch / CHANNELS), weights)
+                mx.save_safetensors(
+                    str(scratch / CHANNELS), {name: arrays[name] for name in names}
+                )
         except (OSError, RuntimeError):  # full, not writable, or another was quicker
             return
         self._trim(key)
@@ -140,14 +165,22 @@ def _stamps(model: Path) -> list[tuple[str, int, int]]:
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
-def _put(ffn: nn.Module, layer: int, weights: dict[str, mx.array], k: int) -> None:
-    """Give an FFN its channels, and check that there are ``k``."""
-    for projection in PROJECTIONS:
-        for name in ffn[projection].parameters():
-            ffn[projection][name] = weights[f"{layer}.{projection}.{name}"]
-    if ffn.gate_proj.weight.shape[0] != k:
-        raise ValueError(f"layer {layer} does not have {k} channels")
-    mx.eval(ffn.parameters())
+def _filled(model: IFPModel, selection: Selection, file: Path) -> nn.Module:
+    """Return the compact model whose units are in a file, and check that they are."""
+    weights = cast(dict[str, mx.array], mx.load(str(file)))
+    compact = model.source.open()
+    modules = model.plan.modules(compact)
+    names = sum(sliced_names(compact, model.plan), [])
+    compact.update(tree_unflatten([(name, weights[name]) for name in names]))
+    for layer, module, k in zip(
+        model.plan.layers, modules, selection.sizes, strict=True
+    ):
+        if count_units(module, layer) != k:
+            raise ValueError(f"{layer.path} does not have {k} units")
+        follow(module, layer, k)
+        mx.eval(module.parameters())
+    note_units(compact, model.plan)
+    return compact
 
 
 def _size(folder: Path) -> int:

@@ -6,12 +6,9 @@ reads the prompt to select by it, else its time, and its weights in memory meanw
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import mlx.core as mx
-
-from ..slicing.reading import steps_of
+from ..slicing.stock import prefill
 from .checkpoint import IFPModel
 
 
@@ -45,28 +42,8 @@ def read_densely(
     if model is None or known == len(tokens) - 1:
         return Reading(kv, known)
     start = time.perf_counter()
-    cache = dense_cache(model, tokens[:-1])
+    cache = prefill(model.dense(), tokens[:-1])
     return Reading(cache, len(tokens) - 1, time.perf_counter() - start)
-
-
-def dense_cache(model: IFPModel, tokens: Sequence[int]) -> list[Any]:
-    """Return the KV cache of mlx-lm after the dense model has read ``tokens``.
-
-    The compact models of ``model`` have the same attention, and take the cache as
-    their own. The dense weights are let go.
-
-    Args:
-        model: from :func:`ifp_mlx.load`.
-        tokens: ``T`` ids; at least one more must follow for an answer.
-    """
-    from mlx_lm.models.cache import make_prompt_cache
-
-    dense = model.dense()
-    cache = make_prompt_cache(dense)
-    for step in steps_of(tokens):
-        dense(mx.array(step)[None], cache=cache)  # the logits are never computed
-        mx.eval([layer.state for layer in cache])
-    return cache
 
 
 def _common_start(cache: list[Any], read: list[int], tokens: list[int]) -> int:

@@ -8,31 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from ..files.atomic import new_folder, refuse_existing
 from ..files.companions import copy_companions, licence_of
+from ..files.progress import ProgressBar
 from ..selection.masks import Selection
 from ..selection.widths import check_multiple
-from ..slicing.pruning import dense_shape, ffn_layers
-from .checkpoint import IFPModel, Progress
+from ..slicing.shapes import dense_shapes
+from ..slicing.sliced import count_units, pad
+from ..slicing.stock import build
+from .checkpoint import IFPModel
 from .requantisation import requantisation_cost
 
 # Safetensors inside; not in name, for some loaders take every such file for weights,
 # those of subfolders too (mlx-swift-lm 3.31.4).
 MASK_FILE = "ifp.mask"
-
-
 UNKNOWN_LICENCE = "not stated in the source folder; see the base model"
-
-
 UNTRAINED = (
     "The channels were selected without training the model further, unless the selector\n"
     "above is a trained predictor. The quality of this folder was not measured."
 )
-
-
 NAS_MULTIPLE = 256  # nemotron-nas rounds every FFN width up to this
 
 
@@ -51,12 +47,12 @@ def write_compact(
     out: str | os.PathLike[str],
     *,
     quantisation: Quantisation | None = None,
-    progress: Progress = iter,
+    progress: ProgressBar = iter,
 ) -> Path:
     """Write the selected channels as an ordinary mlx-lm (and HF) folder.
 
-    With the same width in every layer it is the source's own architecture with a
-    smaller ``intermediate_size``. Unequal widths need a stock architecture that can
+    With the same number of units in every layer it is the source's own architecture
+    with a smaller number in its config.json. Unequal widths need a stock architecture that can
     say them: llama-like models become ``nemotron-nas``, each layer padded with zero
     channels to a multiple of 256.
 
@@ -108,9 +104,9 @@ def write_plain(
     check_can_write(model, selection, quantisation)
     config = dict(model.config)
     if selection.target_size is not None:
-        config = _with_width(config, selection.target_size)
+        config = model.plan.resized(config, selection.target_size)
     else:
-        config |= _as_nemotron_nas(compact, model.config)
+        config |= _as_nemotron_nas(compact, model)
         if config.get("rope_scaling") is None:  # transformers warns of a null here
             config.pop("rope_scaling", None)
     if quantisation is not None:
@@ -125,47 +121,32 @@ def write_plain(
 
 
 def _with_slicing(
-    model: IFPModel, compact: nn.Module, selection: Selection, progress: Progress
+    model: IFPModel, compact: nn.Module, selection: Selection, progress: ProgressBar
 ) -> Selection:
     """Note with the selection how a quantised ``down_proj`` was sliced, and the cost."""
     slicing = model.slicing(selection)
     if slicing == "not quantised":
         return selection
-    about = {"down_proj": slicing}
+    about: dict[str, Any] = {"slicing": slicing}
     if slicing == "requantised" and not selection.compensates:
-        cost = requantisation_cost(model, compact, selection, progress=progress)
-        about["requantised layers"] = str(len(model.cut_layers(selection)))
-        about["requantisation KL"] = f"{cost:.4g} nats per token"
-    return replace(selection, info=selection.info | about)
-
-
-def pad_ffn(ffn: nn.Module, width: int) -> None:
-    """Widen one FFN to ``width`` channels, in place, without changing what it computes.
-
-    A channel of zeros adds ``act(0) * 0 = 0`` to the output.
-
-    Args:
-        ffn: not quantised, at most ``width`` wide.
-        width: channels afterwards.
-    """
-    extra = width - ffn.gate_proj.weight.shape[0]
-    for linear in (ffn.gate_proj, ffn.up_proj):
-        linear.weight = mx.pad(linear.weight, [(0, extra), (0, 0)])
-        if "bias" in linear:
-            linear.bias = mx.pad(linear.bias, (0, extra))
-    ffn.down_proj.weight = mx.pad(ffn.down_proj.weight, [(0, 0), (0, extra)])
+        about["requantised_layers"] = len(model.cut_layers(selection))
+        about["requantisation_kl"] = requantisation_cost(
+            model, compact, selection, progress=progress
+        )
+    return replace(selection, origin=replace(selection.origin, **about))
 
 
 def can_be_ragged(model: IFPModel) -> bool:
     """Whether a plain folder of this model can have unequal widths per layer."""
     config = model.config
+    if config["model_type"] not in ("llama", "mistral"):
+        return False
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return (
-        config["model_type"] in ("llama", "mistral")
-        and not config.get("rope_traditional")
+        not config.get("rope_traditional")
         and not any("sliding" in kind for kind in config.get("layer_types") or ())
         and config.get("sliding_window") is None
-        and config.get("head_dim", hidden // heads) * heads == hidden
+        and (config.get("head_dim") or hidden // heads) * heads == hidden
         and "quantization" not in config
     )
 
@@ -189,19 +170,20 @@ def check_can_write(
             f"{model.path} is quantised already; leave out -q, and the compact model "
             "keeps its quantisation."
         )
-    if selection.target_size is not None:
+    if selection.target_size is not None and selection.unit == "channel":
         group = quantisation.group_size
         check_multiple(selection.target_size, group, selection.channels)
 
 
-def _as_nemotron_nas(compact: nn.Module, source: dict[str, Any]) -> dict[str, Any]:
+def _as_nemotron_nas(compact: nn.Module, model: IFPModel) -> dict[str, Any]:
     """Pad the widths of ``compact`` in place; return the config keys that say them."""
+    source, plan = model.config, model.plan
     hidden, heads = source["hidden_size"], source["num_attention_heads"]
     kv_heads = source.get("num_key_value_heads", heads)
     blocks = []
-    for _, _, ffn in ffn_layers(compact):
-        width = -(-ffn.gate_proj.weight.shape[0] // NAS_MULTIPLE) * NAS_MULTIPLE
-        pad_ffn(ffn, width)
+    for module, layer in zip(plan.modules(compact), plan.layers, strict=True):
+        width = -(-count_units(module, layer) // NAS_MULTIPLE) * NAS_MULTIPLE
+        pad(module, layer, width)
         # The class computes int(2 * ffn_mult * hidden / 3), rounded up: aim at the
         # middle of the last 256 so that no rounding can reach the next multiple.
         multiplier = (width - NAS_MULTIPLE / 2) * 3 / (2 * hidden)
@@ -223,27 +205,24 @@ def _quantise(
         return quantize_model(compact, config, how.group_size, how.bits, how.mode)
 
 
-def _with_width(config: dict[str, Any], width: int) -> dict[str, Any]:
-    said = {"intermediate_size": width}
-    if "intermediate_size" in config or "text_config" not in config:
-        return config | said
-    return config | {"text_config": config["text_config"] | said}
-
-
-def _check_stock_width(model: IFPModel, width: int) -> None:
-    """Raise ``ValueError`` unless ``intermediate_size`` is what sets the width: some
-    classes compute it from other keys.
+def _check_stock_width(model: IFPModel, units: int) -> None:
+    """Raise ``ValueError`` unless a config.json can say the number of units: some classes
+    round it, or compute it from other keys.
     """
-    from mlx_lm.utils import _get_classes
-
-    config = _with_width(model.config, width)
-    model_class, args_class = _get_classes(config)
-    if dense_shape(model_class(args_class.from_dict(config)))[1] != width:
-        raise ValueError(
-            f"No plain folder of the type {config['model_type']} can have {width} "
-            "channels: its width is not set by intermediate_size. Use the compact "
-            "model in memory, with ifp_mlx.generate."
-        )
+    config = model.plan.resized(model.config, units)
+    shapes, dense = dense_shapes(build(config)), dense_shapes(model.source.skeleton)
+    for layer in model.plan.layers:
+        for piece in layer.slices:
+            path = (layer.path, piece.module, piece.tensor)
+            name = ".".join(step for step in path if step)
+            kept = dense[name][piece.axis] // model.plan.units * units
+            if shapes[name][piece.axis] != kept:
+                raise ValueError(
+                    f"No plain folder of the type {config['model_type']} can have "
+                    f"{units} {model.plan.unit}s in a layer: its class makes it "
+                    f"{shapes[name][piece.axis]} of {name}. Use the compact model in "
+                    "memory, with ifp_mlx.generate."
+                )
 
 
 def _write(
@@ -277,11 +256,14 @@ def _card(
         license=licence,
     )
     total = selection.channels * len(selection.sizes)
-    info = sorted(selection.info.items())
+    info = sorted(selection.as_text().items())
     rows = {
         "Base model": model.name,
         "Licence of the base": licence or UNKNOWN_LICENCE,
-        "Channels": f"{sum(selection.sizes)} of {total} FFN channels",
+        "Channels"
+        if selection.unit == "channel"
+        else "Experts": f"{sum(selection.sizes)} "
+        f"of {total}" + (" FFN channels" if selection.unit == "channel" else ""),
         "Per layer": str(selection.target_size or selection.sizes),
         "Mask": f"`{selection.mask_id}`, in {MASK_FILE}",
         **{key[0].upper() + key[1:]: value for key, value in info},
@@ -295,7 +277,8 @@ def _card(
         ),
     }
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
-    return CARD.format(data=data, name=model.name, table=table, said=said)
+    unit = {"channel": "FFN channel", "expert": "expert"}[selection.unit]
+    return CARD.format(data=data, name=model.name, table=table, said=said, unit=unit)
 
 
 CARD = """---
@@ -304,7 +287,7 @@ CARD = """---
 
 # {name}, compact
 
-Part of {name}: the FFN channels that one instruction or task needs, sliced out. It
+Part of {name}: the {unit}s that one instruction or task needs, sliced out. It
 loads like any mlx-lm model:
 
     mlx_lm.generate --model . --prompt "..."

@@ -17,19 +17,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..selection.masks import Selection
-from ..slicing.pruning import PROJECTIONS, dense_shape, ffn_layers, group_size
+from ..slicing.plan import plan_of
+from ..slicing.shapes import Plan, dense_shapes
+from ..slicing.sliced import group_size, sliced_names
+from ..slicing.stock import build
 
 Sizes = Sequence[int]
 
 
 class Opened(Protocol):
-    """What is asked of an :class:`ifp_mlx.model.IFPModel`."""
+    """What is asked of an :class:`ifp_mlx.model.checkpoint.IFPModel`."""
 
     path: Path
-    config: dict[str, Any]
     ifp: Any
     granularity: int
     source: Any
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,16 @@ class LayerCache:
     Attributes:
         token_bytes: of a token's key and value.
         window: tokens that are kept at most; ``None`` is all.
+        state_bytes: of what is kept however many tokens there are (state spaces).
     """
 
     token_bytes: int
     window: int | None = None
+    state_bytes: int = 0
 
     def bytes(self, tokens: int) -> int:
         """Return the bytes of this layer's cache after ``tokens``."""
-        return self.token_bytes * min(tokens, self.window or tokens)
+        return self.state_bytes + self.token_bytes * min(tokens, self.window or tokens)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ class Footprint:
     def of(model: Opened) -> "Footprint":
         """Weigh an opened model; no weight is read."""
         return Footprint.of_module(
-            model.source.open(),
-            model.config,
+            model.source.skeleton,
+            model.plan,
             granularity=model.granularity,
             shared=model.ifp.shared,
             predictor_bytes=folder_bytes(model.path / "predictor"),
@@ -99,28 +104,31 @@ class Footprint:
         Raises:
             ValueError: if mlx-lm has no such model, or it cannot be sliced.
         """
-        return Footprint.of_module(model_of_config(config), config, **about)
+        dense = model_of_config(config)
+        return Footprint.of_module(dense, plan_of(dense, config), **about)
 
     @staticmethod
     def of_module(
         dense: nn.Module,
-        config: dict[str, Any],
+        plan: Plan,
         *,
         granularity: int = 1,
         shared: int = 0,
         predictor_bytes: int = 0,
     ) -> "Footprint":
         """Weigh a stock mlx-lm model, dense in shape, its weights read or not."""
-        layers, channels = dense_shape(dense)
-        ffn_bytes = [_channels_bytes(ffn.module) for ffn in ffn_layers(dense)]
+        weights = tree_flatten(dense.parameters(), destination={})
+        names = sliced_names(dense, plan)
+        sizes = [sum(weights[name].nbytes for name in layer) for layer in names]
+        inlet = dense_shapes(plan.inlets(dense)[0])["weight"]
         return Footprint(
-            channels=channels,
-            hidden_size=ffn_layers(dense)[0].module.down_proj.weight.shape[0],
-            granularity=math.lcm(granularity, group_size(dense)),
+            channels=plan.units,
+            hidden_size=inlet[0] if plan.unit == "channel" else inlet[1],
+            granularity=math.lcm(granularity, group_size(dense, plan)),
             shared=shared,
-            core_bytes=model_bytes(dense) - sum(ffn_bytes),
-            layer_bytes=tuple(size / channels for size in ffn_bytes),
-            caches=tuple(_caches(dense, config)),
+            core_bytes=model_bytes(dense) - sum(sizes),
+            layer_bytes=tuple(size / plan.units for size in sizes),
+            caches=tuple(_caches(dense)),
             predictor_bytes=predictor_bytes,
         )
 
@@ -292,20 +300,14 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: if mlx-lm cannot build it.
     """
-    from mlx_lm.utils import _get_classes
-
-    try:
-        model_class, args_class = _get_classes(config)
-        model = model_class(args_class.from_dict(config))
-    except Exception as error:  # whatever mlx-lm's model code trips over
-        raise ValueError(
-            f"mlx-lm cannot build the {config.get('model_type')!r} model of this "
-            f"config.json ({type(error).__name__}: {error}); check it."
-        ) from error
+    model = build(config)
     # Gemma 3's class has an output layer until it is given weights without one, and its
     # config.json seldom says that there is none: Hugging Face takes that for granted.
     gemma = str(config.get("model_type")).startswith("gemma3")
     if config.get("tie_word_embeddings", gemma):
+        weights = tree_flatten(model.parameters())
+        if hasattr(model, "sanitize"):  # as loading does: some classes then tie it
+            model.sanitize({n: w for n, w in weights if "lm_head" not in n})
         for module in model.modules():
             module.pop("lm_head", None)
     # A Hugging Face config names the dtype of its files, under an old or a new key.
@@ -333,43 +335,31 @@ def _quantise(model: nn.Module, how: dict[str, Any]) -> None:
     )
 
 
-def _channels_bytes(ffn: nn.Module) -> int:
-    """Return the bytes of an FFN that go with its channels: all but down's bias."""
-    parts = [(name, *item) for name in PROJECTIONS for item in ffn[name].items()]
-    return sum(
-        weight.nbytes
-        for projection, name, weight in parts
-        if isinstance(weight, mx.array) and (projection, name) != ("down_proj", "bias")
-    )
-
-
-def _caches(dense: nn.Module, config: dict[str, Any]) -> list[LayerCache]:
+def _caches(dense: nn.Module) -> list[LayerCache]:
+    """Return what each layer keeps, from what mlx-lm's caches hold after one token:
+    arrays have a shape before they are computed.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
-    # Keys and values have the dtype of the activations, which is that of the norms.
-    norms = (w for name, w in tree_flatten(dense.parameters()) if "norm" in name)
-    size = next(norms).dtype.size
-    # Some models keep fewer caches than layers: the last layers share.
-    pairs = zip(dense.layers, make_prompt_cache(dense), strict=False)
-    return [
-        LayerCache(
-            size * (_kv_width(layer) or _kv_width_of(config)),
-            getattr(cache, "max_size", None),
-        )
-        for layer, cache in pairs
-    ]
+    caches = make_prompt_cache(dense)
+    dense(mx.array([[0]]), cache=caches)
+    return [_layer_cache(cache) for cache in caches]
 
 
-def _kv_width(layer: nn.Module) -> int:
-    """Return the numbers of a token's key and value, from the layer's projections."""
-    for _, module in layer.named_modules():
-        if "k_proj" in module and "v_proj" in module:
-            return sum(module[name].weight.shape[0] for name in ("k_proj", "v_proj"))
-    return 0
-
-
-def _kv_width_of(config: dict[str, Any]) -> int:
-    """Return the same from a config.json, for a layer with other names."""
-    queries = config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // queries
-    return 2 * width * (config.get("num_key_value_heads") or queries)
+def _layer_cache(cache: Any) -> LayerCache:
+    parts = [_layer_cache(part) for part in getattr(cache, "caches", ())]
+    if parts:
+        windows = [part.window for part in parts if part.token_bytes]
+        known = [window for window in windows if window is not None]
+        window = max(known) if known and len(known) == len(windows) else None
+        token_bytes = sum(part.token_bytes for part in parts)
+        return LayerCache(token_bytes, window, sum(p.state_bytes for p in parts))
+    if hasattr(cache, "keys") and isinstance(cache.keys, mx.array):
+        # [B, heads, tokens, head size], and room for more tokens than one
+        pair = [kv for kv in (cache.keys, cache.values) if isinstance(kv, mx.array)]
+        token_bytes = sum(kv.nbytes // kv.shape[2] for kv in pair)
+        return LayerCache(token_bytes, getattr(cache, "max_size", None))
+    held = tree_flatten(cache.state)
+    return LayerCache(
+        0, None, sum(part.nbytes for _, part in held if isinstance(part, mx.array))
+    )

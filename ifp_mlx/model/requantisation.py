@@ -3,10 +3,13 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..files.progress import ProgressBar
 from ..selection.masks import Selection
-from ..slicing.pruning import ffn_layers, slice_ffn
+from ..slicing.shapes import at, put_at
+from ..slicing.sliced import cut
+from ..slicing.stock import log_softmax
 from .calibration import calibration_texts
-from .checkpoint import IFPModel, Progress
+from .checkpoint import IFPModel
 
 
 def requantisation_cost(
@@ -14,7 +17,7 @@ def requantisation_cost(
     compact: nn.Module,
     selection: Selection,
     *,
-    progress: Progress = iter,
+    progress: ProgressBar = iter,
 ) -> float:
     """Compare a compact model with itself, its ``down_proj`` left dequantised.
 
@@ -28,43 +31,36 @@ def requantisation_cost(
         KL of the next-token distributions, nats per token, over a few of the
         package's calibration chats.
     """
-    ffns = {layer: ffn.module for layer, ffn in enumerate(ffn_layers(compact))}
-    cut = _dequantised(model, selection, progress)
-    quantised = {layer: ffns[layer].down_proj for layer in cut}
+    cut_ones = _dequantised(model, selection, progress)
+    inlets = model.plan.inlets(compact)
+    quantised = {layer: inlets[layer] for layer in cut_ones}
     nats, count = 0.0, 0
     for tokens in calibration_texts(model):
-        q = _log_probabilities(compact, tokens)
-        _put(ffns, cut)
-        p = _log_probabilities(compact, tokens)
-        _put(ffns, quantised)
+        q = log_softmax(compact(mx.array([tokens]))[0])
+        _put(model, compact, cut_ones)
+        p = log_softmax(compact(mx.array([tokens]))[0])
+        _put(model, compact, quantised)
         nats += float((mx.exp(p) * (p - q)).sum())
         count += len(tokens)
     return nats / count
 
 
 def _dequantised(
-    model: IFPModel, selection: Selection, progress: Progress
+    model: IFPModel, selection: Selection, progress: ProgressBar
 ) -> dict[int, nn.Module]:
-    """Return every cut layer's sliced ``down_proj`` before it is quantised again."""
-    ffns = ffn_layers(model.source.open())
+    """Return every cut layer's sliced inlet before it is quantised again."""
+    plan, modules = model.plan, model.plan.modules(model.source.open())
     found = {}
-    for layer in progress(model.cut_layers(selection)):
-        ffn = ffns[layer].module
-        model.source.fill(ffn, layer)
-        slice_ffn(ffn, selection.indices[layer], requantise=False)
-        mx.eval(ffn.down_proj.parameters())
-        found[layer] = ffn.down_proj
+    for number in progress(model.cut_layers(selection)):
+        module, layer = modules[number], plan.layers[number]
+        model.source.fill(module, number)
+        cut(module, layer, selection.indices[number], plan.units, requantise=False)
+        found[number] = at(module, layer.inlet)
+        mx.eval(found[number].parameters())
     return found
 
 
-def _put(ffns: dict[int, nn.Module], downs: dict[int, nn.Module]) -> None:
-    for layer, down in downs.items():
-        ffns[layer].down_proj = down
-
-
-def _log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:
-    """Return ``[T, V]``."""
-    logits = model(mx.array([tokens]))[0].astype(mx.float32)
-    found = nn.log_softmax(logits, axis=-1)
-    mx.eval(found)
-    return found
+def _put(model: IFPModel, compact: nn.Module, inlets: dict[int, nn.Module]) -> None:
+    for number, inlet in inlets.items():
+        layer = model.plan.layers[number]
+        put_at(at(compact, layer.path), layer.inlet, inlet)

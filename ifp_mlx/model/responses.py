@@ -66,9 +66,11 @@ def report(last: GenerationResponse) -> dict[str, Any]:
         "generation_tokens": last.generation_tokens,
         "finish_reason": last.finish_reason,
         "selection": {
-            "selector": selection.info.get("selector"),
-            "allocation": selection.info.get("allocation"),
+            "selector": selection.origin.selector,
+            "allocation": selection.origin.allocation,
+            "unit": selection.unit,
             "mask_id": selection.mask_id,
+            "identity": selection.identity,
             "compensated": selection.compensates,
             "kept_channels": sum(selection.sizes),
             "total_channels": selection.channels * len(selection.sizes),

@@ -16,7 +16,6 @@ from .protocol import (
     Asked,
     Defaults,
     FieldError,
-    instruction_of,
     read_json,
     read_request,
 )
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-
-
 Scope = MutableMapping[str, Any]
 
 
@@ -224,8 +221,6 @@ class Service:
                 if name in options:
                     raise FieldError(f"ifp.{name}", f"does not go with {sources[0]}.")
             return options
-        if not sources and asked.chat:
-            options["instruction"] = instruction_of(asked.prompt)
         return {"keep": self._policy.defaults.keep} | options
 
     def _task_of(self, model: str) -> str | None:

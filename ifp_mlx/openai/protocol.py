@@ -18,7 +18,6 @@ ROLES |= {"assistant": "assistant"}
 
 JSON_OBJECT: dict[str, Any] = {"type": "object"}
 
-
 # Fields that may be given as long as they ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -115,15 +114,6 @@ def read_request(body: dict[str, Any], *, chat: bool, defaults: Defaults) -> Ask
     if fields:
         raise FieldError(min(fields), "is not supported by this server.")
     return Asked(model, prompt, chat, stream, include_usage, options)
-
-
-def instruction_of(messages: list[dict[str, str]]) -> str:
-    """Return what selects: the system message, else the first user message."""
-    for role in ("system", "user"):
-        for message in messages:
-            if message["role"] == role and message["content"].strip():
-                return message["content"]
-    raise FieldError("messages", "hold neither a system nor a user message with text.")
 
 
 Check = Callable[[str, Any], Any]

@@ -159,6 +159,7 @@ def figures_of(done: Done) -> dict[str, Any]:
     """Return our own figures: the mask and the timings, in seconds."""
     return {
         "mask_id": done.mask_id,
+        "identity": done.identity,
         "kept_channels": done.kept_channels,
         "total_channels": done.total_channels,
         "seconds": {name: round(s, 6) for name, s in done.seconds.items()},

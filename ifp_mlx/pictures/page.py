@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 
@@ -237,8 +236,7 @@ def _always(tally: Tally) -> str:
 def _quality(tally: Tally, points: Sequence[Point]) -> str:
     rows = []
     for name, selection in zip(tally.names, tally.selections, strict=True):
-        if card := selection.info.get("evaluation"):
-            found = json.loads(card)
+        if found := selection.origin.evaluation:
             rows.append(
                 [
                     name,
@@ -312,17 +310,17 @@ def _by_keep(points: Sequence[Point], value: str, name: str) -> str:
 def _made(tally: Tally) -> str:
     rows = []
     for name, selection in zip(tally.names, tally.selections, strict=True):
-        info = selection.info
-        made: dict[str, Any] = json.loads(info.get("made", "{}"))
-        source = " + ".join(made.get("merged", [])) or info.get("instruction", "")
+        origin = selection.origin
+        made = origin.made or {}
+        source = " + ".join(made.get("merged", [])) or origin.instruction or ""
         if "examples" in made:
             source = f"{made['examples']} examples, {made['tokens']} tokens"
         rows.append(
             [
                 name,
-                info.get("selector", ""),
-                info.get("keep", ""),
-                info.get("allocation", ""),
+                origin.selector or "",
+                "" if origin.keep is None else f"{origin.keep:.4g}",
+                origin.allocation or "",
                 source,
                 selection.mask_id,
             ]

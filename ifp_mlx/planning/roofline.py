@@ -5,13 +5,14 @@ bytes it reads, and something for every layer, however small. Prefill is bound b
 one, decoding at batch 1 by the other. No constant belongs to a model or to a row.
 """
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..model.footprint import Footprint, Sizes
-from ..slicing.pruning import PROJECTIONS, ffn_layers
+from ..slicing.shapes import Plan, dense_shapes
 from .devices import Device
 
 
@@ -34,8 +35,11 @@ class Work:
     lookup_bytes: int
 
     @staticmethod
-    def of(dense: nn.Module) -> "Work":
-        """Count a stock mlx-lm model's, dense in shape; no weight is read."""
+    def of(dense: nn.Module, plan: Plan) -> "Work":
+        """Count a stock mlx-lm model's, dense in shape; no weight is read.
+
+        Of experts every one is counted as if each token went to it.
+        """
         linears = {
             name: _weights(module)
             for name, module in dense.named_modules()
@@ -49,17 +53,19 @@ class Work:
         head = sum(n for name, n in linears.items() if name.endswith("lm_head"))
         if not head and tables:  # the embedding is the output layer too
             head = _weights(tables.pop(next(iter(tables))))
-        ffns = ffn_layers(dense)
-        channels = sum(
-            _weights(ffn.module[name]) for ffn in ffns for name in PROJECTIONS
-        )
-        width = ffns[0].module.gate_proj.weight.shape[0]
+        shapes = dense_shapes(dense)
+        names = {
+            ".".join(step for step in (layer.path, s.module, s.tensor) if step)
+            for layer in plan.layers
+            for s in layer.slices
+        }
+        channels = sum(math.prod(shapes[n]) for n in names if n.endswith("weight"))
         inside = sum(linears.values()) - channels
         if any(name.endswith("lm_head") for name in linears):
             inside -= head
         return Work(
             core=inside,
-            channel=channels / width / len(ffns),
+            channel=channels / plan.units / len(plan.layers),
             head=head,
             attention=tuple(_attention_width(layer) for layer in dense.layers),
             lookup_bytes=sum(

@@ -1,6 +1,6 @@
 """What fits, and how long it will take, before anything is loaded.
 
-Bytes are those of the files and shapes (:mod:`ifp_mlx.footprint`). Times are predicted
+Bytes are those of the files and shapes (:mod:`ifp_mlx.model.footprint`). Times are predicted
 from a device's bandwidths and arithmetic (:mod:`ifp_mlx.planning.roofline`): good for choosing,
 not for quoting. ``examples/guides/plan.md`` holds them against what the paper measured.
 
@@ -17,7 +17,7 @@ from ..evaluation.tables import markdown
 from ..model.checkpoint import PREDICTOR_FOLDER, load
 from ..model.footprint import Footprint, in_words, model_of_config
 from ..selection import widths
-from ..slicing.pruning import dense_shape
+from ..slicing.plan import plan_of
 from ..storage.folder import read_config
 from . import roofline
 from .devices import Device
@@ -82,14 +82,15 @@ def open_subject(name: str, *, channel_store: bool = False) -> Subject:
     if not path.is_dir():
         config = _config(name, path)
         dense = model_of_config(config)
-        footprint = Footprint.of_module(dense, config)
-        return Subject(name, None, footprint, Work.of(dense), None, channel_store)
+        plan = plan_of(dense, config)
+        footprint, work = Footprint.of_module(dense, plan), Work.of(dense, plan)
+        return Subject(name, None, footprint, work, None, channel_store)
     model, _ = load(path)
     return Subject(
         name,
         model.path,
-        Footprint.of(model),
-        Work.of(model.source.open()),
+        model.footprint,
+        Work.of(model.source.skeleton, model.plan),
         _predictor(model.path / PREDICTOR_FOLDER),
         channel_store or hasattr(model.source, "reader"),
     )
@@ -174,9 +175,11 @@ def _predictor(folder: Path) -> tuple[int, int] | None:
     """Return the multiplications per token and the layers of a predictor."""
     if not folder.exists():
         return None
-    dense = model_of_config(read_config(folder / "config.json"))
-    layers, channels = dense_shape(dense)
-    return Work.of(dense).per_token([channels] * layers), layers
+    config = read_config(folder / "config.json")
+    dense = model_of_config(config)
+    plan = plan_of(dense, config)
+    sizes = [plan.units] * len(plan.layers)
+    return Work.of(dense, plan).per_token(sizes), len(sizes)
 
 
 def _verdict(

@@ -1,11 +1,13 @@
 """A Selection, its identity, and the mask file it is kept in."""
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import numpy as np
@@ -13,38 +15,129 @@ import numpy as np
 from ..files.atomic import new_file
 
 MASK_FORMAT = "ifp_mlx.mask.1"
+# In the words of a file.
+COMPENSATED_BY, TEXT_DIGEST = "compensated by", "text digest"
+TRAINED_BY = "recovered by"
 
 
-COMPENSATED = "compensated by"
+@dataclass(frozen=True)
+class Compensation:
+    """By which text kept channels make up for dropped ones.
+
+    Attributes:
+        source: what the text is, in words.
+        tokens: how many it has.
+        digest: of its token ids; empty in files of version 0.1 that lost them.
+    """
+
+    source: str
+    tokens: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a selection was made, and what is known of it; ``None`` is not known.
+
+    Attributes:
+        selector, allocation: see :class:`ifp_mlx.selection.request.Request`.
+        keep: share of the channels.
+        instruction: the text that selected.
+        task: the name of the task it is for.
+        model: the name of the model it was made with.
+        made: of a task: examples, tokens, date, versions.
+        evaluation: of a task: what it cost when it was measured.
+        slicing: how a quantised model was sliced: ``whole groups``, ``requantised``.
+        requantised_layers: how many layers were quantised again.
+        requantisation_kl: what that costs, nats per token.
+        notes: anything else that a file says.
+    """
+
+    selector: str | None = None
+    allocation: str | None = None
+    keep: float | None = None
+    instruction: str | None = None
+    task: str | None = None
+    model: str | None = None
+    made: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    slicing: str | None = None
+    requantised_layers: int | None = None
+    requantisation_kl: float | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def as_text(self) -> dict[str, str]:
+        """Return what is known as words, by the names that mask files have for it."""
+        found = dict(self.notes)
+        for name, key in FILE_KEYS.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                value = json.dumps(value)
+            elif name == "requantisation_kl" and value is not None:
+                value = f"{value:.4g} nats per token"
+            elif isinstance(value, float):
+                value = f"{value:.4g}"
+            if value is not None:
+                found[key] = str(value)
+        return found
+
+    @staticmethod
+    def from_text(text: dict[str, str]) -> "Origin":
+        """Return what :meth:`as_text` gave."""
+        notes, known = dict(text), {}
+        for name, key in FILE_KEYS.items():
+            if (value := notes.pop(key, None)) is not None:
+                known[name] = READ_AS.get(name, str)(value)
+        return Origin(**known, notes=notes)
+
+
+# What mask files call an Origin's fields, and how those that are no text are read.
+FILE_KEYS = {name: name for name in ("selector", "allocation", "keep", "instruction")}
+FILE_KEYS |= {name: name for name in ("task", "model", "made", "evaluation")}
+FILE_KEYS |= {"slicing": "down_proj", "requantised_layers": "requantised layers"}
+FILE_KEYS |= {"requantisation_kl": "requantisation KL"}
+READ_AS: dict[str, Callable[[str], Any]] = {
+    "keep": float,
+    "made": json.loads,
+    "evaluation": json.loads,
+    "requantised_layers": int,
+    "requantisation_kl": lambda text: float(text.split()[0]),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which FFN channels are kept, layer by layer.
+    """Which units (FFN channels, or experts) are kept, layer by layer.
 
     Attributes:
         indices: ``L`` arrays, int32 ``[k_l]``, sorted ascending.
         gates: ``L`` arrays, float32 ``[k_l]``, multiplied onto the kept channels,
             or ``None`` when every kept channel has weight 1.
-        channels: ``F``, the width of the dense FFN.
-        info: how it was made (selector, allocation, instruction, ...), free text;
-            ``compensated by`` is there if it :attr:`compensates`.
+        channels: ``F``, the width of the dense FFN; of experts, how many there are.
+        origin: how it was made.
         fingerprint: float16 ``[D]``, the final norm's weights of the model it was
             made for, or ``None`` when unknown.
         text: token ids of a task's examples or of an instruction, from which the kept
             channels can learn to make up for the dropped ones, or ``None``.
+        compensation: by which text they do so; ``None`` if they do not.
+        trained: how the weights that it came with were trained further, in words, or
+            ``None``.
+        unit: what is kept or dropped.
     """
 
     indices: tuple[mx.array, ...] = field(repr=False)
     gates: tuple[mx.array, ...] | None = field(repr=False)
     channels: int
-    info: dict[str, str] = field(default_factory=dict)
+    origin: Origin = Origin()
     fingerprint: mx.array | None = field(default=None, repr=False)
     text: tuple[int, ...] | None = field(default=None, repr=False)
+    compensation: Compensation | None = None
+    trained: str | None = None
+    unit: Literal["channel", "expert"] = "channel"
 
     @property
     def sizes(self) -> list[int]:
-        """Kept channels ``k_l`` of every layer."""
+        """Kept units ``k_l`` of every layer."""
         return [index.size for index in self.indices]
 
     @property
@@ -53,9 +146,14 @@ class Selection:
         return self.sizes[0] if len(set(self.sizes)) == 1 else None
 
     @property
+    def share(self) -> float:
+        """The kept share of all units."""
+        return sum(self.sizes) / (self.channels * len(self.sizes))
+
+    @property
     def compensates(self) -> bool:
-        """Whether kept channels make up for dropped ones, as ``text`` shows."""
-        return self.text is not None and COMPENSATED in self.info
+        """Whether kept channels make up for dropped ones."""
+        return self.compensation is not None
 
     def compensated(
         self, tokens: Sequence[int] | None = None, source: str = "the task's examples"
@@ -65,16 +163,65 @@ class Selection:
         Args:
             tokens: ``T`` ids that show how; default: its own ``text``, if there is one.
             source: what they are, in words.
+
+        Raises:
+            ValueError: if there is no text, or it has gates from training, which
+                compensation does not know.
         """
         text = self.text if tokens is None else tuple(tokens)
-        assert text is not None
-        how = {COMPENSATED: f"{len(text)} tokens of {source}"}
-        return replace(self, text=text, info=self.info | how)
+        self._check_no_gates()
+        if text is None:
+            raise ValueError(
+                f"The mask {self.mask_id} carries no text that could show how to "
+                "compensate; leave compensate out, or use the mask of a task, which "
+                "has one."
+            )
+        how = Compensation(source, len(text), digest_of_text(text))
+        return replace(self, text=text, compensation=how)
+
+    def as_text(self) -> dict[str, str]:
+        """Return in words how it was made, and the weights that it came with."""
+        said = self.origin.as_text()
+        if (how := self.compensation) is not None:
+            said[COMPENSATED_BY] = f"{how.tokens} tokens of {how.source}"
+        if self.trained is not None:
+            said[TRAINED_BY] = self.trained
+        return said
 
     def plain(self) -> "Selection":
-        """Return the same channels, not compensated."""
-        info = {name: how for name, how in self.info.items() if name != COMPENSATED}
-        return replace(self, info=info) if info != self.info else self
+        """Return the same channels, neither compensated nor trained further."""
+        if self.compensation is None and self.trained is None:
+            return self
+        return replace(self, compensation=None, trained=None)
+
+    def check_reproducible(self) -> None:
+        """Raise ``ValueError`` if the weights that this selection came with cannot be
+        made again from it: its text is not there, or they were trained.
+        """
+        if self.trained is not None:
+            raise ValueError(
+                f"The mask {self.mask_id} is of weights that were trained further "
+                f"({self.trained}), so they cannot be made from it: use the folder it "
+                "came with as it is, or its channels alone (--no-compensate, "
+                "Selection.plain)."
+            )
+        how = self.compensation
+        if how:
+            self._check_no_gates()
+        if how and (self.text is None or digest_of_text(self.text) != how.digest):
+            raise ValueError(
+                f"The mask {self.mask_id} is of weights compensated by {how.tokens} "
+                f"tokens of {how.source}, which are not in its file, so those weights "
+                "cannot be made from it: use the folder it came with as it is, or its "
+                "channels uncompensated (--no-compensate, Selection.plain)."
+            )
+
+    def _check_no_gates(self) -> None:
+        if self.gates is not None:
+            raise ValueError(
+                f"The mask {self.mask_id} has gates from training, which compensation "
+                "does not know; leave compensate out (--no-compensate, Selection.plain)."
+            )
 
     @cached_property
     def mask_id(self) -> str:
@@ -86,6 +233,18 @@ class Selection:
             if self.gates is not None:
                 digest.update(np.array(self.gates[layer]).astype("<f4").tobytes())
         return digest.hexdigest()[:12]
+
+    @property
+    def identity(self) -> str:
+        """12 hex digits: a hash of all that decides the compact model's weights, for
+        whatever keeps one; the ``mask_id`` where channels and gates are all.
+        """
+        how = self.compensation
+        if how is None and self.trained is None and self.unit == "channel":
+            return self.mask_id
+        decides: list[Any] = [self.mask_id, self.unit, self.trained]
+        decides += [] if how is None else [how.tokens, how.digest]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
     def mask(self) -> mx.array:
         """Return the selection as a dense mask, float32 ``[L, F]``."""
@@ -122,9 +281,12 @@ class Selection:
             "format": MASK_FORMAT,
             "mask_id": self.mask_id,
             "channels": str(self.channels),
+            "unit": self.unit,
         }
+        if self.compensation is not None:
+            about[TEXT_DIGEST] = self.compensation.digest
         with new_file(path) as scratch:
-            save_file(arrays, scratch, metadata=self.info | about)
+            save_file(arrays, scratch, metadata=self.as_text() | about)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Selection":
@@ -168,6 +330,12 @@ class Selection:
             )
 
 
+def digest_of_text(tokens: Sequence[int]) -> str:
+    """Return what the token ids of a text are known by, 16 hex digits."""
+    ids = np.array(tokens, dtype="<i4").tobytes()
+    return hashlib.sha256(ids).hexdigest()[:16]
+
+
 def find_mask(name: str, folders: Sequence[Path]) -> Path:
     """Return the mask file of a task in the first of ``folders`` that has it.
 
@@ -201,12 +369,12 @@ def _read_mask_file(path: Path) -> Selection:
             f"{path} is not a mask file; one is written by Selection.save or --save-mask."
         )
     try:
-        selection = _assemble(arrays, int(info.pop("channels")), info)
-    except (KeyError, IndexError, TypeError) as error:
+        selection = _assemble(arrays, info)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: {error!r}; make the mask again."
         ) from error
-    if selection.mask_id != info.pop("mask_id", None):
+    if selection.mask_id != info.get("mask_id"):
         raise ValueError(
             f"{path} is damaged: its content does not match its mask_id; make the "
             "mask again."
@@ -214,9 +382,9 @@ def _read_mask_file(path: Path) -> Selection:
     return selection
 
 
-def _assemble(
-    arrays: dict[str, np.ndarray], channels: int, info: dict[str, str]
-) -> Selection:
+def _assemble(arrays: dict[str, np.ndarray], info: dict[str, str]) -> Selection:
+    about = dict(info)
+    channels, unit = int(about.pop("channels")), about.pop("unit", "channel")
     layers = sum(name.endswith(".indices") for name in arrays)
     has_gates = "layers.0.gates" in arrays
     indices, gates = [], []
@@ -234,11 +402,30 @@ def _assemble(
                 )
             gates.append(mx.array(gate.astype(np.float32)))
     fingerprint, text = arrays.get("fingerprint"), arrays.get("text")
+    tokens = None if text is None else tuple(text.tolist())
+    compensation, trained = _compensation(about, tokens), about.pop(TRAINED_BY, None)
+    about.pop("mask_id", None)
     return Selection(
         tuple(indices),
         tuple(gates) if has_gates else None,
         channels,
-        info,
+        Origin.from_text(about),
         None if fingerprint is None else mx.array(fingerprint),
-        None if text is None else tuple(text.tolist()),
+        tokens,
+        compensation,
+        trained,
+        cast(Any, unit),
     )
+
+
+def _compensation(
+    about: dict[str, str], text: tuple[int, ...] | None
+) -> Compensation | None:
+    """Take out of a file's words how its weights are compensated."""
+    said, digest = about.pop(COMPENSATED_BY, None), about.pop(TEXT_DIGEST, None)
+    if said is None:
+        return None
+    count, _, source = said.partition(" tokens of ")
+    if digest is None:  # version 0.1 left it to the text
+        digest = "" if text is None else digest_of_text(text)
+    return Compensation(source, int(count), digest)

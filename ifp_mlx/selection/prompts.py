@@ -1,13 +1,12 @@
 """What text selects, and how text becomes tokens."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, TypeGuard
 
 from jinja2 import TemplateError
 
 Message = dict[str, str]
-
-
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -19,7 +18,7 @@ def is_tokens(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     """
     if not len(prompt):
         raise ValueError(f"The prompt {prompt!r} is empty; give some text.")
-    return isinstance(prompt[0], int)
+    return isinstance(prompt[0], Integral)
 
 
 def as_messages(prompt: Prompt, system: str | None = None) -> list[Message]:

@@ -4,8 +4,6 @@ import mlx.core as mx
 import numpy as np
 
 SELECTORS = ("auto", "predictor", "activation", "prior", "blend", "random")
-
-
 READING = ("activation", "blend")  # for which the dense model reads the instruction
 
 

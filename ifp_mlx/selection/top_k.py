@@ -16,6 +16,7 @@ def select(
     granularity: int = 1,
     gates: Literal["binary", "soft"] = "binary",
     temperature: float = 1.0,
+    groups: int = 1,
 ) -> Selection:
     """Keep the highest-scored channels of every layer.
 
@@ -28,6 +29,7 @@ def select(
         granularity: channels per selectable block; a block's score is its mean.
         gates: ``"soft"`` keeps λ of :func:`soft_top_k` on the kept channels.
         temperature: of the soft top-k, in units of the scores.
+        groups: equal parts of a layer, of each of which equally many are kept.
 
     Raises:
         ValueError: if the scores are not finite.
@@ -41,8 +43,11 @@ def select(
     block_scores = np.array(blocks.mean(axis=-1))
     indices, values = [], []
     for layer, k in enumerate(sizes):
-        order = np.argsort(-block_scores[layer], kind="stable")
-        kept = np.sort(order[: k // granularity])
+        parts = block_scores[layer].reshape(groups, -1)
+        order = np.argsort(-parts, axis=1, kind="stable")[
+            :, : k // granularity // groups
+        ]
+        kept = np.sort((order + np.arange(groups)[:, None] * parts.shape[1]).ravel())
         channels = (kept[:, None] * granularity + np.arange(granularity)).ravel()
         indices.append(mx.array(channels.astype(np.int32)))
         if gates == "soft":

@@ -6,15 +6,10 @@ import mlx.core as mx
 import numpy as np
 
 Allocation = Literal["uniform", "first-layer", "sensitivity"]
-
-
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "first-layer", "sensitivity")
-
 
 # The kept shares of F at which a layer's sensitivity is measured.
 MEASURED_SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-
-
 LEAST_SHARE = 0.125  # that every layer keeps under the allocation by sensitivity
 
 

@@ -12,61 +12,62 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .pruning import TappedFFN, dequantised, ffn_layers, put_down, slice_rows
+from .masked import tapped
+from .shapes import LayerPlan, Plan, at
+from .sliced import count_units, cut_rows, dequantised, put_down
 
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
-
-
 TOKENS = 1024  # of a text that are looked at, at most
-
-
 TEXT_TOKENS = 1000  # of a task's examples, which make one text
 
 
-def slice_compensated(ffn: nn.Module, index: mx.array, channels: mx.array) -> None:
-    """Keep the channels ``index`` of one FFN, in place, compensated.
+def cut_compensated(
+    module: nn.Module, layer: LayerPlan, index: mx.array, channels: mx.array
+) -> None:
+    """Keep the channels ``index`` of one layer, in place, compensated.
 
-    A quantised ``down_proj`` is quantised again, as it was.
+    A quantised inlet (``down_proj`` in most types) is quantised again, as it was.
 
     Args:
-        ffn: has ``gate_proj`` and ``up_proj`` ``[F, D]`` and ``down_proj`` ``[D, F]``.
+        module: the layer's.
+        layer: its plan.
         index: int32 ``[k]``, sorted.
-        channels: ``act(gate) * up`` of the dense FFN for a text, ``[T, F]``.
+        channels: what comes into the inlet of the dense layer for a text, ``[T, F]``.
 
     Raises:
-        ValueError: as :func:`ifp_mlx.pruning.slice_ffn`.
+        ValueError: as :func:`ifp_mlx.slicing.sliced.cut`.
     """
-    if index.size == ffn.gate_proj.weight.shape[0]:
+    units = count_units(module, layer)
+    if index.size == units:
         return  # nothing is dropped
     some = channels[:: -(-len(channels) // TOKENS)]  # evenly spread
-    down = compensated_down(dequantised(ffn.down_proj), some, index)
+    inlet = at(module, layer.inlet)
+    down = compensated_down(dequantised(inlet), some, index)
     mx.eval(down)
-    slice_rows(ffn, index)
-    put_down(ffn.down_proj, down)
+    cut_rows(module, layer, index, units)
+    put_down(inlet, down)
 
 
-def read_channels(model: nn.Module, tokens: Sequence[int]) -> list[mx.array]:
-    """Return each layer's channels ``act(gate) * up`` of a text, ``[T, F]``.
+def read_channels(
+    model: nn.Module, plan: Plan, tokens: Sequence[int]
+) -> list[mx.array]:
+    """Return what comes into each layer's inlet for a text, ``[T, F]``.
 
     Args:
         model: a dense stock model; its weights are in memory afterwards.
+        plan: its plan, of channels.
         tokens: ``T`` ids, which go through it at once.
     """
     channels: list[mx.array] = []
 
     def keep(h: mx.array) -> mx.array:
-        channels.append(h[0])
+        channels.append(h.reshape(-1, h.shape[-1]))
         return h
 
-    layers = ffn_layers(model)
-    try:
-        for block, name, module in layers:
-            setattr(block, name, TappedFFN(module, keep))
+    inlets = plan.inlets(model)
+    with tapped(inlets, [keep] * len(inlets)):
         model(mx.array(list(tokens))[None])
         mx.eval(channels)
-    finally:
-        for block, name, module in layers:
-            setattr(block, name, module)
     return channels
 
 
@@ -96,7 +97,7 @@ def down_correction(
 
     Args:
         down: ``[D, F]``, not quantised.
-        channels: ``act(gate) * up`` of the dense FFN, ``[T, F]``.
+        channels: what comes into ``down_proj`` of the dense FFN, ``[T, F]``.
         index: int32 ``[k]``, sorted, what is kept.
         strength: λ as a share of the mean energy that the kept channels have in a
             token; larger trusts the text less.

@@ -1,4 +1,4 @@
-"""The training-free sources of channel scores. Each returns float32 ``[L, F]``.
+"""A dense model reads a text, and how strongly it uses each channel is measured.
 
 Rankings by weight magnitude are not offered: at keep 0.5 they leave a model that
 speaks noise (KL to the dense model about 12 nats per token on SmolLM2-135M).
@@ -12,15 +12,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .pruning import TappedFFN, ffn_layers
+from .masked import tapped
+from .shapes import LayerPlan, Plan, at, put_at
+from .stock import steps_of
 
-PREFILL_STEP = 2048  # tokens that go through the model at once, as in mlx-lm
+FFN_STEP = 512  # tokens that go through an FFN at once: [T, F] is the largest array
+
+Visit = Callable[..., Any]
 
 
-FFN_STEP = 512
-
-
-def activation_scores(model: nn.Module, tokens: Sequence[int]) -> mx.array:
+def activation_scores(model: nn.Module, plan: Plan, tokens: Sequence[int]) -> mx.array:
     """Score channels by how strongly the tokens of one text use them.
 
     Every token's channels are normalised to length 1, so that no single token
@@ -29,6 +30,7 @@ def activation_scores(model: nn.Module, tokens: Sequence[int]) -> mx.array:
 
     Args:
         model: the dense stock model; its weights are read if they are still lazy.
+        plan: its plan, of channels.
         tokens: ``T`` ids.
 
     Returns:
@@ -36,11 +38,12 @@ def activation_scores(model: nn.Module, tokens: Sequence[int]) -> mx.array:
 
     Source: GRIFFIN, Dong et al. 2024 (arXiv:2404.01365) sec. 4.
     """
-    return mx.sqrt(_energy(model, tokens))
+    return mx.sqrt(_energy(model, plan, tokens))
 
 
 def prior_scores(
     model: nn.Module,
+    plan: Plan,
     texts: Sequence[Sequence[int]],
     *,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -50,6 +53,7 @@ def prior_scores(
 
     Args:
         model: the dense stock model.
+        plan: its plan, of channels.
         texts: token ids of each text; every token of all texts counts the same.
         progress: wraps the iteration over texts, for a progress bar.
 
@@ -60,13 +64,14 @@ def prior_scores(
     """
     energy = mx.array(0.0)
     for tokens in progress(texts):
-        energy = energy + _energy(model, tokens)
+        energy = energy + _energy(model, plan, tokens)
         mx.eval(energy)
     return mx.sqrt(energy)
 
 
 def task_scores(
     model: nn.Module,
+    plan: Plan,
     examples: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -77,6 +82,7 @@ def task_scores(
 
     Args:
         model: the dense stock model.
+        plan: its plan, of channels.
         examples: token ids of each prompt and its answer, which may be empty.
         progress: wraps the iteration over examples.
 
@@ -85,29 +91,29 @@ def task_scores(
     """
     prompts = both = mx.array(0.0)
     for prompt, answer in progress(examples):
-        energy = _energy(model, prompt)
+        energy = _energy(model, plan, prompt)
         prompts = prompts + energy
         # What a token uses does not depend on those after it.
-        both = both + (_energy(model, [*prompt, *answer]) if answer else energy)
+        both = both + (_energy(model, plan, [*prompt, *answer]) if answer else energy)
         mx.eval(prompts, both)
     answers = mx.maximum(both - prompts, 0)
     return mx.sqrt(_shares(prompts) + _shares(answers))
 
 
 def read_text(
-    model: nn.Module,
-    tokens: Sequence[int],
-    visit: Callable[[int, mx.array], mx.array],
+    model: nn.Module, plan: Plan, tokens: Sequence[int], visit: Visit
 ) -> list[Any]:
-    """Run a text through a dense model, its FFNs computed by ``visit``.
+    """Run a text through a dense model, its layers' modules computed by ``visit``.
 
     The forward pass is mlx-lm's own. The output layer is not computed.
 
     Args:
         model: as it was, afterwards.
+        plan: its plan.
         tokens: ``T`` ids; they go through in :func:`steps_of`.
-        visit: computes the FFN of a layer, by number, ``[1, T, D]`` to ``[1, T, D]``.
-            It is called layer after layer, :func:`visits_of` times in every step.
+        visit: computes what the module of a layer does, by number and with the
+            arguments of the module. It is called layer after layer,
+            :func:`visits_of` times in every step.
 
     Returns:
         The text's KV cache, as mlx-lm makes it.
@@ -120,96 +126,112 @@ def read_text(
     if not len(tokens):
         raise ValueError("The instruction has no tokens; give some text.")
     cache = make_prompt_cache(model)
-    with _computed_by(model, visit):
+    with _computed_by(model, plan, visit):
         for step in steps_of(tokens):
             model(mx.array(step)[None], cache=cache)
             mx.eval([layer.state for layer in cache])
     return cache
 
 
-def visits_of(model: nn.Module) -> list[int]:
+def visits_of(model: nn.Module, plan: Plan) -> list[int]:
     """Return how often each layer is gone through in one forward pass: once, but for
     model types that loop over their layers. No weight is read to find out.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    visits = [0] * len(ffn_layers(model))
+    visits = [0] * len(plan.layers)
 
-    def count(layer: int, x: mx.array) -> mx.array:
+    def count(layer: int, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         visits[layer] += 1
         return x
 
-    with _computed_by(model, count):
+    with _computed_by(model, plan, count):
         model(mx.array([[0]]), cache=make_prompt_cache(model))
     return visits
 
 
 @contextmanager
-def _computed_by(
-    model: nn.Module, visit: Callable[[int, mx.array], mx.array]
-) -> Iterator[None]:
-    layers = ffn_layers(model)
+def _computed_by(model: nn.Module, plan: Plan, visit: Visit) -> Iterator[None]:
+    modules = plan.modules(model)
     try:
-        for number, (block, name, _) in enumerate(layers):
-            setattr(block, name, partial(visit, number))
+        for number, layer in enumerate(plan.layers):
+            put_at(model, layer.path, partial(visit, number))
         yield
     finally:
-        for block, name, module in layers:
-            setattr(block, name, module)
+        for layer, module in zip(plan.layers, modules, strict=True):
+            put_at(model, layer.path, module)
 
 
-def steps_of(tokens: Sequence[int]) -> list[list[int]]:
-    """Return the parts in which a text goes through the model; the last is whole."""
-    ends = range(len(tokens), 0, -PREFILL_STEP)
-    return [list(tokens[max(0, end - PREFILL_STEP) : end]) for end in reversed(ends)]
-
-
-def read_ffn(
-    ffn: nn.Module, x: mx.array, seen: list[mx.array] | None = None
-) -> tuple[mx.array, mx.array]:
-    """Compute one FFN, and how strongly each of its channels was used.
+def read_layer(
+    module: nn.Module,
+    layer: LayerPlan,
+    x: mx.array,
+    *args: Any,
+    seen: list[mx.array] | None = None,
+    **kwargs: Any,
+) -> tuple[Any, mx.array]:
+    """Compute one layer's module, and how strongly each of its channels was used.
 
     Args:
-        ffn: the stock module; its weights are read if they are still lazy.
+        module: the stock module; its weights are read if they are still lazy.
+        layer: its plan.
         x: ``[1, T, D]``.
-        seen: gets the channels ``act(gate) * up`` of one part of the tokens after the
-            other, ``[<= FFN_STEP, F]``.
+        args, kwargs: what the module gets besides; then it is computed at once.
+        seen: gets the channels, as they come into the inlet, of one part of the tokens
+            after the other, ``[<= FFN_STEP, F]``.
 
     Returns:
-        The output ``[1, T, D]``, and each channel's energy, float32 ``[F]``; both
+        The output, as of the module, and each channel's energy, float32 ``[F]``; both
         computed, so that nothing needs the weights any more.
     """
-    energy = mx.zeros(ffn.gate_proj.weight.shape[0])
+    energy = mx.array(0.0)
 
     def record(h: mx.array) -> mx.array:
         nonlocal energy
-        square = mx.square(h.astype(mx.float32))
+        square = mx.square(h.astype(mx.float32).reshape(-1, h.shape[-1]))
         share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
-        energy = energy + share.sum(axis=(0, 1))
+        energy = energy + share.sum(axis=0)
         if seen is not None:
-            seen.append(h[0])
+            seen.append(h.reshape(-1, h.shape[-1]))
         return h
 
-    outputs = []
-    for start in range(0, x.shape[1], FFN_STEP):  # [T, F] is the largest array of all
-        outputs.append(TappedFFN(ffn, record)(x[:, start : start + FFN_STEP]))
-        mx.eval(outputs[-1], energy)
+    with tapped([at(module, layer.inlet)], [record]):
+        if args or kwargs:
+            output = module(x, *args, **kwargs)
+            mx.eval(output, energy)
+            return output, energy
+        outputs = []
+        for start in range(0, x.shape[1], FFN_STEP):
+            outputs.append(module(x[:, start : start + FFN_STEP]))
+            mx.eval(outputs[-1], energy)
     output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
     mx.eval(output)
     return output, energy
 
 
-def _energy(model: nn.Module, tokens: Sequence[int]) -> mx.array:
-    ffns = [ffn.module for ffn in ffn_layers(model)]
-    energy = [mx.array(0.0)] * len(ffns)
+def _energy(model: nn.Module, plan: Plan, tokens: Sequence[int]) -> mx.array:
+    check_channels(plan)
+    modules = plan.modules(model)
+    energy = [mx.array(0.0)] * len(modules)
 
-    def visit(layer: int, x: mx.array) -> mx.array:
-        output, more = read_ffn(ffns[layer], x)
+    def visit(layer: int, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        found = read_layer(modules[layer], plan.layers[layer], x, *args, **kwargs)
+        output, more = found
         energy[layer] = energy[layer] + more
         return output
 
-    read_text(model, tokens, visit)
+    read_text(model, plan, tokens, visit)
     return mx.stack(energy)
+
+
+def check_channels(plan: Plan) -> None:
+    """Raise ``ValueError`` where experts are to be scored by what reads a text."""
+    if plan.unit != "channel":
+        raise ValueError(
+            f"This model is cut by experts ({plan.units} a layer), and a text can choose, "
+            "compensate or train FFN channels only so far; choose experts with the "
+            "selector random or a mask file, and do not compensate."
+        )
 
 
 def _shares(energy: mx.array) -> mx.array:

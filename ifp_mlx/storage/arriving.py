@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from ..slicing.pruning import Donor
 from .layout import DTYPES, Layout, Part, units_of
 
 STRIP = 64  # channels whose columns are written at a time
-
-
 PAD = 64  # bytes between rows: rows a power of two apart share a place in the cache
 
 
@@ -44,7 +40,8 @@ class ArrivingLayer:
         layout: of the channel file.
         layer: its number.
         units: int ``[n]``, sorted: which units the tensors hold.
-        donor: the same layer filled before.
+        donor: the tensors of the same layer filled before, part by part, and the
+            channels it holds, int ``[h]``.
         scratch: uint8, memory to be used until it is complete, or ``None``.
 
     Attributes:
@@ -57,10 +54,10 @@ class ArrivingLayer:
         layout: Layout,
         layer: int,
         units: np.ndarray,
-        donor: Donor | None = None,
+        donor: tuple[list[mx.array], np.ndarray] | None = None,
         scratch: np.ndarray | None = None,
     ) -> None:
-        ffn, held = _held(layout, donor)
+        given_tensors, held = _held(layout, donor)
         given = np.isin(units, held) if len(held) else np.zeros(len(units), bool)
         self.missing = units[~given]
         self._read, self._copied = np.flatnonzero(~given), np.flatnonzero(given)
@@ -73,7 +70,7 @@ class ArrivingLayer:
         self.scratch = scratch
         arrays = _zeros(layout, layer, len(units))
         views = _bytes(arrays)
-        olds = None if ffn is None else _bytes(_parts_of(layout, layer, ffn))
+        olds = None if given_tensors is None else _bytes(given_tensors)
         self._tensors = []
         for number, (part, offset) in enumerate(layout.fields(layer)):
             view = rows = part.split(views[number], len(units), layout.units)
@@ -102,9 +99,9 @@ class ArrivingLayer:
             elif tensor.old is not None:
                 tensor.units[self._copied] = tensor.old[self._from]
 
-    def tensors(self) -> dict[tuple[str, str], mx.array]:
-        """Return them by projection and name, once complete."""
-        return {(t.part.projection, t.part.tensor): t.array for t in self._tensors}
+    def tensors(self) -> dict[str, mx.array]:
+        """Return them by name, once complete."""
+        return {t.part.name: t.array for t in self._tensors}
 
     def _write_columns(self, tensor: _Tensor) -> None:
         if tensor.old is None:
@@ -121,13 +118,15 @@ class ArrivingLayer:
             tensor.units[self._read[strip]] = tensor.rows[strip]
 
 
-def _held(layout: Layout, donor: Donor | None) -> tuple[nn.Module | None, np.ndarray]:
-    """Return the units that a donor can give: none if it cut one."""
+def _held(
+    layout: Layout, donor: tuple[list[mx.array], np.ndarray] | None
+) -> tuple[list[mx.array] | None, np.ndarray]:
+    """Return the tensors of a donor and the units it can give: none if it cut one."""
     if donor is not None:
-        channels, size = np.array(donor.channels), layout.unit
-        units = units_of(channels, size)
-        if channels.size == units.size * size:
-            return donor.ffn, units
+        tensors, channels = donor
+        units = units_of(channels, layout.unit)
+        if channels.size == units.size * layout.unit:
+            return tensors, units
     return None, np.empty(0, int)
 
 
@@ -139,11 +138,6 @@ def _zeros(layout: Layout, layer: int, units: int) -> list[mx.array]:
         )
         for part in layout.parts[layer]
     ]
-
-
-def _parts_of(layout: Layout, layer: int, ffn: nn.Module) -> list[mx.array]:
-    """Return the tensors of an FFN that was filled before."""
-    return [ffn[part.projection][part.tensor] for part in layout.parts[layer]]
 
 
 def _bytes(arrays: list[mx.array]) -> list[np.ndarray]:

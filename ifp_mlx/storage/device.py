@@ -14,8 +14,6 @@ from ..files.atomic import new_file
 from ..files.caches import cache_place
 
 SMALL, LARGE = 16 << 10, 1 << 20  # bytes of the reads that are timed
-
-
 MEASURED_BYTES = 256 << 20  # a file smaller than this tells too little
 
 

@@ -4,25 +4,23 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.tensors import digest_of, weights_of
-from ..slicing.pruning import Donor, ffn_layers, share_core, slice_ffn, twin
-from .layout import AGAIN, CHANNEL_FILE, DTYPES, Layout, read_layout
+from ..slicing.plan import plan_of
+from ..slicing.shapes import Plan
+from ..slicing.sliced import Donor, cut, forget_units, share_core, twin
+from ..slicing.stock import unmoved_random_state
+from .layout import AGAIN, CHANNEL_FILE, DTYPES, read_layout
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from .reader import ChannelReader
-
-    Classes = Callable[[dict[str, Any]], tuple[Any, Any]]
-
-
 # The small trained checkpoint inside the package.
 SHIPPED = Path(__file__).parent.parent / "checkpoint"
-
 
 # What a model needs, and what says how it may be used. Never code.
 NEEDED = ["*.json", "model*.safetensors", "predictor/*.safetensors", "*.jinja"]
@@ -96,246 +94,248 @@ def _fetch(repo: str, tqdm_class: type | None) -> Path:
 
 
 class Folder:
-    """An ordinary model folder as the source of a model's weights.
+    """An ordinary model folder as the source of a model's weights, checked once.
 
-    Every source has these: what it reads from, a stock model whose FFN weights are
-    not in memory yet, and a way to put channels into one layer of it.
+    Every source has these: what it reads from, a stock model whose weights are not in
+    memory yet, and a way to put units into one layer of it. The class of the model is
+    built once; every :meth:`open` copies its structure.
 
     Attributes:
         path: the folder.
-        granularity: channels that lie, and are best selected, together.
+        config: its config.json.
+        skeleton: the stock mlx-lm model, dense in shape, to be looked at: no weight of
+            it is ever read.
+        granularity: units that lie, and are best selected, together.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the files contradict themselves, each other, or what mlx-lm's
+            class for this config expects: config, index, safetensors headers, and the
+            name and shape of every tensor are held against each other.
     """
 
     granularity = 1
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = read_config(path / "config.json")
+        if (index := path / "model.safetensors.index.json").exists():
+            index_files(index)
+        self._files = _check_headers(path)
+        self._absent = self._absent_tensors()
+        self._built: nn.Module | None = None
+        self.skeleton = self._checked()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is sliced of the model; see :func:`ifp_mlx.slicing.plan.plan_of`."""
+        return plan_of(self.skeleton, self.config)
 
     def open(self) -> "nn.Module":
         """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
-        check_folder(self.path)
-        return _load_lazily(self.path, None)[0]
+        return self._load(None)
 
     def open_beside(self, other: "nn.Module") -> "nn.Module":
-        """Return what :meth:`open` does, with all but the FFNs of another compact model
-        of this source, which :meth:`open` and :meth:`fill` have made.
+        """Return what :meth:`open` does, with all but the units of another compact
+        model of this source, which :meth:`open` and :meth:`fill` have made.
         """
         model = self.open()
-        share_core(model, other)
+        share_core(model, other, self.plan)
         return model
 
     def fill(
-        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+        self, module: "nn.Module", layer: int, index: "mx.array | None" = None
     ) -> None:
-        """Put a layer's channels into its FFN, in place.
+        """Put a layer's units into its module, in place.
 
         Args:
-            ffn: the layer's FFN in a model from :meth:`open`.
+            module: the layer's, in a model from :meth:`open`.
             layer: its number.
-            index: int32 ``[k]``, sorted; ``None`` is all channels, which here are
+            index: int32 ``[k]``, sorted; ``None`` is all units, which here are
                 read when they are first used.
 
         Raises:
-            ValueError: if a quantised ``down_proj`` would be cut inside a group.
+            ValueError: if ``k`` channels do not make whole quantisation groups.
         """
         if index is not None:
-            slice_ffn(ffn, index)
+            cut(module, self.plan.layers[layer], index, self.plan.units)
 
     def fill_all(
         self,
-        ffns: Sequence["nn.Module"],
+        modules: Sequence["nn.Module"],
         indices: "Sequence[mx.array] | None" = None,
         donors: "Sequence[Donor] | None" = None,
     ) -> Iterator[int]:
         """Fill layer after layer as :meth:`fill` does, and yield the number of each.
 
         Args:
-            ffns: of all layers of a model from :meth:`open`.
-            indices: for each layer, as for :meth:`fill`; default: all channels.
+            modules: of all layers of a model from :meth:`open`.
+            indices: for each layer, as for :meth:`fill`; default: all units.
             donors: for each layer, the same one of another compact model, no gates
-                folded in, whose channels need not be read again; here they are.
+                folded in, whose units need not be read again; here they are.
         """
-        for layer, ffn in enumerate(ffns):
-            self.fill(ffn, layer, indices[layer] if indices else None)
+        for layer, module in enumerate(modules):
+            self.fill(module, layer, indices[layer] if indices else None)
             yield layer
+
+    def dense(self) -> "nn.Module":
+        """Return the whole stock mlx-lm model; its weights stay on disk till used
+        (those of a channel store are read now).
+        """
+        return self.open()
+
+    def _absent_tensors(self) -> dict[str, "mx.array"]:
+        """Return stand-ins for tensors that are not in the safetensors files."""
+        return {}
+
+    def _checked(self) -> "nn.Module":
+        problems: list[str | None] = []
+
+        def compare(model: "nn.Module", weights: dict[str, Any]) -> None:
+            """Compare where others load: by then names and shapes are final."""
+            problems.append(_mismatch(model, weights, self._files, self.path))
+
+        try:
+            model = self._load(compare)
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"mlx-lm cannot build a {self.config['model_type']} model from "
+                f"{self.path} ({type(error).__name__}: {error}); fetch or convert it "
+                "again."
+            ) from error
+        if problems[0]:
+            raise ValueError(
+                f"{problems[0]}; config.json and the weights do not belong together: "
+                "fetch or convert both again."
+            )
+        return model
+
+    def _load(
+        self, compare: Callable[["nn.Module", dict[str, Any]], None] | None
+    ) -> "nn.Module":
+        """Return mlx-lm's model of the folder; no weight is read.
+
+        Args:
+            compare: is shown the weights before they are loaded, in :meth:`_checked`.
+        """
+        from mlx_lm.utils import load_model
+
+        model_class, args_class = _classes(self.config, self.path)
+
+        def build(args: Any) -> "nn.Module":
+            if self._built is None:
+                with unmoved_random_state():
+                    self._built = model_class(args)
+            model = twin(self._built)
+            own = getattr(model, "sanitize", lambda weights: weights)
+            model.sanitize = lambda weights: own(weights | self._absent)
+            if compare is not None:
+                model.load_weights = partial(loaded, model)
+            return model
+
+        def loaded(model: "nn.Module", weights: list, strict: bool = True) -> None:
+            assert compare is not None
+            compare(model, dict(weights))
+            # What does not fit is said by compare's caller.
+            model_class.load_weights(model, weights, strict=False)
+
+        classes = {"get_model_classes": lambda config: (build, args_class)}
+        model, self.config = load_model(self.path, lazy=True, **classes)
+        for name in ("sanitize", "load_weights"):
+            vars(model).pop(name, None)
+        return model
 
 
 class ChannelStore(Folder):
-    """A folder whose FFN weights are in a channel file, of which :meth:`fill` reads
-    only the channels it is asked for, at once; :meth:`open` has zeros in their place.
+    """A folder whose units are in a channel file, of which :meth:`fill` reads only those
+    it is asked for, at once; :meth:`open` has zeros in their place.
 
     Attributes:
         reader: the channel file, and how much of it has been read.
     """
 
     def __init__(self, path: Path) -> None:
+        from .reader import ChannelReader
+
         super().__init__(path)
-        check_folder(path)
-        self.reader = _open_channels(path)
+        self.reader = ChannelReader(path / CHANNEL_FILE, self.plan)
+        if digest_of(weights_of(path)) != self.reader.layout.core:
+            raise ValueError(
+                f"{path / CHANNEL_FILE} was made for another model than the weights "
+                f"beside it; {AGAIN}."
+            )
         self.granularity = self.reader.layout.unit
 
-    def open(self) -> "nn.Module":
-        """See :meth:`Folder.open`."""
-        return _load_lazily(self.path, self.reader.layout)[0]
-
     def open_beside(self, other: "nn.Module") -> "nn.Module":
-        """See :meth:`Folder.open_beside`; building the model takes longer than reading
+        """See :meth:`Folder.open_beside`; opening the model takes longer than reading
         what a switch changes, so it is copied.
         """
-        return twin(other)
+        model = twin(other)
+        forget_units(model, self.plan)
+        return model
 
     def fill(
-        self, ffn: "nn.Module", layer: int, index: "mx.array | None" = None
+        self, module: "nn.Module", layer: int, index: "mx.array | None" = None
     ) -> None:
-        """Read a layer's channels into its FFN; see :meth:`ChannelReader.fill`."""
-        self.reader.fill(ffn, layer, index)
+        """Read a layer's units into its module; see :meth:`ChannelReader.fill`."""
+        self.reader.fill(module, layer, index)
 
     def fill_all(
         self,
-        ffns: Sequence["nn.Module"],
+        modules: Sequence["nn.Module"],
         indices: "Sequence[mx.array] | None" = None,
         donors: "Sequence[Donor] | None" = None,
     ) -> Iterator[int]:
         """See :meth:`Folder.fill_all`; while a layer is put in place, the next is read."""
-        return self.reader.fill_all(ffns, indices, donors)
+        return self.reader.fill_all(modules, indices, donors)
+
+    def dense(self) -> "nn.Module":
+        """See :meth:`Folder.dense`."""
+        model = self.open()
+        for _ in self.fill_all(self.plan.modules(model)):
+            pass
+        return model
+
+    def _absent_tensors(self) -> dict[str, "mx.array"]:
+        """Return zeros for the tensors of the channel file, which take no memory until
+        they are used.
+        """
+        import mlx.core as mx
+
+        file = self.path / CHANNEL_FILE
+        parts = [part for layer in read_layout(file).parts for part in layer]
+        for part in parts:
+            if part.name in self._files:
+                raise ValueError(
+                    f"{part.name} is in both {self._files[part.name]} and {file}; "
+                    "delete the file that does not belong to this model."
+                )
+            self._files[part.name] = file
+        return {
+            p.name: mx.zeros(p.shape, getattr(mx, DTYPES[p.dtype][0])) for p in parts
+        }
 
 
 def source_of(path: Path) -> Folder:
-    """Return a model folder as a source of weights.
+    """Return a model folder as a source of weights, checked.
 
     Raises:
-        FileNotFoundError, ValueError: if it is a channel store that is damaged, or
-            not of the model beside it.
+        FileNotFoundError, ValueError: as :class:`Folder`; or if it is a channel store
+            that is damaged, or not of the model beside it.
     """
     return (ChannelStore if (path / CHANNEL_FILE).exists() else Folder)(path)
 
 
-def dense_model(path: Path) -> "nn.Module":
-    """Return the stock mlx-lm model of a folder; its weights stay on disk till used
-    (those of a channel store are read now).
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`check_folder`.
-    """
-    return dense_of(source_of(path))
-
-
-def dense_of(source: Folder) -> "nn.Module":
-    """Return the whole stock mlx-lm model of an open source; see :func:`dense_model`."""
-    model = source.open()
-    for _ in source.fill_all([ffn.module for ffn in ffn_layers(model)]):
-        pass
-    return model
-
-
-def _open_channels(path: Path) -> "ChannelReader":
-    from .reader import ChannelReader
-
-    reader = ChannelReader(path / CHANNEL_FILE)
-    if digest_of(weights_of(path)) != reader.layout.core:
-        raise ValueError(
-            f"{path / CHANNEL_FILE} was made for another model than the weights beside "
-            f"it; {AGAIN}."
-        )
-    return reader
-
-
-def _load_lazily(
-    path: Path, layout: Layout | None, classes: "Classes | None" = None
-) -> tuple["nn.Module", dict[str, Any]]:
-    """Return mlx-lm's model of a folder and its configuration; no weight is read.
-
-    Args:
-        path: the folder.
-        layout: of its channel file, for whose tensors there are zeros in the model;
-            they take no memory until they are used.
-        classes: stands in for mlx-lm's choice of classes.
-    """
-    import mlx.core as mx
-    from mlx_lm.utils import _get_classes, load_model
-
-    parts = [part for layer in layout.parts for part in layer] if layout else []
-    absent = {p.name: mx.zeros(p.shape, getattr(mx, DTYPES[p.dtype][0])) for p in parts}
-
-    def with_absent(config: dict[str, Any]) -> tuple[Any, Any]:
-        model_class, args_class = (classes or _get_classes)(config)
-
-        def build(args: Any) -> "nn.Module":
-            model = model_class(args)
-            own = getattr(model, "sanitize", lambda weights: weights)
-            model.sanitize = lambda weights: own(weights | absent)
-            return model
-
-        return build, args_class
-
-    model, config = load_model(path, lazy=True, get_model_classes=with_absent)
-    del model.sanitize
-    return model, config
-
-
-def check_folder(path: Path) -> dict[str, Any]:
-    """Check a model folder before any weight is read; return its configuration.
-
-    Config, index, safetensors headers, and the name and shape of every tensor are
-    held against each other and against what mlx-lm's class for this config expects.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the files contradict themselves or each other.
-    """
+def _classes(config: dict[str, Any], path: Path) -> tuple[Any, Any]:
     from mlx_lm.utils import _get_classes
 
-    config = read_config(path / "config.json")
-    if (index := path / "model.safetensors.index.json").exists():
-        index_files(index)
-    files = _check_headers(path)
-    layout = _layout_of(path, files)
     try:
-        model_class, args_class = _get_classes(config)
+        return _get_classes(config)
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"model_type={config['model_type']!r} in {path / 'config.json'} is not "
             "supported by mlx-lm; use a model that mlx-lm can load."
         ) from error
-    problems: list[str | None] = []
-
-    class Checked(model_class):  # type: ignore[misc, valid-type]
-        """Compares where others load: by then names and shapes are final."""
-
-        def load_weights(self, weights: list, strict: bool = True) -> None:
-            problems.append(_mismatch(self, dict(weights), files, path))
-
-    try:
-        _, config = _load_lazily(path, layout, lambda config: (Checked, args_class))
-    except Exception as error:  # whatever mlx-lm's model code trips over
-        raise ValueError(
-            f"mlx-lm cannot build a {config['model_type']} model from {path} "
-            f"({type(error).__name__}: {error}); fetch or convert it again."
-        ) from error
-    if problems[0]:
-        raise ValueError(
-            f"{problems[0]}; config.json and the weights do not belong together: "
-            "fetch or convert both again."
-        )
-    return config
-
-
-def _layout_of(path: Path, files: dict[str, Path]) -> Layout | None:
-    """Return the header of a folder's channel file, if there is one, its tensors added
-    to ``files``.
-    """
-    file = path / CHANNEL_FILE
-    if not file.exists():
-        return None
-    layout = read_layout(file)
-    for part in (part for layer in layout.parts for part in layer):
-        if part.name in files:
-            raise ValueError(
-                f"{part.name} is in both {files[part.name]} and {file}; delete the "
-                "file that does not belong to this model."
-            )
-        files[part.name] = file
-    return layout
 
 
 def _mismatch(

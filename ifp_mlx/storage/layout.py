@@ -9,9 +9,10 @@
               records up to and with each (uint32); zeros up to a multiple of 4096
     ...       the records, layer by layer, nothing between them
 
-A unit is as many channels as are always selected together, mostly one. Its record
-holds every part of it, one after another: gate rows, up rows, down columns, and their
-scales and biases where they are quantised. All records of a layer have one size.
+A unit is as many channels as are always selected together, mostly one, or an expert.
+Its record holds every part of it, one after another: what the plan of slices names,
+such as gate rows, up rows and down columns, and their scales and biases where they are
+quantised. All records of a layer have one size.
 """
 
 import hashlib
@@ -27,22 +28,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 CHANNEL_FILE = "channels.bin"
-
-
 MAGIC = b"IFPchan\n"
-
-
-VERSION = 2
-
-
+VERSION = 3  # version 2 has no repeat in its parts, and is still read
 ALIGNMENT = 4096
-
-
 START = struct.Struct("<8sIQ32s")
-
-
 AGAIN = "make the store again with python -m ifp_mlx.channel_store"
-
 
 # What safetensors calls the dtypes that FFN weights have: MLX's name, bytes.
 DTYPES = {
@@ -52,30 +42,26 @@ DTYPES = {
     "U32": ("uint32", 4),
     "U8": ("uint8", 1),
 }
-
-
 WORDS = {4: np.uint32, 2: np.uint16, 1: np.uint8}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One FFN tensor of a layer, as records hold it.
+    """One tensor of a layer along which units lie, as records hold it.
 
     Attributes:
-        name: in the safetensors files it was taken from.
-        projection: ``gate_proj``, ``up_proj`` or ``down_proj``.
-        tensor: ``weight``, ``scales``, ``biases`` or ``bias``.
+        name: in the safetensors files it was taken from, and in the model.
         dtype: in safetensors' words.
         shape: of the dense tensor.
-        axis: where its channels lie: 0 is rows, 1 is columns.
+        axis: where its units lie: 0 is rows, 1 is columns.
+        repeat: blocks of rows, each with a piece of every unit.
     """
 
     name: str
-    projection: str
-    tensor: str
     dtype: str
     shape: tuple[int, ...]
     axis: int
+    repeat: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -95,11 +81,14 @@ class Part:
             dense_units: how many are in the dense tensor.
 
         Returns:
-            ``[units, a, b]``; what is written into it is written into ``tensor``.
+            ``[units, a, b]``, or with several blocks ``[units, repeat, a, b]``; what is
+            written into it is written into ``tensor``.
         """
         words = tensor.view(WORDS[self.itemsize])
         if self.axis == 0:
-            return words.reshape(units, self.shape[0] // dense_units, -1)
+            rows = self.shape[0] // dense_units // self.repeat
+            blocks = words.reshape(self.repeat, units, rows, -1)
+            return blocks[0] if self.repeat == 1 else blocks.transpose(1, 0, 2, 3)
         columns = self.shape[1] // dense_units
         return words.reshape(self.shape[0], units, columns).transpose(1, 0, 2)
 
@@ -123,6 +112,8 @@ class Layout:
         order: uint32 ``[L, F / unit]``, the unit at each place on disk.
         checksums: uint32 ``[L, F / unit]``, CRC-32 of a layer's records up to and with
             each place: going on from one of them, any range is checked in one call.
+        header_bytes: of all before the first record, in a file that was read; an older
+            version says the same in another length.
     """
 
     channels: int
@@ -132,6 +123,7 @@ class Layout:
     core: str
     order: np.ndarray = field(repr=False)
     checksums: np.ndarray = field(repr=False)
+    header_bytes: int | None = None
 
     @property
     def layers(self) -> int:
@@ -163,7 +155,7 @@ class Layout:
     @cached_property
     def data_offset(self) -> int:
         """Where the first record begins."""
-        return START.size + len(self._covered())
+        return self.header_bytes or START.size + len(self._covered())
 
     def fields(self, layer: int) -> list[tuple[Part, int]]:
         """Return the parts of a layer's records, and where in a record each begins."""
@@ -216,7 +208,7 @@ def _covered_bytes(path: Path, file: BinaryIO) -> bytes:
     if len(start) < START.size or not start.startswith(MAGIC):
         raise ValueError(f"{path} is not a channel store, or is damaged; {AGAIN}.")
     _, version, size, digest = START.unpack(start)
-    if version != VERSION:
+    if version not in (2, VERSION):
         raise ValueError(
             f"{path} has version {version}, and this ifp_mlx reads version {VERSION}; "
             f"update ifp_mlx, or {AGAIN}."
@@ -232,8 +224,9 @@ def _parse(path: Path, covered: bytes) -> Layout:
     try:
         size = int.from_bytes(covered[:8], "little")
         about = json.loads(covered[8 : 8 + size])
-        layout = _layout(about, np.frombuffer(covered[8 + size :], np.uint8))
-        fits = layout.data_offset == START.size + len(covered)
+        tables = np.frombuffer(covered[8 + size :], np.uint8)
+        layout = _layout(about, tables, START.size + len(covered))
+        fits = layout.data_offset % ALIGNMENT == 0
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{path} has a header of nonsense ({error!r}).") from error
     steps = np.arange(layout.units)
@@ -242,11 +235,8 @@ def _parse(path: Path, covered: bytes) -> Layout:
     return layout
 
 
-def _layout(about: dict[str, Any], tables: np.ndarray) -> Layout:
-    layers = tuple(
-        tuple(Part(**part | {"shape": tuple(part["shape"])}) for part in layer)
-        for layer in about["layers"]
-    )
+def _layout(about: dict[str, Any], tables: np.ndarray, header_bytes: int) -> Layout:
+    layers = tuple(tuple(_part(part) for part in layer) for layer in about["layers"])
     units = about["channels"] // about["unit"]
     count = len(layers) * units
     words = tables[: 2 * 4 * count].view("<u4").reshape(2, len(layers), units)
@@ -258,7 +248,13 @@ def _layout(about: dict[str, Any], tables: np.ndarray) -> Layout:
         core=about["core"],
         order=words[0],
         checksums=words[1],
+        header_bytes=header_bytes,
     )
+
+
+def _part(about: dict[str, Any]) -> Part:
+    known = {name: about[name] for name in ("name", "dtype", "axis")}
+    return Part(**known, shape=tuple(about["shape"]), repeat=about.get("repeat", 1))
 
 
 def units_of(channels: np.ndarray, size: int) -> np.ndarray:

@@ -11,14 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..slicing.pruning import Donor, slice_ffn
+from ..slicing.shapes import Plan, at
+from ..slicing.sliced import Donor, cut, follow
 from .arriving import ArrivingLayer
 from .device import CACHED, Device, Range, device_of, pieces, plan
 from .layout import AGAIN, Layout, read_layout, units_of
 
 PIECE_BYTES = 2 << 20  # read and checked at a time: what still stays in the cache
-
-
 THREADS = 4
 
 
@@ -30,6 +29,7 @@ class ChannelReader:
 
     Args:
         path: the channel file.
+        plan: of the model whose units it holds.
 
     Attributes:
         layout: its header.
@@ -40,9 +40,14 @@ class ChannelReader:
         ValueError: as :func:`read_layout`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
         self.layout: Layout = read_layout(path)
+        if (self.layout.layers, self.layout.channels) != plan.shape:
+            raise ValueError(
+                f"{path} holds {self.layout.layers} layers of {self.layout.channels} "
+                f"units, and the model has {plan.shape[0]} of {plan.shape[1]}; {AGAIN}."
+            )
         self._sweeps = os.open(path, os.O_RDONLY)
         self._ranges = os.open(path, os.O_RDONLY)
         self._disk: Device | None = None
@@ -58,25 +63,27 @@ class ChannelReader:
             if fd is not None:
                 os.close(fd)
 
-    def fill(self, ffn: nn.Module, layer: int, index: mx.array | None = None) -> None:
-        """Put a layer's channels into its FFN, in place, once all of them are read.
+    def fill(
+        self, module: nn.Module, layer: int, index: mx.array | None = None
+    ) -> None:
+        """Put a layer's units into its module, in place, once all of them are read.
 
         Args:
-            ffn: the layer's FFN.
+            module: the layer's.
             layer: its number.
-            index: int32 ``[k]``, sorted; ``None`` is all channels.
+            index: int32 ``[k]``, sorted; ``None`` is all units.
 
         Raises:
             ValueError: if a record is damaged, or a quantised ``down_proj`` would be
                 cut inside a group.
             OSError: if the file cannot be read.
         """
-        self._finish(ffn, index, *self._begin(layer, index))
+        self._finish(module, layer, index, *self._begin(layer, index))
         self._spare.clear()
 
     def fill_all(
         self,
-        ffns: Sequence[nn.Module],
+        modules: Sequence[nn.Module],
         indices: Sequence[mx.array] | None = None,
         donors: Sequence[Donor] | None = None,
     ) -> Iterator[int]:
@@ -84,27 +91,27 @@ class ChannelReader:
         while one is put in place, the next is read.
 
         Args:
-            ffns: of all layers.
+            modules: of all layers.
             indices: for each layer, as for :meth:`fill`.
             donors: for each layer, the same one filled before; the channels it has
                 are copied.
         """
-        none = [None] * len(ffns)
+        none = [None] * len(modules)
         wanted = list(zip(indices or none, donors or none, strict=True))
         begun = self._begin(0, *wanted[0])
         try:
-            for layer, ffn in enumerate(ffns):
+            for layer, module in enumerate(modules):
                 current = begun
-                if layer + 1 < len(ffns):
+                if layer + 1 < len(modules):
                     begun = self._begin(layer + 1, *wanted[layer + 1])
-                self._finish(ffn, wanted[layer][0], *current)
+                self._finish(module, layer, wanted[layer][0], *current)
                 yield layer
         finally:
             wait([begun[1]])  # or it would write on after an error
             self._spare.clear()  # up to two layers' worth of memory
 
-    def read(self, layer: int) -> dict[tuple[str, str], mx.array]:
-        """Return a layer's dense tensors by projection and name."""
+    def read(self, layer: int) -> dict[str, mx.array]:
+        """Return a layer's dense tensors by name."""
         arriving, complete = self._begin(layer)
         complete.result()
         return arriving.tensors()
@@ -117,7 +124,9 @@ class ChannelReader:
         if index is not None:
             units = units_of(np.array(index), self.layout.unit)
         scratch = self._spare.pop() if self._spare else None
-        arriving = ArrivingLayer(self.layout, layer, units, donor, scratch)
+        arriving = ArrivingLayer(
+            self.layout, layer, units, self._held_by(donor, layer), scratch
+        )
         places = self.layout.places[layer][arriving.missing]
         numbers = np.argsort(places)
         places = places[numbers]
@@ -140,21 +149,41 @@ class ChannelReader:
         arriving.complete()
         self._spare.append(arriving.scratch)
 
+    def _held_by(
+        self, donor: Donor | None, layer: int
+    ) -> tuple[list[mx.array], np.ndarray] | None:
+        """Return a donor's tensors, part by part, and its channels."""
+        if donor is None:
+            return None
+        parts = self.layout.parts[layer]
+        tensors = [self._home(donor.module, layer, p.name) for p in parts]
+        return [home[tensor] for home, tensor in tensors], np.array(donor.units)
+
+    def _home(self, module: nn.Module, layer: int, name: str) -> tuple[nn.Module, str]:
+        """Return where in a layer's module a tensor of the file is, and as what."""
+        inside = name.removeprefix(f"{self.plan.layers[layer].path}.")
+        path, _, tensor = inside.rpartition(".")
+        return at(module, path), tensor
+
     def _finish(
         self,
-        ffn: nn.Module,
+        module: nn.Module,
+        layer: int,
         index: mx.array | None,
         arriving: ArrivingLayer,
         complete: Future,
     ) -> None:
         complete.result()
-        for (projection, tensor), array in arriving.tensors().items():
-            ffn[projection][tensor] = array
-        if index is not None:
-            channels, size = np.array(index), self.layout.unit
-            held = units_of(channels, size)[:, None] * size + np.arange(size)
-            if channels.size < held.size:
-                slice_ffn(ffn, mx.array(np.searchsorted(held.ravel(), channels)))
+        for name, array in arriving.tensors().items():
+            home, tensor = self._home(module, layer, name)
+            home[tensor] = array
+        if index is None:
+            return
+        channels, size = np.array(index), self.layout.unit
+        held = (units_of(channels, size)[:, None] * size + np.arange(size)).ravel()
+        within = mx.array(np.searchsorted(held, channels))
+        cut(module, self.plan.layers[layer], within, held.size)
+        follow(module, self.plan.layers[layer], channels.size)
 
     def _device(self, layer: int, places: np.ndarray) -> Device:
         """Return what reading costs: a disk, or the cache if some records are there."""

@@ -25,14 +25,14 @@ from ..files.tensors import (
     weights_of,
     write_without,
 )
-from ..slicing.pruning import PROJECTIONS, ffn_layers, group_size
+from ..slicing.shapes import LayerPlan, at
+from ..slicing.sliced import group_size, tensors_along
 from .folder import DOCUMENTS, ChannelStore, Folder, source_of
 from .layout import CHANNEL_FILE, DTYPES, Layout, Part
 from .order import order_units
 from .reader import ChannelReader
 
 Progress = Callable[[Iterable], Iterable]
-
 
 # What a store carries along, beside the weights.
 CARRIED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -133,7 +133,6 @@ def write_folder(
         raise ValueError(
             f"{store} has no {CHANNEL_FILE}: it is a plain folder already."
         )
-    source.open()  # checks it
     with new_folder(out) as scratch:
         _copy_companions(store, scratch)
         restored = _Restored(source.reader)
@@ -165,20 +164,18 @@ def _plan(
     source: Folder, granularity: int, uses: np.ndarray | None
 ) -> tuple[Layout, dict[str, Tensor]]:
     """Return the store's layout, no checksum in it yet, and the folder's tensors."""
-    model = source.open()
+    model, plan = source.skeleton, source.plan
     files = sorted(source.path.glob("model*.safetensors"))
     tensors = {name: t for file in files for name, t in tensors_of(file).items()}
-    layers = ffn_layers(model)
-    channels = layers[0].module.gate_proj.weight.shape[0]
-    unit = math.lcm(granularity, group_size(model))
+    channels, group = plan.units, group_size(model, plan)
+    unit = math.lcm(granularity, group)
     if granularity < 1 or channels % unit:
         raise ValueError(
-            f"granularity={granularity} does not divide the {channels} channels in "
-            f"groups of {group_size(model)}; choose another."
+            f"granularity={granularity} does not divide the {channels} {plan.unit}s in "
+            f"groups of {group}; choose another."
         )
-    names = {id(module): name for name, module in model.named_modules()}
-    parts = tuple(_parts(names[id(ffn.module)], ffn.module, tensors) for ffn in layers)
-    order = np.tile(np.arange(channels // unit), (len(layers), 1))
+    parts = tuple(_parts(model, layer, tensors) for layer in plan.layers)
+    order = np.tile(np.arange(channels // unit), (len(plan.layers), 1))
     if uses is not None:
         order = order_units(uses, unit)
     layout = Layout(
@@ -193,15 +190,17 @@ def _plan(
     return layout, tensors
 
 
-def _parts(path: str, ffn: nn.Module, tensors: dict[str, Tensor]) -> tuple[Part, ...]:
+def _parts(
+    model: nn.Module, layer: LayerPlan, tensors: dict[str, Tensor]
+) -> tuple[Part, ...]:
+    """Return what the records of a layer are made of."""
     parts = []
-    for projection in PROJECTIONS:
-        axis = int(projection == "down_proj")
-        for tensor in ("weight", "scales", "biases", "bias"):
-            if tensor not in ffn[projection] or (axis == 1 and tensor == "bias"):
-                continue  # a bias of down_proj belongs to no channel
-            name = f"{path}.{projection}.{tensor}"
-            found, used = tensors.get(name), ffn[projection][tensor]
+    for piece in layer.slices:
+        home = at(at(model, layer.path), piece.module)
+        path = ".".join(filter(None, (layer.path, piece.module)))
+        for tensor in tensors_along(home, piece):
+            name, used = f"{path}.{tensor}", home[tensor]
+            found = tensors.get(name)
             if found is None or (DTYPES.get(found.dtype, ("",))[0], found.shape) != (
                 str(used.dtype).removeprefix("mlx.core."),
                 used.shape,
@@ -210,7 +209,8 @@ def _parts(path: str, ffn: nn.Module, tensors: dict[str, Tensor]) -> tuple[Part,
                     f"{name} does not lie in the folder as mlx-lm uses it; convert the "
                     "folder with convert/from_pytorch.py first."
                 )
-            parts.append(Part(name, projection, tensor, found.dtype, found.shape, axis))
+            repeat = 1 if piece.interleaved else piece.repeat
+            parts.append(Part(name, found.dtype, found.shape, piece.axis, repeat))
     return tuple(parts)
 
 
@@ -240,16 +240,16 @@ class _Restored:
 
     def __init__(self, reader: ChannelReader) -> None:
         self._reader, self._layer = reader, -1
-        self._held: dict[tuple[str, str], mx.array] = {}
+        self._held: dict[str, mx.array] = {}
         layers = enumerate(reader.layout.parts)
-        self._parts = {p.name: (n, p) for n, layer in layers for p in layer}
+        self._parts = {p.name: n for n, layer in layers for p in layer}
 
     def tensor(self, name: str) -> bytes:
         """Return a dense tensor's bytes."""
-        layer, part = self._parts[name]
+        layer = self._parts[name]
         if layer != self._layer:
             self._held = {}
             self._held = self._reader.read(layer)
             self._layer = layer
-        array = self._held[part.projection, part.tensor]
+        array = self._held[name]
         return np.array(array.view(mx.uint8)).tobytes()

@@ -8,7 +8,8 @@ import mlx.nn as nn
 
 from ..selection.predictor import SparsityPredictor
 from ..selection.top_k import soft_top_k
-from ..slicing.pruning import MaskedFFN, mask_model
+from ..slicing.masked import is_masked, mask_model, masked_inlets
+from ..slicing.plan import plan_of
 from .batches import Batch
 
 Form = Literal["relaxed", "soft", "binary", "straight-through"]
@@ -32,7 +33,7 @@ class Budget:
     granularity: int = 1
 
     def masks(self, scores: mx.array, form: Form | None = None) -> mx.array:
-        """Turn scores into the masks that :func:`ifp_mlx.pruning.set_masks` takes.
+        """Turn scores into the masks that :func:`ifp_mlx.slicing.masked.set_masks` takes.
 
         Args:
             scores: ``[B, L, F]``, or ``[L, F]`` for all rows alike.
@@ -159,15 +160,9 @@ class FixedMask(Masker):
         return self._mask[batch.tasks].transpose(1, 0, 2)[:, :, None]
 
 
-def masked_layers(model: nn.Module) -> list[MaskedFFN]:
-    """Return the masked FFN of every layer, putting them in if they are not there."""
-    found = [
-        child
-        for block in model.layers
-        for child in block.children().values()
-        if isinstance(child, MaskedFFN)
-    ]
-    return found or mask_model(model)
+def masked_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the masked inlet of every layer, masking a model that is not yet."""
+    return masked_inlets(model) or mask_model(model, plan_of(model))
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -186,13 +181,13 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 def _checkpointed(stock: type) -> Any:
     def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        ffns = [c for c in block.children().values() if isinstance(c, MaskedFFN)]
-        params, masks = block.trainable_parameters(), [f.mask for f in ffns]
+        inlets = [m for _, m in block.named_modules() if is_masked(m)]
+        params, masks = block.trainable_parameters(), [inlet._mask for inlet in inlets]
 
         def restore(params: dict, masks: list[mx.array]) -> None:
             block.update(params)
-            for ffn, mask in zip(ffns, masks, strict=True):
-                ffn.set_mask(mask)
+            for inlet, mask in zip(inlets, masks, strict=True):
+                inlet._mask = mask
 
         def forward(
             params: dict, masks: list[mx.array], *args: Any, **kwargs: Any

@@ -54,7 +54,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     output, first = Path(config.output), mx.distributed.init().rank() == 0
     model, tokenizer = load(config.model)
     selection = Selection.load(config.mask_file).plain()
-    selection.check_fits(model.layers, model.channels, model.fingerprint)
+    model.check_fits(selection)
     check_can_write(model, selection)
     records, rows = read(config, model, tokenizer, say)
     if first:
@@ -69,7 +69,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     before = validate.measure(model.compact(selection))
     compact = start(model, selection, records, config)
     validate.model = compact
-    adapt(compact, config)
+    adapt(compact, model.plan, config)
     began = time.perf_counter()
     lines = train(
         compact,
@@ -84,8 +84,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     seconds = time.perf_counter() - began
     after = {name: lines[-1][f"valid_{name}"] for name in METRICS}
     if first:
-        about = info(selection, config, records, before, after)
-        written = replace(selection, info=about)
+        written = recovered(selection, config, records, before, after)
         plain = unwrapped(model, selection, compact)
         said = SAID.format(before=before, after=after, rows=len(rows))
         write_plain(model, plain, written, output / RESULT, said=said)
@@ -235,25 +234,26 @@ def unwrapped(model: IFPModel, selection: Selection, trained: nn.Module) -> nn.M
     return plain
 
 
-def info(
+def recovered(
     selection: Selection,
     config: TrainConfig,
     records: Sequence[Record],
     before: Report,
     after: Report,
-) -> dict[str, str]:
-    """Return what mask file and card say about the recovery."""
+) -> Selection:
+    """Return a selection that says how its weights were trained."""
     how = (
         f"distillation of {config.train} weights, {config.steps} steps, about "
         f"{trained_tokens(records, config)} tokens"
     )
-    said = {name: value for name, value in selection.info.items()}
-    said.pop("evaluation", None)  # it was of the mask without training
-    return said | {
-        "recovered by": how,
+    said = {
         "KL before": f"{before['kl']:.4g} nats per token",
         "KL after": f"{after['kl']:.4g} nats per token",
     }
+    notes = selection.origin.notes | said
+    # What was measured was the mask without training.
+    origin = replace(selection.origin, evaluation=None, notes=notes)
+    return replace(selection, origin=origin, trained=how)
 
 
 def trained_tokens(records: Sequence[Record], config: TrainConfig) -> int:

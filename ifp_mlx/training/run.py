@@ -14,7 +14,6 @@ from tqdm import tqdm
 from ..files.atomic import refuse_existing
 from ..model.checkpoint import IFPConfig
 from ..selection.top_k import select
-from ..slicing.pruning import dense_shape
 from . import checkpoints, warm_start
 from .batches import Batch, Batches, Record, in_order
 from .curve import draw_curve
@@ -43,8 +42,6 @@ from .validation import GATE_FORMS, Report, Validation, evaluate_loss, sliced_er
 from .watch import CollapsedError, Watcher
 
 BatchOf = Callable[[int], Batch]  # the number of a micro-batch to its global batch
-
-
 SETTINGS, CHECKPOINTS, RESULT = "settings.json", "checkpoints", "model"
 
 
@@ -90,7 +87,7 @@ def train(
     """
     mx.random.seed(config.seed)
     pair = Pair(model, masker)
-    channels = pair.masked()[0].channels
+    channels = pair.inlets[0].channels
     if config.grad_checkpoint:
         checkpoint_layers(model)
     step = Step(pair, config, compiled=config.compile)
@@ -217,7 +214,7 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
         return recover(config, train, log)
     mx.random.seed(config.seed)
     trainee = open_trainee(config)
-    budget = config.budget(dense_shape(trainee.model)[1])
+    budget = config.budget(trainee.plan.units)
     masker = _new_masker(trainee, config)
     records, checked = _read(trainee, config, masker, log)
     if first:
@@ -226,7 +223,7 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
     if not resumed:
         _begin(masker, trainee, records, config, log)
     parent = dense_parent(trainee, config)
-    adapt(trainee.model, config)
+    adapt(trainee.model, trainee.plan, config)
     began = time.perf_counter()
     lines = train(
         trainee.model,
@@ -259,7 +256,7 @@ def _new_masker(trainee: Trainee, config: TrainConfig) -> Masker:
     if config.masker == "dense":
         return FixedMask(None)
     if config.masker == "static":
-        return ScoreTable(mx.zeros(dense_shape(trainee.model)))
+        return ScoreTable(mx.zeros(trainee.plan.shape))
     return PredictorMasker(make_predictor(trainee, config))
 
 

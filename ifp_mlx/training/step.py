@@ -6,6 +6,7 @@ machines.
 """
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from ..slicing.pruning import MaskedFFN, set_masks
+from ..slicing.masked import set_masks
 from .batches import Batch
 from .maskers import Budget, Form, Masker, masked_layers
 
@@ -50,19 +51,20 @@ class Pair(nn.Module):
         super().__init__()
         self.llm, self.masker = llm, masker
 
-    def masked(self) -> list[MaskedFFN]:
-        """Return the masked FFN of every layer."""
+    @cached_property
+    def inlets(self) -> list[nn.Module]:
+        """The masked inlet of every layer."""
         return masked_layers(self.llm)
 
     def logits(self, batch: Batch, budget: Budget, form: Form | None) -> mx.array:
         """Return the masked model's logits, float32 ``[B, T - 1, V]``."""
         masks = self.masker(batch, budget, form)
-        layers = self.masked()
+        layers = self.inlets
         dense = mx.array(1.0)
         set_masks(layers, mx.ones((len(layers), 1)) if masks is None else masks)
         logits = self.llm(batch.tokens[:, :-1]).astype(mx.float32)
         for layer in layers:  # a mask left behind would be state of the next step
-            layer.set_mask(dense)
+            layer._mask = dense
         return logits
 
 
@@ -124,7 +126,7 @@ class Step:
             )
             for part, rate in rates.items()
         }
-        pair.masked()  # before anything looks at the model's structure
+        _ = pair.inlets  # masked before anything looks at the model's structure
         for part, optimizer in self.optimizers.items():
             optimizer.init(pair[part].trainable_parameters())
         self._backward, self._apply = self._gradient, self._descend

@@ -15,9 +15,12 @@ from ..files.atomic import new_folder
 from ..files.companions import copy_companions
 from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
 from ..selection.predictor import SparsityPredictor
-from ..slicing.pruning import MaskedFFN, dense_shape
-from ..storage.folder import check_folder, dense_model, resolve
-from .maskers import masked_layers
+from ..slicing.masked import mask_model
+from ..slicing.plan import plan_of
+from ..slicing.reading import check_channels
+from ..slicing.shapes import Plan
+from ..slicing.stock import build
+from ..storage.folder import resolve, source_of
 from .recipe import TrainConfig
 from .step import Parent
 
@@ -31,12 +34,14 @@ class Trainee:
         config: its config.json.
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         model: mlx-lm's own class, its weights in memory.
+        plan: what is masked of it.
     """
 
     path: Path
     config: dict[str, Any]
     tokenizer: Any
     model: nn.Module
+    plan: Plan
 
 
 def open_trainee(config: TrainConfig) -> Trainee:
@@ -51,16 +56,17 @@ def open_trainee(config: TrainConfig) -> Trainee:
     if config.from_scratch:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
         about.pop("quantization", None)
-        model = _new_model(about)
+        model = build(about)
     else:
-        about = check_folder(path)
-        model = dense_model(path)
-    dense_shape(model)  # or it says why not
+        source = source_of(path)
+        about, model = source.config, source.dense()
+    plan = plan_of(model, about)  # or it says why not
+    check_channels(plan)
     if config.dtype != "stored":
         model.set_dtype(getattr(mx, config.dtype))
     mx.eval(model.parameters())
     tokenizer = load_tokenizer(path, eos_token_ids=about.get("eos_token_id"))
-    return Trainee(path, about, tokenizer, model)
+    return Trainee(path, about, tokenizer, model, plan)
 
 
 def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
@@ -69,7 +75,7 @@ def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
         return None
     if config.from_scratch:
         raise ValueError("kl_weight needs a trained parent, not from_scratch.")
-    parent = dense_model(trainee.path)
+    parent = source_of(trainee.path).dense()
     return lambda batch: parent(batch.tokens[:, :-1])
 
 
@@ -79,7 +85,7 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
     Raises:
         ValueError: if its settings do not fit.
     """
-    size = dense_shape(trainee.model)
+    size = trainee.plan.shape
     options: dict[str, Any] = {"pooling": config.pooling}
     if config.predictor not in ("first-layers", "new"):
         backbone, about, tokenizer = _pretrained_backbone(trainee, config.predictor)
@@ -87,7 +93,7 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
     else:
         copied = config.predictor == "first-layers"
         about = _smaller_config(trainee.config, config, copied)
-        backbone = _new_model(about)
+        backbone = build(about)
         if copied:
             _copy_weights(trainee.model, backbone)
     predictor = SparsityPredictor(
@@ -102,13 +108,19 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
     return predictor
 
 
-def adapt(model: nn.Module, config: TrainConfig) -> None:
-    """Freeze what is not trained, and put in LoRA or DoRA layers, in place.
+def adapt(model: nn.Module, plan: Plan, config: TrainConfig) -> None:
+    """Freeze what is not trained, put in LoRA or DoRA layers, and mask, in place.
+
+    Masks come last: what an adapter adds to a layer's output is masked too.
 
     Raises:
         ValueError: if a quantised model is to be trained in full.
     """
-    masked_layers(model)  # its structure must not change afterwards
+    _free(model, plan, config)
+    mask_model(model, plan)
+
+
+def _free(model: nn.Module, plan: Plan, config: TrainConfig) -> None:
     if config.train == "full":
         if any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
             raise ValueError(
@@ -120,9 +132,9 @@ def adapt(model: nn.Module, config: TrainConfig) -> None:
     if config.train == "frozen":
         return
     if config.train == "ffn":
-        for name, module in model.named_modules():
-            if "norm" in name.rpartition(".")[2] or isinstance(module, MaskedFFN):
-                module.unfreeze()
+        norms = (m for n, m in model.named_modules() if "norm" in n.rpartition(".")[2])
+        for module in [*norms, *plan.modules(model)]:
+            module.unfreeze()
         return
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -151,6 +163,7 @@ def write_checkpoint(
     fused = [(n, m.fuse()) for n, m in model.named_modules() if hasattr(m, "fuse")]
     if fused:
         model.update_modules(tree_unflatten(fused))
+        mask_model(model, trainee.plan)  # a fused layer has a new inlet
     with new_folder(folder) as scratch:
         save_model(scratch, model)
         save_config(copy.deepcopy(trainee.config), scratch / "config.json")
@@ -168,18 +181,11 @@ def _pretrained_backbone(
     from mlx_lm.utils import load_tokenizer
 
     path = resolve(name)
-    about = check_folder(path)
-    backbone = dense_model(path)
+    source = source_of(path)
+    about, backbone = source.config, source.dense()
     tokenizer = load_tokenizer(path, eos_token_ids=about.get("eos_token_id"))
     same = tokenizer.get_vocab() == trainee.tokenizer.get_vocab()
     return backbone, about, None if same else tokenizer
-
-
-def _new_model(about: dict[str, Any]) -> nn.Module:
-    from mlx_lm.utils import _get_classes
-
-    model_class, args_class = _get_classes(about)
-    return model_class(args_class.from_dict(about))
 
 
 def _smaller_config(

@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..selection.predictor import SparsityPredictor
-from ..slicing.pruning import TappedFFN, ffn_layers
+from ..slicing.masked import masked_inlets, tapped
+from ..slicing.plan import plan_of
 from .batches import Batch
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
@@ -25,7 +26,7 @@ WEAKEST = 0.05  # directions below this share of the strongest are noise
 def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
     """Return how strongly every row uses every channel, float32 ``[B, L, F]``.
 
-    The logarithm of the statistic of :func:`ifp_mlx.selectors.activation_scores`, over
+    The logarithm of the statistic of :func:`ifp_mlx.slicing.reading.activation_scores`, over
     a row's tokens up to its last target.
 
     Args:
@@ -42,14 +43,9 @@ def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
         energy.append((share * real).sum(axis=1))
         return h
 
-    layers = ffn_layers(model)
-    try:
-        for block, name, module in layers:
-            setattr(block, name, TappedFFN(module, record))
+    inlets = masked_inlets(model) or plan_of(model).inlets(model)
+    with tapped(inlets, [record] * len(inlets)):
         model(batch.tokens[:, :-1])
-    finally:
-        for block, name, module in layers:
-            setattr(block, name, module)
     used = mx.sqrt(mx.stack(energy, axis=1))
     # The offset keeps channels that are hardly used from filling the logarithm's scale.
     return np.array(mx.log(used + 0.1 * used.mean(axis=-1, keepdims=True)))

@@ -27,6 +27,7 @@ from ifp_mlx.evaluation.teacher import Evaluator, metrics
 from ifp_mlx.selection.top_k import select
 from ifp_mlx.selection.widths import MEASURED_SHARES
 from ifp_mlx.slicing.compensation import compensated_down
+from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.slicing.reading import task_scores
 
 ROW = Row([7, 91, 30, 4, 55, 12, 80, 9], [33, 18, 2, 60, 77])
@@ -100,13 +101,15 @@ def test_a_familys_scores_are_those_of_a_task_mask(bench, monkeypatch, tmp_path)
     (tmp_path / "calibration" / "ant.jsonl").touch()
     scores = bench_calibration.Calibration(bench, tmp_path).scores("task", "ant")
     pairs = [(row.prompt, row.answer) for row in rows]
-    np.testing.assert_allclose(scores, task_scores(bench.dense, pairs), rtol=2e-3)
+    np.testing.assert_allclose(
+        scores, task_scores(bench.dense, plan_of(bench.dense), pairs), rtol=2e-3
+    )
 
 
 def test_compensated_slices_are_the_packages(bench):
     selection, reading = selection_of(bench), bench.read(ROW)
     modules = bench.sliced(selection, reading.channels)
-    for (_, _, ffn), module, h, index in zip(
+    for ffn, module, h, index in zip(
         bench.ffns, modules, reading.channels, selection.indices, strict=True
     ):
         down = compensated_down(ffn.down_proj.weight, h, index)

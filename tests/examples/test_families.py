@@ -1,15 +1,29 @@
+"""Every model type of mlx-lm that can be built: masked, sliced, opened, written."""
+
 import json
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
-from conftest import write_tokenizer
+from conftest import ROOT, family_units, relative_error, write_tokenizer
 from mlx.utils import tree_flatten
 
 from examples.benchmarks.families import families
 from ifp_mlx import load
 from ifp_mlx.evaluation.sensitivity import Probe
 from ifp_mlx.model.export import write_compact
-from ifp_mlx.slicing.pruning import TESTED, ffn_layers
+from ifp_mlx.slicing.masked import mask_model, set_masks
+
+CONFIGS = families.configs()
+TOKENS = mx.array([families.TOKENS])
+UNITS = family_units()
+WANTED = """phi3 glm4 gemma4_text lfm2 nemotron starcoder2 qwen3_moe qwen3_5_moe qwen3_next
+gpt_oss mixtral glm4_moe deepseek_v3 granitemoe""".split()
+# Their folders cannot be opened, whoever tries: transformers, which reads the tokenizer,
+# refuses the config of a model so small (exaone4, granitemoehybrid) or of a type it does
+# not know (gear); mlx-lm's class has no place for what it saved (minicpm).
+NOT_OPENED = {n for n in UNITS if n.startswith("granitemoehybrid")}
+NOT_OPENED |= {"exaone4", "gear", "minicpm"}
 
 
 @pytest.fixture(scope="module")
@@ -19,69 +33,69 @@ def verdicts():
 
     def verdict(name):
         if name not in known:
-            known[name] = families.judge(name)
+            known[name] = families.judge(CONFIGS[name])
         return known[name]
 
     return verdict
 
 
-@pytest.mark.parametrize("name", [*families.SEPARATE, *families.WRAPPED])
-def test_a_family_with_separate_projections_works(name, verdicts):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_type_is_sliced_as_it_is_masked_or_refused_with_a_reason(name, verdicts):
     verdict = verdicts(name)
-    assert verdict.refused is None
-    assert verdict.error <= 1e-5 and verdict.whole
+    assert verdict.works or verdict.refused
+    assert verdict.unit == UNITS.get(name, "")
 
 
-@pytest.mark.parametrize("name", families.OTHERS)
-def test_what_cannot_be_sliced_exactly_is_refused_with_its_classes(name, verdicts):
-    model = families.build(name)
-    with pytest.raises(ValueError, match=rf"{type(model).__module__}\.Model has no"):
-        ffn_layers(model)
-    assert verdicts(name).refused
+def test_what_macs_run_today_is_among_at_least_ninety_types():
+    types = {name.split(",")[0] for name in UNITS}
+    assert set(WANTED) < types and len(types) >= 90
+    assert (
+        f"{len(types)} of mlx-lm's model types work" in (ROOT / "README.md").read_text()
+    )
+    assert UNITS["gemma4_text"] == "channel"
+    assert UNITS["gemma4_text, experts"] == "expert"
 
 
 def test_an_ffn_that_mixes_its_channels_in_some_layers_is_refused(verdicts):
     # Its class is one and the same in all layers; the last ones do not mix.
-    assert verdicts("gemma3n").refused == "MLP mixes its channels"
+    assert verdicts("gemma3n").refused == "as channels: MLP mixes its channels"
     assert verdicts("gemma3n, no layer sparse").works
 
 
-def test_every_type_named_in_errors_is_judged():
-    assert set(TESTED) <= set(families.SEPARATE)
-
-
 def test_the_page_is_current(verdicts):
-    expected = families.page({name: verdicts(name) for name in families.ALL})
+    expected = families.page({name: verdicts(name) for name in CONFIGS})
     assert families.PAGE.read_text(encoding="utf-8") == expected
 
 
 def folder_of(path, name):
     path.mkdir()
-    weights = dict(tree_flatten(families.build(name).parameters()))
+    weights = dict(tree_flatten(families.random_model(CONFIGS[name]).parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
-    config = families.config_of(name) | {"eos_token_id": 258}
+    config = CONFIGS[name] | {"eos_token_id": 258}
     (path / "config.json").write_text(json.dumps(config))
     write_tokenizer(path)
     return path
 
 
-# Final norms by other names, channels that config.json cannot say, keys and values
-# that later blocks take from earlier ones.
-ODD = ["afm7", "falcon_h1", "recurrent_gemma", "lille-130m"]
-
-
-@pytest.mark.parametrize("name", ["cohere", *ODD])
-def test_a_folder_opens_selects_and_compacts(name, tmp_path):
+@pytest.mark.parametrize("name", [n for n in UNITS if n not in NOT_OPENED])
+def test_a_folder_opens_selects_compacts_and_is_written_as_a_stock_folder(
+    name, tmp_path
+):
     model, _ = load(folder_of(tmp_path / "model", name))
-    selection = model.select("Hello", keep=0.5, allocation="uniform")
-    compact = model.compact(selection)
-    assert compact(mx.array([[5, 9, 7]])).shape == (1, 3, families.BASE["vocab_size"])
-    if name in ODD and name != "falcon_h1":
-        with pytest.raises(ValueError, match=f"of the type {name} can have"):
+    selection = model.select(
+        [5, 9, 77], keep=0.5, selector="random", allocation="uniform"
+    )
+    compact, masked = model.compact(selection), model.dense()
+    set_masks(mask_model(masked, model.plan), selection.mask())
+    logits = compact(TOKENS)
+    assert relative_error(logits, masked(TOKENS)) <= 1e-5
+    if model.plan.key is None or "*" in model.plan.key:
+        with pytest.raises(ValueError, match="No plain folder of the type"):
             write_compact(model, selection, tmp_path / "out")
-    else:
-        out, _ = load(write_compact(model, selection, tmp_path / "out"))
-        assert out.channels == selection.target_size
+        return
+    out = write_compact(model, selection, tmp_path / "out")
+    stock, _ = mlx_lm.utils.load_model(out)
+    assert relative_error(stock(TOKENS), logits) <= 1e-5
 
 
 @pytest.mark.parametrize(("name", "alone"), [("afm7", False), ("llama", True)])

@@ -20,6 +20,7 @@ from examples.benchmarks.joint.measure import PromptMasks, measure
 from ifp_mlx.selection import top_k
 from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.slicing import reading
+from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import FixedMask, Masker, PredictorMasker
 from ifp_mlx.training.recipe import TrainConfig
@@ -153,7 +154,9 @@ def test_selection_by_the_prompt_is_the_package_s(tmp_path):
     found = PromptMasks(model)(torch_batch(rows), settings).numpy()
     for row, mask in enumerate(found):
         prompt = rows["tokens"][row, : rows["prompt"][row]]
-        scores = reading.activation_scores(tiny_model("llama"), prompt.tolist())
+        scores = reading.activation_scores(
+            tiny_model("llama"), plan_of(tiny_model("llama")), prompt.tolist()
+        )
         assert np.array_equal(np.array(top_k.select(scores, [K] * 3).mask()), mask)
 
 

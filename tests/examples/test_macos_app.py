@@ -64,6 +64,7 @@ class FakeEngine:
         return Task(
             name=name,
             mask_id=f"mask of {name}",
+            identity=f"mask of {name}",
             kept_channels=L * kept,
             total_channels=L * F,
             channels=F,

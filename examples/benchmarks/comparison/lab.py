@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ifp_mlx.slicing.pruning import ffn_layers
+from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import Budget, FixedMask, Masker
 from ifp_mlx.training.recipe import TrainConfig
@@ -277,8 +277,8 @@ def importance(lab: Lab, model: nn.Module, batches: int = 16) -> np.ndarray:
 
     used = [np.exp(channel_importance(model, lab.data(i))) for i in range(batches)]
     down = [
-        np.linalg.norm(np.array(ffn.module.down_proj.weight), axis=0)
-        for ffn in ffn_layers(model)
+        np.linalg.norm(np.array(inlet.weight), axis=0)
+        for inlet in plan_of(model).inlets(model)
     ]
     return np.concatenate(used).mean(axis=0) * np.stack(down)
 

@@ -10,7 +10,8 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from tqdm import tqdm
 
 from ifp_mlx.selection.top_k import select
-from ifp_mlx.slicing.pruning import slice_model
+from ifp_mlx.slicing.plan import plan_of
+from ifp_mlx.slicing.sliced import slice_model
 from ifp_mlx.training import warm_start
 from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import (
@@ -216,7 +217,7 @@ class ActivationMasker(Masker):
 
     def scores(self, batch: Batch) -> mx.array:
         """Return the log of each channel's use, ``[B, L, F]``."""
-        from ifp_mlx.slicing.pruning import set_masks
+        from ifp_mlx.slicing.masked import set_masks
         from ifp_mlx.training.maskers import masked_layers
 
         layers = masked_layers(self._model[0])
@@ -245,7 +246,8 @@ def _small(lab: Lab, steps: int) -> Trained:
 def _pruned(lab: Lab) -> nn.Module:
     model = lab.dense(0)
     scores = mx.array(importance(lab, model).astype(np.float32))
-    slice_model(model, select(scores, [lab.scale.kept] * lab.scale.layers))
+    selection = select(scores, [lab.scale.kept] * lab.scale.layers)
+    slice_model(model, plan_of(lab.dense(0)), selection)
     return model
 
 

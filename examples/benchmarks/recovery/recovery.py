@@ -22,6 +22,7 @@ import numpy as np
 from examples.fetch import MODELS, fetch
 from ifp_mlx import load
 from ifp_mlx.model.checkpoint import IFPModel
+from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.training.batches import Batch, Record, collate
 from ifp_mlx.training.maskers import Budget, FixedMask
 from ifp_mlx.training.parent_cache import Form, compress, fill_cache, weights_of
@@ -113,7 +114,7 @@ def step_times(model: IFPModel, records: list[Record]) -> None:
 def _stepper(
     model: nn.Module, masker: FixedMask, config: TrainConfig
 ) -> Callable[[Batch, Parent], object]:
-    adapt(model, config)
+    adapt(model, plan_of(model), config)
     step = Step(Pair(model, masker), config, compiled=False)
     return lambda batch, parent: step([batch], Budget(1, gates="binary"), parent)
 

@@ -101,7 +101,9 @@ class Calibration:
             if family not in self._seen:
                 texts = [row.prompt + row.answer for row in self._examples[family]]
                 tokens = sum(texts, [])[:TEXT_TOKENS]
-                self._seen[family] = read_channels(self.bench.dense, tokens)
+                self._seen[family] = read_channels(
+                    self.bench.dense, self.bench.plan, tokens
+                )
             self._compensated[key] = self.bench.sliced(selection, self._seen[family])
         return self._compensated[key]
 
@@ -122,7 +124,8 @@ class Calibration:
         for name in tqdm(self.families, STATISTICS, disable=None):
             parts = [mx.array(0.0)] * 2
             for row in self._examples[name]:
-                channels = read_channels(self.bench.dense, row.prompt + row.answer)
+                text = row.prompt + row.answer
+                channels = read_channels(self.bench.dense, self.bench.plan, text)
                 P = len(row.prompt)
                 for part, tokens in enumerate((slice(P), slice(P, None))):
                     more = mx.stack([energy(h[tokens]) for h in channels])

@@ -5,6 +5,7 @@ computed at the answer alone, `down_proj` is kept channel by channel so that a s
 is three row gathers, and a prompt that the dense model has read is not read again.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ from ifp_mlx import Selection, load
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.teacher import Reference, continued, log_probabilities, read_row
 from ifp_mlx.slicing.compensation import down_correction
-from ifp_mlx.slicing.pruning import TappedFFN, ffn_layers, stock_forward
+from ifp_mlx.slicing.masked import tapped
+from ifp_mlx.slicing.shapes import put_at
 
 GROUP = 64  # channels that a quantised model has in one group
 
@@ -40,7 +42,8 @@ class Reading(NamedTuple):
 
 
 class SlicedFFN(nn.Module):
-    """An FFN of a stock class with other weights, ``down`` channel by channel.
+    """An FFN of a stock class with other weights, ``down`` channel by channel; the
+    models that are measured here call their matrices gate, up and down.
 
     Args:
         ffn: whose class computes.
@@ -56,13 +59,11 @@ class SlicedFFN(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Return the FFN's output, ``[B, T, D]``, for ``x``, ``[B, T, D]``."""
         gate, up, down = self._weights
-        return stock_forward(
-            self._ffn,
-            x,
-            gate_proj=lambda x: x @ gate.T,
-            up_proj=lambda x: x @ up.T,
-            down_proj=lambda h: h @ down,
-        )
+        stand_in = copy.copy(self._ffn)
+        stand_in.gate_proj = lambda x: x @ gate.T
+        stand_in.up_proj = lambda x: x @ up.T
+        stand_in.down_proj = lambda h: h @ down
+        return type(self._ffn).__call__(stand_in, x)
 
 
 class Bench:
@@ -79,8 +80,9 @@ class Bench:
         prior = self.model.prior
         self.prior = self.model.compute_prior() if prior is None else prior
         self.dense = self.model.dense()
-        self.ffns = ffn_layers(self.dense)
-        self.down = [mx.contiguous(f.module.down_proj.weight.T) for f in self.ffns]
+        self.plan = self.model.plan
+        self.ffns = self.plan.modules(self.dense)
+        self.down = [mx.contiguous(ffn.down_proj.weight.T) for ffn in self.ffns]
         mx.eval(self.dense.parameters(), self.down)
 
     def read(self, row: Row) -> Reading:
@@ -94,8 +96,8 @@ class Bench:
 
             return keep
 
-        tapped = [TappedFFN(ffn.module, tap(n)) for n, ffn in enumerate(self.ffns)]
-        with self.swapped(tapped):
+        taps = [tap(layer) for layer in range(len(self.ffns))]
+        with tapped(self.plan.inlets(self.dense), taps):
             prompt = read_row(self.dense, row)
         found = [mx.concatenate(h)[: len(row.prompt)] for h in channels]
         mx.eval(found)
@@ -126,7 +128,7 @@ class Bench:
         rounded as quantising ``down_proj`` again does.
         """
         modules: list[nn.Module] = []
-        for layer, (_, _, ffn) in enumerate(self.ffns):
+        for layer, ffn in enumerate(self.ffns):
             index, down = selection.indices[layer], self.down[layer]
             part = [ffn.gate_proj.weight[index], ffn.up_proj.weight[index], down[index]]
             if channels is not None:
@@ -141,12 +143,14 @@ class Bench:
     def swapped(self, modules: Sequence[nn.Module]) -> Iterator[None]:
         """Put other FFNs into the dense model for a while."""
         try:
-            for (block, name, _), module in zip(self.ffns, modules, strict=True):
-                setattr(block, name, module)
+            self._put(modules)
             yield
         finally:
-            for block, name, module in self.ffns:
-                setattr(block, name, module)
+            self._put(self.ffns)
+
+    def _put(self, modules: Sequence[nn.Module]) -> None:
+        for layer, module in zip(self.plan.layers, modules, strict=True):
+            put_at(self.dense, layer.path, module)
 
 
 def rounded(down: mx.array) -> mx.array:

@@ -35,7 +35,6 @@ from ifp_mlx.files.companions import copy_companions
 from ifp_mlx.model.checkpoint import IFPModel
 from ifp_mlx.selection.masks import Selection
 from ifp_mlx.selection.top_k import select
-from ifp_mlx.slicing.pruning import ffn_layers
 from ifp_mlx.storage.layout import CHANNEL_FILE
 
 KEEP = 1 / 3
@@ -176,7 +175,7 @@ def in_turns(turns: int, *jobs: Callable[[], Any]) -> list[float]:
 def cold(store: IFPModel, folder: Path, mask: Selection, turns: int) -> dict[str, Any]:
     file = store.path / CHANNEL_FILE
     reader: Any = store.source.reader  # type: ignore[attr-defined]
-    ffns = [ffn.module for ffn in ffn_layers(store.source.open())]
+    ffns = store.plan.modules(store.source.open())
     everything = mask.mask() * 0 + 1
     all_of_it = select(everything, [store.channels] * store.layers)
 

@@ -1,0 +1,188 @@
+"""Decide on a request what only the model can say."""
+
+import math
+from dataclasses import replace
+
+from ..selection.masks import Selection
+from ..selection.prompts import Prompt
+from ..selection.request import Request, compensates
+from ..selection.scores import READING
+from ..selection.widths import (
+    Allocation,
+    check_multiple,
+    layer_sizes,
+    target_size,
+)
+from .decision import Checkpoint, Decision
+from .experts import check_number, groups_of
+from .fit import Limits, check_fits, fitting_size
+
+DEFAULT_KEEP = 0.5
+
+
+def decide(
+    request: Request,
+    model: Checkpoint,
+    *,
+    limits: Limits | None = None,
+    lasting: bool = False,
+) -> Decision:
+    """Decide what a request leaves to the model.
+
+    Args:
+        request: what was asked for.
+        model: that it is asked of.
+        limits: memory to fit into; ``None`` does not look at it.
+        lasting: whether the compact model is written for good.
+
+    Raises:
+        ValueError: on a choice that cannot be had, or that does not fit.
+    """
+    given = _given(request, model)
+    if given is not None:
+        return _of_given(request, model, given, limits, lasting)
+    granularity = _granularity(model, request.granularity)
+    block = math.lcm(granularity, *model.groups)
+    # A router takes equally many experts of each of its groups.
+    router = groups_of(model.config) if model.plan.unit == "expert" else 1
+    step = math.lcm(block, router)
+    asked = request.instruction
+    tokens = [] if asked is None else list(model.instruction_tokens(asked))
+
+    def decided(k: int) -> Decision:
+        everything = k == model.plan.units
+        name = "all" if everything else _selector(model, request.selector)
+        sizes, allocation = _sizes(model, k, name, request.allocation, block)
+        compensate = compensates(request, None, reads=name in READING, lasting=lasting)
+        return Decision(
+            request, name, sizes, k, allocation, granularity, tokens, compensate
+        )
+
+    decision = decided(_size(model, request, block, step))
+    free = request.keep is None and request.target_size is None
+    if limits is not None and limits.memory_bytes is not None and free:
+        k = fitting_size(model, decision, limits, lambda k: decided(k).sizes, step)
+        decision = decided(k)
+    elif limits is not None:
+        check_fits(model, decision, limits)
+    if model.plan.unit == "expert" and decision.selector != "all":
+        check_number(model.plan, model.config, decision.size)
+    return decision
+
+
+def _given(request: Request, model: Checkpoint) -> Selection | None:
+    if request.task is not None:
+        raise ValueError(
+            f"The task {request.task!r} is not looked up here; give its mask file."
+        )
+    given = request.selection
+    if request.mask_file is not None:
+        given = Selection.load(request.mask_file)
+    if given is not None:
+        model.check_fits(given)
+    return given
+
+
+def _of_given(
+    request: Request,
+    model: Checkpoint,
+    given: Selection,
+    limits: Limits | None,
+    lasting: bool,
+) -> Decision:
+    """Decide how a given selection is used."""
+    compensate = compensates(request, given, reads=False, lasting=lasting)
+    tokens: list[int] = []
+    if given.trained is not None and request.compensate is None:
+        given.check_reproducible()
+    if not compensate:
+        given = given.plain()
+    elif given.compensates and request.compensate is None:
+        given.check_reproducible()
+    elif given.text is None and request.instruction is not None:
+        tokens = list(model.instruction_tokens(request.instruction))
+        given = given.compensated(tokens, "the instruction")
+    elif not given.compensates:
+        given = given.compensated()
+    sizes, allocation = given.sizes, given.origin.allocation or "uniform"
+    size = round(sum(sizes) / len(sizes))
+    text = tokens or list(given.text or ()) if compensate else []
+    decision = Decision(
+        request, "given", sizes, size, allocation, 1, text, compensate, given
+    )
+    if limits is not None:
+        check_fits(model, decision, limits)
+    return decision
+
+
+def _granularity(model: Checkpoint, wanted: int | None) -> int:
+    if wanted is None and model.granularity == math.lcm(*model.groups):
+        # Whole quantisation groups would lose nothing, and choose next to nothing:
+        # 64 channels that happen to lie side by side are wanted and unwanted alike.
+        return model.ifp.granularity
+    if wanted is None:
+        return model.granularity
+    if wanted < 1 or model.plan.units % wanted:
+        raise ValueError(
+            f"granularity={wanted} does not divide the {model.plan.units} "
+            f"{model.plan.unit}s of a layer; use 1, or {model.granularity} as this "
+            "model has it."
+        )
+    return wanted
+
+
+def _size(model: Checkpoint, request: Request, block: int, step: int) -> int:
+    k = request.target_size
+    if k is None and request.keep is None:
+        k = model.ifp.target_size
+    if k is None:
+        share = DEFAULT_KEEP if request.keep is None else request.keep
+        return target_size(model.plan.units, share, step)
+    check_multiple(k, block, model.plan.units)
+    return k
+
+
+def _selector(model: Checkpoint, selector: str) -> str:
+    if selector == "predictor" and model.predictor is None:
+        raise ValueError(
+            f"{model.path} carries no trained predictor; use the selector auto."
+        )
+    if model.plan.unit == "expert" and selector != "random":
+        raise ValueError(
+            f"The experts of {model.path} cannot be chosen by the selector {selector} "
+            "yet; use the selector random, or a mask file."
+        )
+    if selector != "auto":
+        return selector
+    if model.predictor is not None:
+        return "predictor"
+    return "activation" if model.prior is None else "blend"
+
+
+def _sizes(
+    model: Checkpoint, k: int, selector: str, allocation: Allocation | None, step: int
+) -> tuple[list[int], Allocation]:
+    layers, units = model.plan.shape
+    shape = (k, layers, units)
+    if model.plan.unit == "expert" and allocation not in (None, "uniform"):
+        raise ValueError(
+            f"allocation={allocation!r} gives layers different numbers of experts, and "
+            "a stock model has one number for all; use uniform."
+        )
+    uniform = selector == "predictor" or model.plan.unit == "expert"
+    if allocation is None and not uniform and k < units:
+        try:
+            return layer_sizes(*shape, "first-layer", step), "first-layer"
+        except ValueError:  # too small a budget for a whole first layer
+            pass
+    allocation = allocation or "uniform"
+    costs = model.sensitivity if allocation == "sensitivity" else None
+    return layer_sizes(*shape, allocation, step, costs), allocation
+
+
+def with_instruction(request: Request, instruction: Prompt) -> Request:
+    """Return a request that has something to select by, if it has nothing yet."""
+    named = request.mask_file is not None or request.task is not None
+    if request.instruction is not None or named:
+        return request
+    return replace(request, instruction=instruction)

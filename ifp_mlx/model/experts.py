@@ -1,0 +1,63 @@
+"""What a mixture asks of a selection of its experts, so that it stays a stock model."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..selection.masks import Selection
+from ..slicing.shapes import Plan
+from ..slicing.stock import build
+
+# Routers that choose groups of experts first. No shape tells how many groups there are.
+GROUP_KEYS = ("n_group", "num_expert_group")
+
+
+def groups_of(config: dict[str, Any]) -> int:
+    """Return into how many groups a router sorts the experts before it chooses."""
+    homes = (config, config.get("text_config") or {})
+    found = (home.get(key) for home in homes for key in GROUP_KEYS)
+    return int(next((value for value in found if value), 1))
+
+
+def check_number(plan: Plan, config: dict[str, Any], count: int) -> None:
+    """Raise ``ValueError`` unless the stock class runs with so many experts a layer.
+
+    Args:
+        plan: of the model, of experts.
+        config: its config.json.
+        count: ``E'``, experts kept in every layer.
+    """
+    groups = groups_of(config)
+    if count % groups:
+        raise ValueError(
+            f"{count} experts a layer are no multiple of the {groups} groups that this "
+            f"model's router chooses among; use {max(1, count // groups) * groups}."
+        )
+    small = build(plan.resized(config, count))
+    try:
+        small(mx.array([[0, 0]]))  # shapes are enough: nothing is computed
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{count} experts a layer are too few for this model's router ({error}); "
+            "keep more."
+        ) from error
+
+
+def check_selection(selection: Selection, plan: Plan, config: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless a stock model can have just these experts."""
+    if selection.target_size is None:
+        raise ValueError(
+            f"The mask {selection.mask_id} keeps different numbers of experts in its "
+            "layers, and a stock model has one number for all; make another."
+        )
+    check_number(plan, config, selection.target_size)
+    groups = groups_of(config)
+    for layer, index in enumerate(selection.indices):
+        counts = np.bincount(np.array(index) * groups // plan.units, minlength=groups)
+        if len({*counts.tolist()}) > 1:
+            raise ValueError(
+                f"The mask {selection.mask_id} keeps {counts.tolist()} experts of the "
+                f"{groups} groups of layer {layer}, and the router expects equally many "
+                "of each; make another."
+            )

@@ -1,0 +1,159 @@
+"""What a user asks of a selection: one type, made by every door."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+from .masks import Selection
+from .prompts import Prompt
+from .scores import SELECTORS
+from .widths import ALLOCATIONS, Allocation
+
+Prefill = Literal["auto", "compact", "dense"]
+PREFILLS: tuple[Prefill, ...] = ("auto", "compact", "dense")
+SOURCES = ("instruction", "selection", "mask_file", "task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be selected, and how; checked as it is made.
+
+    Attributes:
+        instruction: what selects: a text, which goes through the chat template as in
+            :func:`ifp_mlx.generate`; messages, of which those up to the first user
+            message count; or token ids, taken as they are. The model does not see it.
+        selection: use this one and select nothing.
+        mask_file: use the one in this file.
+        task: use that of a named task; who knows its library puts a selection or a
+            mask file in its place.
+        keep: kept share of the channels, rounded to the granularity. Default: the
+            checkpoint's own target size, else 0.5.
+        target_size: ``k``, kept channels per layer, instead of ``keep``.
+        selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``, or
+            ``auto``: the first of predictor, blend (if a prior is kept with the
+            checkpoint) and activation that is there. ``prior`` and ``blend`` compute
+            the prior once if it is missing.
+        allocation: ``uniform``, ``first-layer`` or, once measured, ``sensitivity``.
+            Default: uniform for a trained predictor, else first-layer where the budget
+            pays for it.
+        granularity: channels that are selected together. Default: as the checkpoint
+            says, else 1, for which a quantised ``down_proj`` is quantised again; whole
+            groups lose nothing and choose worse.
+        compensate: let kept channels make up for dropped ones, as the selection's own
+            text, else the instruction shows. Default: see :func:`compensates`.
+        seed: of the selector ``random``.
+        prefill: which model reads the prompt: ``compact``, the whole ``dense`` one, or
+            ``auto``: dense as far as that has read it to select, else compact.
+        memory_bytes: that compact model, KV cache and predictor may take; chooses the
+            largest ``keep`` that fits, or refuses the one that does not.
+
+    Raises:
+        ValueError: on a choice that nothing could satisfy.
+    """
+
+    instruction: Prompt | None = None
+    selection: Selection | None = None
+    mask_file: str | None = None
+    task: str | None = None
+    keep: float | None = None
+    target_size: int | None = None
+    selector: str = "auto"
+    allocation: Allocation | None = None
+    granularity: int | None = None
+    compensate: bool | None = None
+    seed: int = 0
+    prefill: Prefill = "auto"
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_names()
+        self._check_sources()
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more; choose another.")
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise ValueError(
+                f"memory_bytes={self.memory_bytes} must be more than 0; leave it out "
+                "for no limit."
+            )
+        if self.prefill == "dense" and self.memory_bytes is not None:
+            raise ValueError(
+                "A dense prefill has the whole model in memory, and a memory limit is "
+                "there to avoid that; leave one of them out."
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether it names a selection instead of asking for one."""
+        return any(getattr(self, name) is not None for name in SOURCES[1:])
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Return the request in some options, and the other options."""
+        names = {field.name for field in fields(cls)}
+        own = {name: options[name] for name in options.keys() & names}
+        return cls(**own), {n: o for n, o in options.items() if n not in names}
+
+    def _check_sizes(self) -> None:
+        if self.keep is not None and self.target_size is not None:
+            raise ValueError(
+                f"keep={self.keep} and target_size={self.target_size} say the same "
+                "thing; give one of them."
+            )
+        number = isinstance(self.keep, int | float)
+        if self.keep is not None and not (number and 0 < self.keep <= 1):
+            raise ValueError(
+                f"keep={self.keep!r} is not a share of the channels; choose a number "
+                "above 0 and up to 1 (1 keeps them all)."
+            )
+
+    def _check_names(self) -> None:
+        choices: dict[str, tuple[Any, ...]] = {"selector": SELECTORS}
+        choices |= {"allocation": (None, *ALLOCATIONS), "prefill": PREFILLS}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"{name}={value!r} is unknown; choose one of "
+                    f"{', '.join(choice for choice in known if choice)}."
+                )
+
+    def _check_sources(self) -> None:
+        named = [name for name in SOURCES[1:] if getattr(self, name) is not None]
+        if len(named) > 1 or (named and named != ["selection"] and self.instruction):
+            both = [*named, "instruction"][:2]
+            raise ValueError(
+                f"{' and '.join(both)} each say what selects; give one of them."
+            )
+        made = (self.keep, self.target_size, self.allocation, self.granularity)
+        asks = any(value is not None for value in made) or self.selector != "auto"
+        if named and asks:
+            value = getattr(self, named[0])
+            which = value.mask_id if isinstance(value, Selection) else value
+            raise ValueError(
+                f"The {named[0].replace('_', ' ')} {which} says which channels are "
+                "kept; leave out keep, target_size, selector, allocation and "
+                "granularity."
+            )
+
+
+def compensates(
+    request: Request, selection: Selection | None, *, reads: bool, lasting: bool
+) -> bool:
+    """Return whether kept channels are to make up for dropped ones.
+
+    As the request says. Else, of what is selected now, where the dense model reads the
+    instruction anyway, to select by it; a given selection as it says itself; and what
+    is written for good also where a given selection has a text that shows how.
+
+    Args:
+        request: what was asked for.
+        selection: the one that was given, or ``None``.
+        reads: whether the dense model reads what selects.
+        lasting: whether the compact model is written for good.
+    """
+    if request.compensate is not None:
+        return request.compensate
+    if selection is None:
+        return reads
+    return selection.compensates or (lasting and selection.text is not None)

@@ -1,0 +1,200 @@
+"""Masking: every unit is computed, then what is dropped is taken away.
+
+Equal to the sliced model for the same selection, by test. Only one module of a layer is
+touched: the one whose input carries the channels, or the router of the experts. It stays
+a module of its own stock class with its own parameters, in a class of its own that sees
+to the mask first, so that names, adapters and quantisation are what they were.
+
+Source: Hou et al. 2025 (arXiv:2501.02086) sec. 2, ``F(X, m)``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .shapes import LayerPlan, Plan, at
+
+Tap = Callable[[mx.array], mx.array]
+
+
+def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    """Let every layer of a model keep to a mask, in place; at first it is all ones.
+
+    Args:
+        model: a stock model of this plan; once masked, it stays so.
+        plan: its plan.
+
+    Returns:
+        The ``L`` inlets, or routers, for :func:`set_masks`; ``channels`` of each is
+        ``F``.
+
+    Raises:
+        ValueError: if the experts' router takes no mask.
+    """
+    if plan.unit == "expert":
+        return _mask_routers(model, plan)
+    inlets = plan.inlets(model)
+    for inlet in inlets:
+        if not is_masked(inlet):
+            _become(inlet, "Masked", _masked_call)
+            inlet._mask = mx.array(1.0)  # no parameter, for its underscore
+            inlet.channels = plan.units
+    return inlets
+
+
+def masked_inlets(model: nn.Module) -> list[nn.Module]:
+    """Return what :func:`mask_model` returned for a model that it has been at, which may
+    have been adapted since; nothing if it has not.
+    """
+    found = {path: m for path, m in model.named_modules() if is_masked(m)}
+    names = [name for name, _ in tree_flatten(model.parameters())] if found else []
+    order = {
+        path: next(n for n, name in enumerate(names) if name.startswith(f"{path}."))
+        for path in found
+    }
+    return [found[path] for path in sorted(found, key=order.__getitem__)]
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether :func:`mask_model` has been at this module."""
+    return "_mask" in module
+
+
+def set_masks(masked: Sequence[nn.Module], masks: mx.array) -> None:
+    """Give every layer its mask.
+
+    Args:
+        masked: ``L`` modules, from :func:`mask_model`.
+        masks: ``[L, F]`` for all rows of a batch alike, or ``[L, B, 1 or T, F]``.
+    """
+    for module, mask in zip(masked, masks, strict=True):
+        module._mask = mask
+
+
+@contextmanager
+def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
+    """Let functions see, and change, what comes into some modules.
+
+    Args:
+        inlets: of the layers, from :meth:`Plan.inlets`.
+        taps: for each, maps the channels ``[..., F]`` to their stand-in.
+    """
+    classes = [type(inlet) for inlet in inlets]
+    try:
+        for inlet, tap in zip(inlets, taps, strict=True):
+            _become(inlet, "Tapped", _tapped_call)
+            inlet._tap = tap
+        yield
+    finally:
+        for inlet, stock in zip(inlets, classes, strict=True):
+            if inlet.__class__ is not stock:
+                inlet.__class__ = stock
+                del inlet._tap
+
+
+def _become(module: nn.Module, how: str, call: Callable[[type], Any]) -> None:
+    stock = type(module)
+    body = {"__call__": call(stock), "__module__": stock.__module__}
+    module.__class__ = type(f"{how}{stock.__name__}", (stock,), body)
+
+
+def _masked_call(stock: type) -> Any:
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return stock.__call__(self, x * self._mask.astype(x.dtype), *args, **kwargs)
+
+    return call
+
+
+def _tapped_call(stock: type) -> Any:
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return stock.__call__(self, self._tap(x), *args, **kwargs)
+
+    return call
+
+
+def _mask_routers(model: nn.Module, plan: Plan) -> list[nn.Module]:
+    routers = plan.inlets(model)
+    for layer, router in zip(plan.layers, routers, strict=True):
+        if is_masked(router):
+            continue
+        router._mask = mx.ones(plan.units)
+        if isinstance(router, nn.Linear | nn.QuantizedLinear):
+            _become(router, "Masked", _blinded_call)
+            _blind_rankings(at(model, layer.path), layer, router)
+        else:
+            _become(router, "Masked", _choosing_call)
+            router._rows = [s for s in layer.slices if s.module == layer.inlet]
+    return routers
+
+
+def _blinded_call(stock: type) -> Any:
+    """A router that is a linear layer gives logits: those of dropped experts are −∞."""
+
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        logits = stock.__call__(self, x, *args, **kwargs)
+        return mx.where(self._mask > 0, logits, -mx.inf)
+
+    return call
+
+
+def _blind_rankings(home: nn.Module, layer: LayerPlan, router: nn.Module) -> None:
+    """Some blocks add a bias of each expert before they rank them: there a probability
+    of 0 would not keep a dropped expert out.
+    """
+    for piece in layer.slices:
+        module = at(home, piece.module)
+        ranks = "bias" in piece.tensor and module[piece.tensor].ndim == 1
+        if ranks and module is not router:
+            _become(module, "Ranking", _ranking_call(piece.tensor, router))
+
+
+def _ranking_call(tensor: str, router: nn.Module) -> Callable[[type], Any]:
+    def made(stock: type) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            bias = self[tensor]
+            self[tensor] = mx.where(router["_mask"] > 0, bias, -mx.inf)
+            try:
+                return stock.__call__(self, *args, **kwargs)
+            finally:
+                self[tensor] = bias
+
+        return call
+
+    return made
+
+
+def _choosing_call(stock: type) -> Any:
+    """A router that multiplies a bare weight chooses by itself: it chooses among the
+    rows of those that are kept, and what it chose gets its old number back.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = _kept(self._mask)
+        whole = {piece.tensor: self[piece.tensor] for piece in self._rows}
+        for name, tensor in whole.items():
+            self[name] = tensor[kept]
+        try:
+            chosen = stock.__call__(self, *args, **kwargs)
+        finally:
+            for name, tensor in whole.items():
+                self[name] = tensor
+        return tuple(
+            kept[part] if mx.issubdtype(part.dtype, mx.integer) else part
+            for part in chosen
+        )
+
+    return call
+
+
+def _kept(mask: mx.array) -> mx.array:
+    if mask.ndim != 1:
+        raise ValueError(
+            f"This router takes one mask for all rows of a batch, not masks of the shape "
+            f"{mask.shape}: it multiplies a bare weight and chooses by itself."
+        )
+    count = int((mask > 0).sum())
+    return mx.sort(mx.argsort(-mask)[:count]).astype(mx.uint32)

@@ -1,0 +1,76 @@
+"""What is borrowed from mlx-lm to run a stock model that is not loaded by it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+PREFILL_STEP = 2048  # tokens that go through the model at once, as in mlx-lm
+
+
+@contextmanager
+def unmoved_random_state() -> Iterator[None]:
+    """Leave MLX's random state as it was: a class draws random weights when it is built,
+    and what is sampled or initialised later must not depend on how often that was.
+    """
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """Return mlx-lm's model of a config.json; its weights are random, never computed.
+
+    Raises:
+        ValueError: if mlx-lm cannot build it.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, args_class = _get_classes(config)
+        return model_class(args_class.from_dict(config))
+    except Exception as error:  # whatever mlx-lm's model code trips over
+        raise ValueError(
+            f"mlx-lm cannot build the {config.get('model_type')!r} model of this "
+            f"config.json ({type(error).__name__}: {error}); check it."
+        ) from error
+
+
+def steps_of(tokens: Sequence[int]) -> list[list[int]]:
+    """Return the parts in which a text goes through the model; the last is whole."""
+    ends = range(len(tokens), 0, -PREFILL_STEP)
+    return [list(tokens[max(0, end - PREFILL_STEP) : end]) for end in reversed(ends)]
+
+
+def prefill(model: nn.Module, tokens: Sequence[int], step: int = 0) -> list[Any]:
+    """Return mlx-lm's KV cache after a model has read some tokens, which may be none.
+
+    The output layer is not computed.
+
+    Args:
+        model: any stock model.
+        tokens: ``T`` ids.
+        step: tokens that go through it at once; default: as :func:`steps_of`.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    parts = steps_of(tokens)
+    if step:
+        parts = [list(tokens[n : n + step]) for n in range(0, len(tokens), step)]
+    for part in parts:
+        model(mx.array(part)[None], cache=cache)
+        mx.eval([layer.state for layer in cache])
+    return cache
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Return the log-probabilities of logits ``[..., V]``, float32, computed."""
+    found = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+    mx.eval(found)
+    return found

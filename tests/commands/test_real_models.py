@@ -1,0 +1,125 @@
+"""SmolLM2-135M-Instruct and Gemma-3-270m, as their registry packages carry them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from conftest import fetch, relative_error
+
+from ifp_mlx import Selection, generate, load, stream_generate
+from ifp_mlx.model.export import Quantisation, write_compact
+from ifp_mlx.selection.prompts import as_messages, tokenize
+from ifp_mlx.slicing.masked import mask_model, set_masks
+from ifp_mlx.slicing.plan import plan_of
+
+pytestmark = pytest.mark.real
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PROMPTS = {
+    "smollm2": "What is the capital of France?",
+    "gemma3": "The capital of France is",
+}
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+def opened(request):
+    """Return a name, the model and its tokenizer."""
+    return request.param, *load(fetch(request.param))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load(fetch("smollm2"))
+
+
+def test_keeping_everything_is_mlx_lms_own_model(opened):
+    name, model, tokenizer = opened
+    stock, stock_tokenizer = mlx_lm.load(str(model.path))
+    everything = model.compact(model.select(PROMPTS[name], keep=1.0))
+    tokens = tokenize(tokenizer, as_messages(PROMPTS[name]))
+    logits = stock(mx.array([tokens]))
+    assert relative_error(everything(mx.array([tokens])), logits) <= 1e-5
+    expected = mlx_lm.generate(stock, stock_tokenizer, tokens, max_tokens=16)
+    assert (
+        generate(model, tokenizer, PROMPTS[name], keep=1.0, max_tokens=16) == expected
+    )
+
+
+def test_real_slices_equal_real_masks(opened):
+    name, model, tokenizer = opened
+    tokens = mx.array([tokenize(tokenizer, as_messages(PROMPTS[name]))])
+    for allocation in ("uniform", "first-layer"):
+        selection = model.select(PROMPTS[name], keep=0.5, allocation=allocation)
+        masked = model.dense()
+        set_masks(mask_model(masked, plan_of(masked)), selection.mask())
+        assert relative_error(model.compact(selection)(tokens), masked(tokens)) <= 1e-5
+
+
+def test_three_quarters_of_smollm2_still_know_the_capital_of_france(smollm2):
+    model, tokenizer = smollm2
+    text = generate(model, tokenizer, PROMPTS["smollm2"], keep=0.75, max_tokens=12)
+    assert "Paris" in text
+
+
+def test_the_same_instruction_gives_the_same_mask_id_in_another_process(
+    smollm2, tmp_path
+):
+    model, tokenizer = smollm2
+    prompt, mask = PROMPTS["smollm2"], tmp_path / "mask.safetensors"
+    command = [sys.executable, "-m", "ifp_mlx.generate", "--model", model.path]
+    command += ["--prompt", prompt, "--keep", "0.75", "-m", "4", "--json"]
+    run = subprocess.run(
+        [*command, "--save-mask", mask], capture_output=True, text=True, check=True
+    )
+    report = json.loads(run.stdout.splitlines()[-1])
+    step = next(stream_generate(model, tokenizer, prompt, keep=0.75, max_tokens=1))
+    assert report["selection"]["mask_id"] == step.selection.mask_id
+    assert Selection.load(mask).mask_id == step.selection.mask_id
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "first-layer"])
+def test_a_compact_smollm2_in_stock_mlx_lm(smollm2, tmp_path, allocation):
+    model, tokenizer = smollm2
+    tokens = mx.array([tokenize(tokenizer, as_messages(PROMPTS["smollm2"]))])
+    selection = model.select(PROMPTS["smollm2"], keep=0.75, allocation=allocation)
+    out = write_compact(model, selection, tmp_path / "compact")
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", out]
+    command += ["--prompt", PROMPTS["smollm2"], "-m", "8", "--verbose", "F"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Paris" in run.stdout
+    stock, _ = mlx_lm.load(str(out))
+    assert relative_error(stock(tokens), model.compact(selection)(tokens)) <= 1e-5
+
+
+def test_a_quantised_compact_smollm2_in_stock_mlx_lm(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    selection = model.select(PROMPTS["smollm2"], keep=0.75, allocation="uniform")
+    how = Quantisation(bits=8, group_size=64)
+    out = write_compact(model, selection, tmp_path / "compact", quantisation=how)
+    stock, stock_tokenizer = mlx_lm.load(str(out))
+    tokens = tokenize(tokenizer, as_messages(PROMPTS["smollm2"]))
+    assert "Paris" in mlx_lm.generate(stock, stock_tokenizer, tokens, max_tokens=8)
+
+
+@pytest.mark.torch
+def test_a_compact_smollm2_in_transformers(smollm2, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = smollm2
+    selection = model.select(PROMPTS["smollm2"], keep=0.75, allocation="uniform")
+    out = write_compact(model, selection, tmp_path / "compact")
+    tokens = tokenize(tokenizer, as_messages(PROMPTS["smollm2"]))
+    other = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = mx.array(other(torch.tensor([tokens])).logits.numpy())
+    assert relative_error(logits, model.compact(selection)(mx.array([tokens]))) <= 1e-3
+    chat = [{"role": "user", "content": PROMPTS["smollm2"]}]
+    theirs = AutoTokenizer.from_pretrained(out)
+    ids = theirs.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
+    assert ids == tokens

@@ -1,0 +1,41 @@
+"""Ways in which a model folder is changed or damaged, for tests of what is said then."""
+
+import json
+import struct
+
+import mlx.core as mx
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    file.write_text(json.dumps(config))
+
+
+def change_weights(folder, change):
+    file = folder / "model.safetensors"
+    weights = change(mx.load(str(file)))
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights)
+
+
+def write_index(folder, *files):
+    weight_map = {f"tensor{i}": file for i, file in enumerate(files)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def truncated(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def overlapping(data: bytes) -> bytes:
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    name = max(header, key=lambda n: header[n]["data_offsets"][0])
+    size = header[name]["data_offsets"][1] - header[name]["data_offsets"][0]
+    header[name]["data_offsets"] = [0, size]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
