@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from ..files.atomic import new_file
 from ..files.caches import cache_place
-from .devices import Device, Figure, Runtime
+from .devices import Device, Figure, Runtime, profile
 
 TURNS = 5
 MEMORY_BYTES, STORAGE_BYTES = 128 << 20, 256 << 20
@@ -42,7 +42,7 @@ def here(folder: Path | None = None, *, again: bool = False) -> Device:
             scratch.write_text(json.dumps(asdict(found), indent=2) + "\n")
         return found
     try:
-        return _read(json.loads(path.read_text(encoding="utf-8")))
+        return profile(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is no device profile ({error}); delete it, and it is measured again."
@@ -83,14 +83,6 @@ def measure(folder: Path | None = None) -> Device:
             source="speeds that MLX reaches here are measured, not peaks",
         ),
     )
-
-
-def _read(content: dict[str, Any]) -> Device:
-    figures = {
-        name: content[name] and Figure(**content[name])
-        for name in ("memory", "storage", "compute")
-    }
-    return Device(**content | figures | {"runtime": Runtime(**content["runtime"])})
 
 
 def _best(action: Callable[[], Any]) -> float:

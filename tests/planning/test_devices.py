@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import asdict
+from typing import get_args
 
 import mlx.core as mx
 import pytest
@@ -15,7 +16,8 @@ def test_every_figure_says_where_it_comes_from(device):
     for figure in (device.memory, device.storage, device.compute):
         if figure is None:
             continue
-        assert figure.source and figure.kind != "measured"
+        assert figure.source and figure.kind in get_args(devices.Kind)
+        assert figure.kind != "measured"
         if figure.kind == "assumed":  # names a profile that knows better
             relative = DEVICES[figure.source.removeprefix("as ")]
             assert relative.storage.kind != "assumed"
@@ -43,6 +45,31 @@ def test_an_unknown_name_is_told_the_near_ones():
         devices.find("m4-mux")
     with pytest.raises(ValueError, match="'zx81'; use m1, m1-pro"):
         devices.find("zx81")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (', source = "x"', ""),
+        ('about = "a"', ""),
+        ('about = "a"', "about = 'a'\nname = 'b'"),
+        ('kind = "vendor"', 'kind = "vendor", unit = "GB/s"'),
+        ('runtime = "r"', ""),  # there is no mlx
+        ("load = 1, ", ""),
+    ],
+)
+def test_a_mistake_in_the_table_names_the_device(old, new):
+    table = """
+        runtimes.r = { prefill = 1, decode = 1, load = 1, layer_seconds = 0, source = "" }
+        [devices.zx81]
+        about = "a"
+        memory = { value = 1e6, kind = "vendor", source = "x" }
+        compute = { value = 1e6, kind = "vendor", source = "x" }
+        runtime = "r"
+    """
+    assert devices.read_table(table)["zx81"].storage is None
+    with pytest.raises(ValueError, match="Device 'zx81' of the table"):
+        devices.read_table(table.replace(old, new))
 
 
 @pytest.fixture
@@ -89,7 +116,7 @@ def test_a_damaged_cache_is_named(tmp_path, cache):
 
 def test_a_profile_survives_its_file(tmp_path, cache):
     for device in DEVICES.values():
-        assert machine._read(json.loads(json.dumps(asdict(device)))) == device
+        assert devices.profile(json.loads(json.dumps(asdict(device)))) == device
 
 
 def test_the_memory_measurement_leaves_nothing_behind(cache):
