@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class FakeEngine:
         if "enormous" in instruction:
             raise OutOfMemory("This needs 900 MB, more than the memory limit.")
         for layer in range(L + 1):
+            while "until it is stopped" in instruction and not stop.cancelled:
+                time.sleep(0.001)
             if stop.cancelled:
                 raise Cancelled("Cancelled.")
             progress(Progress("channels", layer, L))
@@ -287,7 +290,8 @@ def test_stop_ends_an_answer_and_what_was_said_stays():
 def test_a_stopped_selection_and_an_answer_of_nothing_leave_nothing_behind():
     async def scenario(controller, engines):
         await controller.open("model")
-        selecting = asyncio.create_task(controller.select("New", "Do it."))
+        endless = controller.select("New", "Go on until it is stopped.")
+        selecting = asyncio.create_task(endless)
         await asyncio.sleep(0)
         controller.stop()
         await selecting
