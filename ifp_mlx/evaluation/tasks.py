@@ -20,7 +20,6 @@ import numpy as np
 from ..files.progress import ProgressBar
 from ..model.checkpoint import IFPModel
 from ..selection.masks import Selection
-from ..slicing import reading
 from ..slicing.compensation import TEXT_TOKENS
 from .rows import Row
 from .teacher import METRICS, Evaluator
@@ -97,7 +96,7 @@ def make(
     if not examples:
         raise ValueError(f"The task {name} has no examples; give at least one.")
     pairs = [(row.prompt, row.answer) for row in examples]
-    scores = reading.task_scores(model.dense(), model.plan, pairs, progress=progress)
+    scores = model.use_scores(pairs, progress=progress)
     tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
     about = {"examples": len(examples), "tokens": tokens}
     text = sum(([*prompt, *answer] for prompt, answer in pairs), [])[:TEXT_TOKENS]
@@ -226,7 +225,9 @@ def _task(
     origin = replace(
         selection.origin, selector="task", task=name, made=about, model=model.name
     )
-    selection = replace(selection, origin=origin, text=tuple(text) or None)
+    if model.plan.unit == "channel":  # which can make up for others
+        selection = replace(selection, text=tuple(text) or None)
+    selection = replace(selection, origin=origin)
     return TaskMask(selection, scores)
 
 

@@ -40,7 +40,7 @@ def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
     inlets = plan.inlets(model)
     for inlet in inlets:
         if not is_masked(inlet):
-            _become(inlet, "Masked", _masked_call)
+            become(inlet, "Masked", _masked_call)
             inlet._mask = mx.array(1.0)  # no parameter, for its underscore
             inlet.channels = plan.units
     return inlets
@@ -86,7 +86,7 @@ def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
     classes = [type(inlet) for inlet in inlets]
     try:
         for inlet, tap in zip(inlets, taps, strict=True):
-            _become(inlet, "Tapped", _tapped_call)
+            become(inlet, "Tapped", _tapped_call)
             inlet._tap = tap
         yield
     finally:
@@ -96,7 +96,14 @@ def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
                 del inlet._tap
 
 
-def _become(module: nn.Module, how: str, call: Callable[[type], Any]) -> None:
+def become(module: nn.Module, how: str, call: Callable[[type], Any]) -> None:
+    """Give a module another call, in place; it stays of its own stock class.
+
+    Args:
+        module: keeps its parameters and its name.
+        how: begins the name of the new class.
+        call: makes the new ``__call__`` of the stock class.
+    """
     stock = type(module)
     body = {"__call__": call(stock), "__module__": stock.__module__}
     module.__class__ = type(f"{how}{stock.__name__}", (stock,), body)
@@ -123,10 +130,10 @@ def _mask_routers(model: nn.Module, plan: Plan) -> list[nn.Module]:
             continue
         router._mask = mx.ones(plan.units)
         if isinstance(router, nn.Linear | nn.QuantizedLinear):
-            _become(router, "Masked", _blinded_call)
+            become(router, "Masked", _blinded_call)
             _blind_rankings(at(model, layer.path), layer, router)
         else:
-            _become(router, "Masked", _choosing_call)
+            become(router, "Masked", _choosing_call)
             router._rows = [s for s in layer.slices if s.module == layer.inlet]
     return routers
 
@@ -149,7 +156,7 @@ def _blind_rankings(home: nn.Module, layer: LayerPlan, router: nn.Module) -> Non
         module = at(home, piece.module)
         ranks = "bias" in piece.tensor and module[piece.tensor].ndim == 1
         if ranks and module is not router:
-            _become(module, "Ranking", _ranking_call(piece.tensor, router))
+            become(module, "Ranking", _ranking_call(piece.tensor, router))
 
 
 def _ranking_call(tensor: str, router: nn.Module) -> Callable[[type], Any]:

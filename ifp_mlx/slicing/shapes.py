@@ -54,6 +54,8 @@ class LayerPlan:
             that gates can be folded in; ``None`` where there are none.
         attributes: module, name, and elements per unit of plain numbers that follow
             the number of units.
+        experts: from the path, the module that computes the experts that were chosen;
+            empty where units are channels.
     """
 
     path: str
@@ -61,6 +63,7 @@ class LayerPlan:
     inlet: str
     linear: tuple[str, int] | None = None
     attributes: tuple[tuple[str, str, int], ...] = ()
+    experts: str = ""
 
 
 @dataclass(frozen=True)

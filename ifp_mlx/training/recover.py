@@ -55,7 +55,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     model, tokenizer = load(config.model)
     selection = Selection.load(config.mask_file).plain()
     model.check_fits(selection)
-    check_can_write(model, selection)
+    check_can_write(model, selection.sizes)
     records, rows = read(config, model, tokenizer, say)
     if first:
         same_run(config, output / SETTINGS)

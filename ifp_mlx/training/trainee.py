@@ -17,7 +17,6 @@ from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
 from ..selection.predictor import SparsityPredictor
 from ..slicing.masked import mask_model
 from ..slicing.plan import plan_of
-from ..slicing.reading import check_channels
 from ..slicing.shapes import Plan
 from ..slicing.stock import build
 from ..storage.folder import resolve, source_of
@@ -61,7 +60,6 @@ def open_trainee(config: TrainConfig) -> Trainee:
         source = source_of(path)
         about, model = source.config, source.dense()
     plan = plan_of(model, about)  # or it says why not
-    check_channels(plan)
     if config.dtype != "stored":
         model.set_dtype(getattr(mx, config.dtype))
     mx.eval(model.parameters())
