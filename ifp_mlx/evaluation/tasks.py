@@ -19,7 +19,11 @@ import numpy as np
 
 from ..files.progress import ProgressBar
 from ..model.checkpoint import IFPModel
-from ..selection.masks import Selection
+from ..model.decide import DEFAULT_KEEP
+from ..model.experts import check_number, groups_of
+from ..selection import profiles
+from ..selection.masks import Origin, Selection
+from ..selection.widths import check_multiple, target_size
 from ..slicing import reading
 from ..slicing.compensation import TEXT_TOKENS
 from .rows import Row
@@ -138,6 +142,54 @@ def merge(
     return _task(model, name, mx.sqrt(energy), about, text, **size)
 
 
+def adopt(
+    model: IFPModel, name: str, profile: str | bytes, **size: float | None
+) -> TaskMask:
+    """Make a task mask of a profile of experts that another tool wrote.
+
+    Args:
+        model: a mixture.
+        name: what to call the task.
+        profile: the text, see :mod:`ifp_mlx.selection.profiles`.
+        size: ``keep`` or ``target_size``, where the profile only ranks experts.
+
+    Raises:
+        ValueError: if it is no profile of this model, or keeps what a stock model
+            cannot have.
+    """
+    check_name(name)
+    if model.plan.unit != "expert":
+        raise ValueError(
+            f"{model.name} has no experts that could be selected; a profile is for a "
+            "mixture of experts."
+        )
+    said = profiles.read(profile, model.plan.paths, model.channels)
+    asked = {option: value for option, value in size.items() if value is not None}
+    if said.sizes is None:
+        count = _experts_to_keep(model, **asked)
+        selection = said.selection(count, groups_of(model.config))
+    elif asked:
+        raise ValueError(
+            f"The profile says itself which experts are kept; leave out {min(asked)}."
+        )
+    else:
+        selection = said.selection()
+    origin = Origin(allocation="uniform", keep=selection.share)
+    selection = replace(selection, origin=origin, fingerprint=model.fingerprint)
+    model.check_fits(selection)
+    return _named(model, name, selection, mx.array(said.scores), {"form": said.form})
+
+
+def _experts_to_keep(model: IFPModel, **size: Any) -> int:
+    count = size.get("target_size")
+    if count is None:
+        keep = size.get("keep", DEFAULT_KEEP)
+        count = target_size(model.channels, keep, groups_of(model.config))
+    check_multiple(count, 1, model.channels)
+    check_number(model.plan, model.config, count)
+    return count
+
+
 def measure(
     model: IFPModel,
     task: TaskMask,
@@ -215,12 +267,23 @@ def _task(
     text: list[int],
     **size: Any,
 ) -> TaskMask:
-    from datetime import UTC, datetime
-    from importlib.metadata import version
-
     # The tokens select nothing here: the scores are known. "activation" keeps the
     # gates binary even if the checkpoint has a predictor.
     selection = model.select([0], selector="activation", scores=scores, **size)
+    return _named(model, name, selection, scores, about, text)
+
+
+def _named(
+    model: IFPModel,
+    name: str,
+    selection: Selection,
+    scores: mx.array,
+    about: dict[str, Any],
+    text: Sequence[int] = (),
+) -> TaskMask:
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
     about["date"] = datetime.now(UTC).date().isoformat()
     about["versions"] = {n: version(n) for n in ("ifp_mlx", "mlx", "mlx-lm")}
     origin = replace(
