@@ -19,7 +19,8 @@ import numpy as np
 
 from ..files.progress import ProgressBar
 from ..model.checkpoint import IFPModel
-from ..selection.masks import Selection
+from ..selection import profiles
+from ..selection.masks import Origin, Selection
 from ..slicing.compensation import TEXT_TOKENS
 from .rows import Row
 from .teacher import METRICS, Evaluator
@@ -137,6 +138,43 @@ def merge(
     return _task(model, name, mx.sqrt(energy), about, text, **size)
 
 
+def adopt(
+    model: IFPModel, name: str, profile: str | bytes, **size: float | None
+) -> TaskMask:
+    """Make a task mask of a profile of experts that another tool wrote.
+
+    Args:
+        model: a mixture.
+        name: what to call the task.
+        profile: the text, see :mod:`ifp_mlx.selection.profiles`.
+        size: ``keep`` or ``target_size``, where the profile only ranks experts.
+
+    Raises:
+        ValueError: if it is no profile of this model, or keeps what a stock model
+            cannot have.
+    """
+    check_name(name)
+    if model.plan.unit != "expert":
+        raise ValueError(
+            f"{model.name} has no experts that could be selected; a profile is for a "
+            "mixture of experts."
+        )
+    said = profiles.read(profile, model.plan.paths, model.channels)
+    asked = {option: value for option, value in size.items() if value is not None}
+    if said.sizes is None:
+        scores, about = mx.array(said.scores), {"form": said.form}
+        return _task(model, name, scores, about, [], **asked)
+    if asked:
+        raise ValueError(
+            f"The profile says itself which experts are kept; leave out {min(asked)}."
+        )
+    selection = said.selection()
+    origin = Origin(allocation="uniform", keep=selection.share)
+    selection = replace(selection, origin=origin, fingerprint=model.fingerprint)
+    model.check_fits(selection)
+    return _named(model, name, selection, mx.array(said.scores), {"form": said.form})
+
+
 def measure(
     model: IFPModel,
     task: TaskMask,
@@ -214,12 +252,23 @@ def _task(
     text: list[int],
     **size: Any,
 ) -> TaskMask:
-    from datetime import UTC, datetime
-    from importlib.metadata import version
-
     # The tokens select nothing here: the scores are known. "activation" keeps the
     # gates binary even if the checkpoint has a predictor.
     selection = model.select([0], selector="activation", scores=scores, **size)
+    return _named(model, name, selection, scores, about, text)
+
+
+def _named(
+    model: IFPModel,
+    name: str,
+    selection: Selection,
+    scores: mx.array,
+    about: dict[str, Any],
+    text: Sequence[int] = (),
+) -> TaskMask:
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
     about["date"] = datetime.now(UTC).date().isoformat()
     about["versions"] = {n: version(n) for n in ("ifp_mlx", "mlx", "mlx-lm")}
     origin = replace(

@@ -90,6 +90,11 @@ class Plan:
         """``(L, F)``, or ``(L, E)``."""
         return len(self.layers), self.units
 
+    @property
+    def paths(self) -> list[str]:
+        """Where in a model its layers are."""
+        return [layer.path for layer in self.layers]
+
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the module of every layer, in a model of this plan."""
         return [at(model, layer.path) for layer in self.layers]
