@@ -19,6 +19,9 @@ from mlx.utils import tree_flatten
 from .shapes import LayerPlan, Plan, at
 
 Tap = Callable[[mx.array], mx.array]
+# Added to a logit whose probability is to be exactly 0. Not −∞: a block may divide by its
+# logits (phimoe), and then no gradient would be a number.
+DROPPED = -1e9
 
 
 def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -40,7 +43,7 @@ def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
     inlets = plan.inlets(model)
     for inlet in inlets:
         if not is_masked(inlet):
-            _become(inlet, "Masked", _masked_call)
+            become(inlet, "Masked", _masked_call)
             inlet._mask = mx.array(1.0)  # no parameter, for its underscore
             inlet.channels = plan.units
     return inlets
@@ -87,7 +90,7 @@ def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
     classes = [type(inlet) for inlet in inlets]
     try:
         for inlet, tap in zip(inlets, taps, strict=True):
-            _become(inlet, "Tapped", _tapped_call)
+            become(inlet, "Tapped", _tapped_call)
             inlet._tap = tap
         yield
     finally:
@@ -97,7 +100,14 @@ def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
                 del inlet._tap
 
 
-def _become(module: nn.Module, how: str, call: Callable[[type], Any]) -> None:
+def become(module: nn.Module, how: str, call: Callable[[type], Any]) -> None:
+    """Give a module another call, in place; it stays of its own stock class.
+
+    Args:
+        module: keeps its parameters and its name.
+        how: begins the name of the new class.
+        call: makes the new ``__call__`` of the stock class.
+    """
     stock = type(module)
     body = {"__call__": call(stock), "__module__": stock.__module__}
     module.__class__ = type(f"{how}{stock.__name__}", (stock,), body)
@@ -133,19 +143,19 @@ def _mask_routers(model: nn.Module, plan: Plan) -> list[nn.Module]:
         router._mask = mx.array(1.0)
         router.channels = plan.units
         if gives_logits(router):
-            _become(router, "Masked", _blinded_call)
+            become(router, "Masked", _blinded_call)
             _blind_rankings(at(model, layer.path), layer, router)
         else:
-            _become(router, "Masked", _choosing_call)
+            become(router, "Masked", _choosing_call)
             router._rows = tuple(s for s in layer.slices if s.module == layer.inlet)
     return routers
 
 
 def _blinded_call(stock: type) -> Any:
     """A router that is a linear layer gives logits. The logarithm of the mask is added:
-    0 where it is 1, −∞ where an expert is dropped, and in between a weight of the
-    expert's probability before the chosen ones are normalised (of its odds, where a
-    block takes the sigmoid of every logit).
+    0 where it is 1, as good as −∞ where an expert is dropped, and in between a weight
+    of the expert's probability before the chosen ones are normalised (of its odds, where
+    a block takes the sigmoid of every logit).
     """
 
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -161,11 +171,11 @@ def _blinded_call(stock: type) -> Any:
 
 
 def _log(mask: mx.array) -> mx.array:
-    """Return the logarithm of a mask, its gradient 0 where it is −∞: an expert that is
-    dropped is never chosen, so what it would add is not known.
+    """Return the logarithm of a mask, its gradient 0 where an expert is dropped, which
+    is never chosen, so that what it would add is not known.
     """
     kept = mask > 0
-    return mx.where(kept, mx.log(mx.where(kept, mask, 1.0)), -mx.inf)
+    return mx.where(kept, mx.log(mx.where(kept, mask, 1.0)), DROPPED)
 
 
 def _blind_rankings(home: nn.Module, layer: LayerPlan, router: nn.Module) -> None:
@@ -174,9 +184,9 @@ def _blind_rankings(home: nn.Module, layer: LayerPlan, router: nn.Module) -> Non
     """
     for piece in layer.slices:
         module = at(home, piece.module)
-        ranks = "bias" in piece.tensor and module[piece.tensor].ndim == 1
-        if ranks and module is not router:
-            _become(module, "Ranking", _ranking_call(piece.tensor, home, layer.inlet))
+        bias = module.get(piece.tensor) if "bias" in piece.tensor else None
+        if bias is not None and bias.ndim == 1 and module is not router:
+            become(module, "Ranking", _ranking_call(piece.tensor, home, layer.inlet))
 
 
 def _ranking_call(tensor: str, home: nn.Module, inlet: str) -> Callable[[type], Any]:

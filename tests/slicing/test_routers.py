@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import families, randomised, relative_error
+from mlx.utils import tree_flatten
 
 from ifp_mlx.slicing.masked import gives_logits, mask_model, set_masks
 from ifp_mlx.slicing.plan import plan_of
@@ -86,6 +87,20 @@ def test_the_gradient_of_a_mask_is_what_small_steps_show_and_never_nan(name):
         slopes[place] = float((parts(mask + step) - parts(mask - step)).sum()) / 0.02
     assert np.abs(slopes).max() > 0.1
     assert relative_error(mx.array(found), mx.array(slopes)) <= 0.01
+
+
+@pytest.mark.parametrize("name", [*LINEAR, "phimoe", "kimi_linear"])
+def test_no_gradient_of_a_weight_is_nan_where_experts_are_dropped(name):
+    model, plan, routers = masked(name)
+
+    def loss(weights, masks):
+        model.update(weights)
+        set_masks(routers, masks)
+        return nn.losses.cross_entropy(model(TOKENS), TOKENS).mean()
+
+    weights = model.trainable_parameters()
+    found = mx.grad(loss)(weights, rows_of_masks(plan, 2, plan.units // 2))
+    assert all(mx.isfinite(value).all() for _, value in tree_flatten(found))
 
 
 @pytest.mark.parametrize(("name", "linear"), [("olmoe", True), ("deepseek_v3", False)])
