@@ -2,11 +2,12 @@
 
 A head that begins at random gives all instructions nearly the same mask, and training
 then makes the masks the same. Here the head begins as the ridge regression from the
-instruction to how strongly the model uses each of its channels, on the instruction and
-on what follows it.
+instruction to how strongly the model uses each of its channels, or its router each of
+its experts, on the instruction and on what follows it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,9 +15,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ..selection.predictor import SparsityPredictor
-from ..slicing.masked import masked_inlets, tapped
+from ..slicing.masked import Tap, masked_inlets, tapped
 from ..slicing.plan import plan_of
+from ..slicing.shapes import Plan
 from .batches import Batch
+
+Importance = Callable[[nn.Module, Batch], np.ndarray]
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 ALWAYS = 1000.0  # a score no other comes near: those have a spread of 1
@@ -33,21 +37,56 @@ def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
         model: the stock model, dense.
         batch: ``B`` examples.
     """
-    later = mx.cumsum(batch.loss_mask, axis=1, reverse=True)
-    real = (later > 0).astype(mx.float32)[:, :-1, None]
-    energy: list[mx.array] = []
 
-    def record(h: mx.array) -> mx.array:
+    def share(h: mx.array) -> mx.array:
         square = mx.square(h.astype(mx.float32))
-        share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
-        energy.append((share * real).sum(axis=1))
-        return h
+        return square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
 
     inlets = masked_inlets(model) or plan_of(model).inlets(model)
-    with tapped(inlets, [record] * len(inlets)):
+    return _logarithm(mx.sqrt(_summed(model, batch, inlets, [share] * len(inlets))))
+
+
+def expert_importance(plan: Plan, model: nn.Module, batch: Batch) -> np.ndarray:
+    """Return how much of every row's tokens goes to every expert, float32 ``[B, L, E]``.
+
+    The logarithm of the router's probability, a softmax over its logits whatever the
+    block makes of them, summed over a row's tokens up to its last target.
+
+    Args:
+        plan: of the model, of experts whose routers give logits.
+        model: the stock model, dense, not masked.
+        batch: ``B`` examples.
+    """
+
+    def share(router: nn.Module, logits: Any, x: mx.array) -> mx.array:
+        return mx.softmax(logits(router, x).astype(mx.float32), axis=-1)
+
+    routers = plan.inlets(model)
+    # Their classes are noted before they are tapped: there is no calling them then.
+    shares = [partial(share, router, type(router).__call__) for router in routers]
+    return _logarithm(_summed(model, batch, routers, shares))
+
+
+def _summed(
+    model: nn.Module, batch: Batch, inlets: Sequence[nn.Module], shares: Sequence[Tap]
+) -> mx.array:
+    """Return each token's shares summed over every row's tokens, ``[B, L, F]``."""
+    later = mx.cumsum(batch.loss_mask, axis=1, reverse=True)
+    real = (later > 0).astype(mx.float32)[:, :-1, None]
+    found: list[mx.array] = []
+
+    def record(share: Tap, h: mx.array) -> mx.array:
+        used = share(h).reshape(*real.shape[:2], -1)
+        found.append((used * real).sum(axis=1))
+        return h
+
+    with tapped(inlets, [partial(record, share) for share in shares]):
         model(batch.tokens[:, :-1])
-    used = mx.sqrt(mx.stack(energy, axis=1))
-    # The offset keeps channels that are hardly used from filling the logarithm's scale.
+    return mx.stack(found, axis=1)
+
+
+def _logarithm(used: mx.array) -> np.ndarray:
+    # The offset keeps what is hardly used from filling the logarithm's scale.
     return np.array(mx.log(used + 0.1 * used.mean(axis=-1, keepdims=True)))
 
 
@@ -58,6 +97,7 @@ def warm_start(
     *,
     centred: bool,
     decorrelate: bool,
+    importance: Importance = channel_importance,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Any]:
     """Solve the predictor's head from some training examples, in place.
@@ -70,6 +110,7 @@ def warm_start(
             spread; else a global prior remains, to which the instruction adds.
         decorrelate: make the instruction's part equally strong in all the directions
             it has, but for the weakest, so that similar tasks are told apart.
+        importance: measures the model's use of its units.
         progress: wraps the iteration over batches.
 
     Returns:
@@ -79,7 +120,7 @@ def warm_start(
     """
     wanted, features = [], []
     for batch in progress(batches):
-        wanted.append(channel_importance(model, batch))
+        wanted.append(importance(model, batch))
         features.append(np.array(predictor.features(batch.instruction, batch.lengths)))
     y, x = np.concatenate(wanted), np.concatenate(features)
     found = solve_head(predictor, x, y, centred=centred, decorrelate=decorrelate)
