@@ -21,7 +21,6 @@ from .selection.calibration import calibration_chats
 from .selection.masks import Selection
 from .selection.prompts import tokenize
 from .selection.widths import target_size
-from .slicing.reading import check_channels
 
 INSTRUCTION = "Answer the question in one sentence."
 
@@ -60,7 +59,6 @@ def _command(args: Any) -> None:
             f"be at least 1, --max-tokens {args.max_tokens} at least 2."
         )
     model, tokenizer = load(args.model)
-    check_channels(model.plan)  # two of its rows read a text
     if args.cold:
         forget_files(model.path)  # or it says now that it cannot
     texts = (tokenize(tokenizer, chat[-2:]) for chat in calibration_chats())
@@ -100,7 +98,8 @@ def _contest(model: IFPModel, args: Any, mask: Selection, prompt: list[int]) -> 
         selector = "auto" if selector == "all" else selector
         choose = partial(model.select, args.instruction, selector=selector, **options)
     # As generate does by itself.
-    sweep = options | {"selector": "activation", "compensate": True}
+    sweep = options | {"selector": "activation"}
+    sweep["compensate"] = model.plan.unit == "channel"
     return Contest(model, choose, sweep, prompt, args.max_tokens, size)
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # How often SmolLM2-135M-Instruct, untrained, still chooses the dense model's next
 # token, by keep: "activation, first-layer", which is the default where no prior was
 # computed, in examples/benchmarks/selectors/quality.md.
+# Below this share of an instruction's tokens a selection is warned of: see
+# examples/guides/experts.md.
+LOW_AGREEMENT = 0.7
 AGREEMENT = {0.75: 0.74, 0.5: 0.54, 1 / 3: 0.44}
 
 
@@ -104,6 +107,12 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         help="channels selected together; below a model's quantisation group, "
         "down_proj is quantised again",
     )
+    parser.add_argument(
+        "--min-agreement",
+        type=float,
+        help="refuse a selection whose compact model chooses the dense model's next "
+        "token at a smaller share of the instruction's tokens, 0 to 1",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
@@ -174,6 +183,8 @@ def warn_of_low_keep(selection: Selection) -> None:
     share, origin = selection.share, selection.origin
     if share >= max(AGREEMENT) - 0.005 or origin.selector == "predictor":
         return
+    if origin.agreement is not None:  # which says more
+        return
     if measured := origin.evaluation:
         found = measured
         if selection.compensates:
@@ -181,6 +192,12 @@ def warn_of_low_keep(selection: Selection) -> None:
         expect = (
             f"this task mask chose the dense model's next token "
             f"{found['agreement']:.0%} of the time on {measured['rows']} other examples"
+        )
+    elif selection.unit == "expert":
+        expect = (
+            "some mixtures bear half of their experts, others next to none, and this one "
+            "was not compared with the whole model; the selectors activation and blend "
+            "do that"
         )
     else:
         keep = min(k for k in AGREEMENT if k >= share - 0.005)
@@ -194,6 +211,30 @@ def warn_of_low_keep(selection: Selection) -> None:
         f"Note: {share:.0%} of the {selection.unit}s, without training for it: {expect}.",
         file=sys.stderr,
     )
+
+
+def say_agreement(selection: Selection) -> None:
+    """Say on stderr how far the compact model agrees with the dense one on the text that
+    selected, if that was measured, and warn where it is little.
+    """
+    origin = selection.origin
+    if origin.agreement is None:
+        return
+    mass = ""
+    if origin.router_mass is not None:
+        mass = f"the kept experts had {origin.router_mass:.0%} of the gate weights; "
+    print(
+        f"On the instruction's own tokens: {mass}the compact model chooses the dense "
+        f"model's next token at {origin.agreement:.0%} (KL {origin.kl:.2f} nats).",
+        file=sys.stderr,
+    )
+    if origin.agreement < LOW_AGREEMENT:
+        print(
+            f"Warning: below {LOW_AGREEMENT:.0%} expect an answer unlike the dense "
+            f"model's; keep more {selection.unit}s, or use a task mask made from "
+            "examples.",
+            file=sys.stderr,
+        )
 
 
 def say_slicing(slicing: str, selection: Selection) -> None:
@@ -241,5 +282,6 @@ def request_of(args: argparse.Namespace, **more: Any) -> Request:
     """
     names: tuple[str, ...] = ("instruction", "mask_file", "keep", "target_size")
     names += ("selector", "allocation", "granularity", "seed", "compensate")
+    names += ("min_agreement",)
     asked = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return Request(**asked | more)

@@ -11,7 +11,12 @@ from .files.atomic import refuse_existing
 from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, load
 from .model.decide import decide
-from .model.export import MASK_FILE, can_be_ragged, write_compact
+from .model.export import (
+    MASK_FILE,
+    can_be_ragged,
+    check_can_write,
+    write_compact,
+)
 from .selection.masks import Selection
 
 # The KL to the dense model of the default at keep 0.5, with the first layer whole and
@@ -53,23 +58,29 @@ def _command(args: Any) -> None:
             request, allocation=_writable_allocation(model, request.allocation)
         )
     decision = decide(request, model, lasting=True)
-    selection = model.selected(decision, progress=SHOWN)
+    quantisation = cli.quantisation_of(args)
+    check_can_write(model, decision.sizes, quantisation)
+    made = model.prepare(decision, progress=SHOWN)
     out = write_compact(
         model,
-        selection,
+        made.selection,
         args.mlx_path,
-        quantisation=cli.quantisation_of(args),
+        compact=made.model,
+        quantisation=quantisation,
         progress=SHOWN,
     )
     written = Selection.load(out / MASK_FILE)
     if how := written.compensation:
         print(f"Compensated by {how.tokens} tokens of {how.source}.", file=sys.stderr)
+    cli.say_agreement(written)
     cli.warn_of_low_keep(written)
     slicing = model.slicing(written)
     cli.say_slicing(slicing, written)
     about: dict[str, Any] = {"path": str(out), "mask_id": written.mask_id}
     about |= {"identity": written.identity, "unit": written.unit}
     about |= {"layers": written.sizes, "down_proj": slicing}
+    about |= {"agreement": written.origin.agreement, "kl": written.origin.kl}
+    about["router_mass"] = written.origin.router_mass
     about["requantisation_kl"] = written.origin.requantisation_kl
     print(json.dumps(about) if args.json else out)
 

@@ -88,6 +88,7 @@ def _command(args: Any) -> None:
     if args.save_mask:
         last.selection.save(args.save_mask)
     print(_summary(last), file=sys.stderr)
+    cli.say_agreement(last.selection)
     cli.warn_of_low_keep(last.selection)
     slicing = model.slicing(last.selection)
     cli.say_slicing(slicing, last.selection)

@@ -1,6 +1,7 @@
 """Task masks and their library: the command."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from . import cli
 from .evaluation.rows import Row, read_rows
 from .evaluation.tasks import (
     TaskMask,
+    adopt,
     check_name,
     library,
     make,
@@ -19,9 +21,11 @@ from .evaluation.tasks import (
     merge,
     overlap,
 )
+from .files.atomic import new_file, refuse_existing
 from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, load
-from .selection.masks import find_mask
+from .selection import profiles
+from .selection.masks import Selection, find_mask
 from .selection.prompts import as_messages, tokenize
 
 EXAMPLES = 16
@@ -38,7 +42,8 @@ def build_parser() -> cli.Parser:
         prog="ifp_mlx.tasks",
         description="Make, list, merge and compare masks for tasks.",
     )
-    verbs = parser.add_subparsers(required=True, metavar="make|list|merge|overlap")
+    names = "make|list|merge|overlap|import|export"
+    verbs = parser.add_subparsers(required=True, metavar=names)
     making = verbs.add_parser("make", help="make a mask from examples")
     what = making.add_mutually_exclusive_group(required=True)
     what.add_argument("--examples", type=Path, help="a JSONL file, as of evaluate")
@@ -46,14 +51,26 @@ def build_parser() -> cli.Parser:
     what.add_argument("--instruction-file", type=Path, help="the same, in a file")
     merging = verbs.add_parser("merge", help="make one mask for several tasks")
     merging.add_argument("--tasks", nargs="+", required=True, help="their names")
-    for verb, command in ((making, _make), (merging, _merge)):
+    importing = verbs.add_parser("import", help="take over a profile of experts")
+    help = "JSON of another tool: which experts a layer keeps, or how they rank"
+    importing.add_argument("--profile", type=Path, required=True, help=help)
+    exporting = verbs.add_parser("export", help="write a profile of experts")
+    help = "which tool it is for: %(choices)s"
+    exporting.add_argument(
+        "--format", required=True, choices=profiles.FORMS, help=help, metavar="TOOL"
+    )
+    exporting.add_argument("--output", type=Path, required=True, help="a new file")
+    masks = ((making, _make), (merging, _merge), (importing, _import))
+    for verb, command in (*masks, (exporting, _export)):
         verb.set_defaults(verb=command)
         cli.add_model_option(verb)
         verb.add_argument("--name", required=True, help="of the task")
+    for verb, _ in masks:
         size = verb.add_mutually_exclusive_group()
         size.add_argument("--keep", type=float, help="kept share; default 0.5")
         size.add_argument("--target-size", type=int, help="kept channels per layer")
-        verb.add_argument("--allocation", help="see ifp_mlx.generate")
+        if verb is not importing:
+            verb.add_argument("--allocation", help="see ifp_mlx.generate")
         verb.add_argument("--held-out", type=Path, help="JSONL to measure it on")
         help = "rows to make it from, and to measure it on; default: %(default)s"
         verb.add_argument("--limit", type=int, default=EXAMPLES, help=help)
@@ -62,7 +79,7 @@ def build_parser() -> cli.Parser:
     for verb, command in ((listing, _list), (comparing, _overlap)):
         verb.set_defaults(verb=command)
         verb.add_argument("--model", help="whose library, if it is in its folder")
-    for verb in (making, merging, listing, comparing):
+    for verb in (making, merging, importing, exporting, listing, comparing):
         cli.add_tasks_folder_option(verb)
         verb.add_argument("--json", action="store_true", help="one line of JSON")
     return parser
@@ -107,6 +124,33 @@ def _merge(args: Any) -> None:
     _measure_and_save(args, model, tokenizer, task, [])
 
 
+def _import(args: Any) -> None:
+    if not args.profile.is_file():
+        raise FileNotFoundError(f"There is no profile {args.profile}.")
+    text = args.profile.read_bytes()
+    model, tokenizer = load(args.model)
+    task = adopt(model, args.name, text, keep=args.keep, target_size=args.target_size)
+    made, size = task.selection.origin.made or {}, task.selection.target_size
+    print(
+        f"{args.profile} is a profile of the form {made['form']}: kept are {size} of "
+        f"{model.channels} experts in each of {model.layers} layers.",
+        file=sys.stderr,
+    )
+    _measure_and_save(args, model, tokenizer, task, [])
+
+
+def _export(args: Any) -> None:
+    refuse_existing(args.output)
+    model, _ = load(args.model)
+    selection = Selection.load(find_mask(args.name, cli.tasks_folders(args)))
+    model.check_fits(selection)
+    text = profiles.write(selection, model.plan.paths, args.format)
+    with new_file(args.output) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    said = {"name": args.name, "format": args.format, "output": str(args.output)}
+    print(json.dumps(said) if args.json else args.output)
+
+
 def _measure_and_save(
     args: Any, model: IFPModel, tokenizer: Any, task: TaskMask, seen: list[Row]
 ) -> None:
@@ -145,6 +189,8 @@ def _list(args: Any) -> None:
         source = f"{made.get('examples')} examples, {made.get('tokens')} tokens"
         if "merged" in made:
             source = " + ".join(made["merged"])
+        if "form" in made:
+            source = f"a profile ({made['form']})"
         cost = f"{card['kl']:.3f} | {card['agreement']:.1%}" if card else " | "
         better = card.get("compensated") if card else None
         cost += f" | {better['kl']:.3f}" if better else " | "

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..model.agreement import check_agreement
 from ..model.checkpoint import IFPModel
 from ..model.decide import decide, with_instruction
 from ..model.decision import Decision
@@ -80,13 +81,17 @@ class Shelf:
         most = REMEMBERED_BYTES // (4 * self.model.layers * self.model.channels)
         while len(self._remembered) > max(16, most):
             self._remembered.popitem(last=False)
-        return self._remembered[key]
+        selection = self._remembered[key]
+        if decision.compares:
+            check_agreement(selection, decision.request.min_agreement)
+        return selection
 
     def _key(self, decision: Decision) -> tuple:
         """Return what tells a selection from those of other requests."""
         seed = decision.request.seed if decision.selector == "random" else None
         chosen = decision.selector, tuple(decision.sizes), decision.granularity
-        return tuple(decision.tokens), *chosen, decision.compensate, seed
+        how = decision.compensate, decision.compares, seed
+        return tuple(decision.tokens), *chosen, *how
 
     def _choose(self, decision: Decision, progress: Any, load: bool) -> Selection:
         if decision.reads and load:

@@ -151,7 +151,9 @@ class SelectingLM(MLXLM):
     def _mask_of_task(self, task: Any) -> Selection:
         self._run(None)
         texts = task_texts(task, self.tokenizer, chat=self.use_chat_template)
-        scores = reading.prior_scores(self._dense, self._ifp.plan, texts)
+        scores = reading.scores(
+            self._dense, self._ifp.plan, [(text,) for text in texts]
+        )
         # The scores are known; "activation" keeps the gates binary.
         return self._selection([0], "activation", scores, sum(texts, [])[:TEXT_TOKENS])
 

@@ -25,7 +25,7 @@ from ..selection import top_k
 from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
 from ..slicing.masked import mask_model, set_masks
-from ..slicing.stock import log_softmax
+from ..slicing.stock import StandIn, log_softmax
 from .rows import read_rows
 
 DATA_TEXTS = 12  # of a user's own files, all together
@@ -53,6 +53,11 @@ def measure_sensitivity(
         KL to the dense model when a layer alone keeps each of ``MEASURED_SHARES``,
         nats per token, ``[L, 6]`` float32; the last column is 0.
     """
+    if model.plan.unit == "expert":
+        raise ValueError(
+            f"The layers of {model.path} keep equally many experts, so that a stock model "
+            "can have them: there is nothing to allocate by sensitivity."
+        )
     texts = calibration_texts(model) if texts is None else texts
     about = {TEXTS_HASH: hash_of(texts)}
     partial_file = model.path / PARTIAL_FILE
@@ -113,7 +118,8 @@ class Probe:
         self.ones = mx.ones((model.layers, model.channels))
         self.granularity = model.granularity
         if scores is None:
-            scores = reading.prior_scores(self.dense, model.plan, texts)
+            examples = [(text,) for text in texts]
+            scores = reading.scores(self.dense, model.plan, examples)
         self.scores = scores
         self.texts = texts
         # What all texts begin with is the chat template's, and easy.
@@ -174,19 +180,6 @@ class Probe:
         return log_softmax(logits[0, self.start :])
 
 
-class _StandIn:
-    """Stands in for a block of the model, and answers for it in all else."""
-
-    def __init__(self, block: nn.Module, call: Any) -> None:
-        self.block, self.call = block, call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-
 def _record(model: nn.Module, text: Sequence[int]) -> tuple[list[Any], mx.array]:
     """Return the output of every block, and the logits, ``[1, T, V]``."""
     outputs: list[Any] = []
@@ -224,7 +217,7 @@ def _replaced(model: nn.Module, calls: dict[int, Any]) -> Iterator[None]:
     try:
         for layers, stock in lists:
             layers[:] = [
-                _StandIn(block, calls[blocks[id(block)]])
+                StandIn(block, calls[blocks[id(block)]])
                 if blocks.get(id(block)) in calls
                 else block
                 for block in stock

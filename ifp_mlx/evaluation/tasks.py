@@ -19,8 +19,8 @@ import numpy as np
 
 from ..files.progress import ProgressBar
 from ..model.checkpoint import IFPModel
-from ..selection.masks import Selection
-from ..slicing import reading
+from ..selection import profiles
+from ..selection.masks import Origin, Selection
 from ..slicing.compensation import TEXT_TOKENS
 from .rows import Row
 from .teacher import METRICS, Evaluator
@@ -97,7 +97,7 @@ def make(
     if not examples:
         raise ValueError(f"The task {name} has no examples; give at least one.")
     pairs = [(row.prompt, row.answer) for row in examples]
-    scores = reading.task_scores(model.dense(), model.plan, pairs, progress=progress)
+    scores = model.use_scores(pairs, progress=progress)
     tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
     about = {"examples": len(examples), "tokens": tokens}
     text = sum(([*prompt, *answer] for prompt, answer in pairs), [])[:TEXT_TOKENS]
@@ -136,6 +136,43 @@ def merge(
     each = TEXT_TOKENS // len(tasks)
     text = sum((list(task.selection.text or ())[:each] for task in tasks), [])
     return _task(model, name, mx.sqrt(energy), about, text, **size)
+
+
+def adopt(
+    model: IFPModel, name: str, profile: str | bytes, **size: float | None
+) -> TaskMask:
+    """Make a task mask of a profile of experts that another tool wrote.
+
+    Args:
+        model: a mixture.
+        name: what to call the task.
+        profile: the text, see :mod:`ifp_mlx.selection.profiles`.
+        size: ``keep`` or ``target_size``, where the profile only ranks experts.
+
+    Raises:
+        ValueError: if it is no profile of this model, or keeps what a stock model
+            cannot have.
+    """
+    check_name(name)
+    if model.plan.unit != "expert":
+        raise ValueError(
+            f"{model.name} has no experts that could be selected; a profile is for a "
+            "mixture of experts."
+        )
+    said = profiles.read(profile, model.plan.paths, model.channels)
+    asked = {option: value for option, value in size.items() if value is not None}
+    if said.sizes is None:
+        scores, about = mx.array(said.scores), {"form": said.form}
+        return _task(model, name, scores, about, [], **asked)
+    if asked:
+        raise ValueError(
+            f"The profile says itself which experts are kept; leave out {min(asked)}."
+        )
+    selection = said.selection()
+    origin = Origin(allocation="uniform", keep=selection.share)
+    selection = replace(selection, origin=origin, fingerprint=model.fingerprint)
+    model.check_fits(selection)
+    return _named(model, name, selection, mx.array(said.scores), {"form": said.form})
 
 
 def measure(
@@ -215,18 +252,31 @@ def _task(
     text: list[int],
     **size: Any,
 ) -> TaskMask:
-    from datetime import UTC, datetime
-    from importlib.metadata import version
-
     # The tokens select nothing here: the scores are known. "activation" keeps the
     # gates binary even if the checkpoint has a predictor.
     selection = model.select([0], selector="activation", scores=scores, **size)
+    return _named(model, name, selection, scores, about, text)
+
+
+def _named(
+    model: IFPModel,
+    name: str,
+    selection: Selection,
+    scores: mx.array,
+    about: dict[str, Any],
+    text: Sequence[int] = (),
+) -> TaskMask:
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
     about["date"] = datetime.now(UTC).date().isoformat()
     about["versions"] = {n: version(n) for n in ("ifp_mlx", "mlx", "mlx-lm")}
     origin = replace(
         selection.origin, selector="task", task=name, made=about, model=model.name
     )
-    selection = replace(selection, origin=origin, text=tuple(text) or None)
+    if model.plan.unit == "channel":  # which can make up for others
+        selection = replace(selection, text=tuple(text) or None)
+    selection = replace(selection, origin=origin)
     return TaskMask(selection, scores)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,12 +32,16 @@ from ..selection.scores import blend_scores, random_scores
 from ..selection.top_k import select
 from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
+from ..slicing.reading import Example
+from ..slicing.routing import mass_share
 from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
+from ..slicing.stock import IN_LAYER, final_norm
 from ..storage.folder import SHIPPED, Folder, resolve, source_of
 from . import sweep
+from .agreement import check_agreement, compared, places_of
 from .decide import decide
 from .decision import Decision
-from .experts import check_selection, groups_of
+from .experts import check_selection
 from .footprint import Footprint
 from .sweep import Choose
 
@@ -196,6 +199,8 @@ class IFPModel:
         """Return the selection that was decided on; see :meth:`select`."""
         if decision.selection is not None:
             return decision.selection
+        if decision.compares and scores is None:
+            return self.prepare(decision, progress=progress).selection
         selector = decision.selector
         if selector == "all":  # nothing to choose
             scores = mx.zeros((self.layers, self.channels))
@@ -215,7 +220,7 @@ class IFPModel:
             granularity=decision.granularity,
             gates=self.ifp.gates if selector == "predictor" else "binary",
             temperature=self.ifp.temperature,
-            groups=groups_of(self.config) if self.plan.unit == "expert" else 1,
+            groups=decision.groups,
         )
         selection = replace(
             selection,
@@ -256,16 +261,24 @@ class IFPModel:
             model = self.compact(selection, progress=progress)
             spent = time.perf_counter() - chosen
             return Compact(selection, model, None, chosen - start, spent)
-        rows = [mx.array(0.0)] * self.layers
-        model, kv = sweep.compact_model(
+        rows, tokens = [mx.array(0.0)] * self.layers, decision.tokens
+        swept = sweep.compact_model(
             self.source,
-            decision.tokens,
+            tokens,
             self._chooser(decision, rows, progress),
             compensate=decision.compensate,
+            places=places_of(tokens) if decision.compares else None,
             progress=progress,
         )
         selection = self.selected(decision, scores=mx.stack(rows))
-        return Compact(selection, model, kv, time.perf_counter() - start)
+        if self.plan.unit == "expert":
+            mass = mass_share(mx.stack(swept.uses)[:, 0], selection)
+            origin = replace(selection.origin, router_mass=mass)
+            selection = replace(selection, origin=origin)
+        if swept.said is not None:
+            selection = compared(selection, swept.model, swept.said, tokens)
+            check_agreement(selection, decision.request.min_agreement)
+        return Compact(selection, swept.model, swept.kv, time.perf_counter() - start)
 
     def _chooser(
         self, decision: Decision, rows: list[mx.array], progress: ProgressBar
@@ -279,7 +292,7 @@ class IFPModel:
             if prior is not None:
                 row = blend_scores(row, prior[layer : layer + 1])
             rows[layer] = row[0]
-            return decision.channels_of(layer, row)
+            return decision.units_of(layer, row)
 
         return choose
 
@@ -417,11 +430,26 @@ class IFPModel:
         prior = None if selector == "activation" else self.known_prior(progress)
         if prior is not None and selector == "prior":
             return prior
-        if dense is None:
-            local = sweep.activation_scores(self.source, tokens, progress=progress)
-        else:
-            local = reading.activation_scores(dense, self.plan, tokens)
+        local = self.use_scores([(tokens,)], dense=dense, progress=progress)
         return local if prior is None else blend_scores(local, prior)
+
+    def use_scores(
+        self,
+        examples: Sequence[Example],
+        *,
+        dense: nn.Module | None = None,
+        progress: ProgressBar = iter,
+    ) -> mx.array:
+        """Return how strongly some texts use each unit, float32 ``[L, F]``.
+
+        Args:
+            examples: token ids of each text, in as many parts as the others.
+            dense: see :meth:`scores`.
+            progress: wraps the iteration over layers, or batches of texts.
+        """
+        if dense is None:
+            return sweep.scores(self.source, examples, progress=progress)
+        return reading.scores(dense, self.plan, examples, progress=progress)
 
     def known_prior(self, progress: ProgressBar = iter) -> mx.array:
         """Return the prior, float32 ``[L, F]``, computed now if it is not there yet."""
@@ -435,8 +463,8 @@ class IFPModel:
         Returns:
             float32 ``[L, F]``.
         """
-        texts = [self._calibration_tokens(c) for c in calibration_chats()]
-        scores = reading.prior_scores(self.dense(), self.plan, texts, progress=progress)
+        texts = [(self._calibration_tokens(c),) for c in calibration_chats()]
+        scores = self.use_scores(texts, progress=progress)
         try:
             with new_file(self.path / PRIOR_FILE) as scratch:
                 mx.save_safetensors(str(scratch), {"scores": scores})
@@ -487,19 +515,18 @@ def load(model: str | os.PathLike[str] = SHIPPED) -> tuple[IFPModel, Any]:
 
 
 def _fingerprint(model: nn.Module) -> mx.array:
-    """Return the final norm's weights, float16 ``[D]``; none where a type has no such
-    weights (nanochat).
+    """Return the final norm's weights, float16 ``[D]``; where a type has no such weights
+    (nanochat) the last others of its kind, or none.
     """
-    vectors = {
-        name: weight
-        for name, weight in tree_flatten(model.parameters())
-        if weight.ndim == 1 and not re.search(r"\.\d+\.", name)
-    }
-    norms = [name for name in vectors if name.endswith("norm.weight")]
-    final = [name for name in norms if re.search(r"(^|\.)norm\.weight$", name)][:1]
-    others = [name for name in vectors if name.endswith("weight")]
-    name = next(iter([*final, *norms[::-1], *others[::-1]]), None)
-    found = mx.zeros(0) if name is None else vectors[name]
+    weights = tree_flatten(model.parameters(), destination={})
+    others = [
+        name
+        for name, weight in weights.items()
+        if weight.ndim == 1 and name.endswith("weight") and not IN_LAYER.search(name)
+    ]
+    norm = final_norm(model)
+    names = others[-1:] if norm is None else [f"{norm}.weight"]
+    found = weights[names[0]] if names else mx.zeros(0)
     fingerprint = found.astype(mx.float16)
     mx.eval(fingerprint)  # or it would be read from the file much later
     return fingerprint

@@ -26,12 +26,13 @@ from ..files.progress import ProgressBar
 from ..selection.masks import Selection
 from ..slicing.sliced import count_units, follow, note_units, sliced_names
 from ..storage.layout import CHANNEL_FILE
+from .agreement import check_agreement
 from .checkpoint import Compact, IFPModel
 from .decision import Decision
 
 LIMIT_BYTES = 32 << 30
 MASK, CHANNELS = "mask.safetensors", "channels.safetensors"
-ENTRY_VERSION = 2
+ENTRY_VERSION = 3
 
 
 def prepare_once(
@@ -53,6 +54,8 @@ def prepare_once(
     key = cache.key(model, decision)
     found = cache.load(model, key)
     if found is not None:
+        if decision.compares:
+            check_agreement(found[0], decision.request.min_agreement)
         return Compact(*found, load=time.perf_counter() - start, cache="hit")
     made = model.prepare(decision, progress=progress)
     cache.save(key, model, made.selection, made.model)
@@ -92,6 +95,7 @@ class CompactCache:
             "sizes": decision.sizes,
             "granularity": decision.granularity,
             "compensate": decision.compensate,
+            "compared": decision.compares,
             "seed": seed if decision.selector == "random" else None,
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())

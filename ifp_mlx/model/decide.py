@@ -13,6 +13,7 @@ from ..selection.widths import (
     layer_sizes,
     target_size,
 )
+from .agreement import check_agreement
 from .decision import Checkpoint, Decision
 from .experts import check_number, groups_of
 from .fit import Limits, check_fits, fitting_size
@@ -53,10 +54,10 @@ def decide(
         everything = k == model.plan.units
         name = "all" if everything else _selector(model, request.selector)
         sizes, allocation = _sizes(model, k, name, request.allocation, block)
-        compensate = compensates(request, None, reads=name in READING, lasting=lasting)
-        return Decision(
-            request, name, sizes, k, allocation, granularity, tokens, compensate
-        )
+        reads = name in READING
+        compensate = _compensates(request, model, None, reads=reads, lasting=lasting)
+        about = (sizes, k, allocation, granularity, tokens, compensate)
+        return Decision(request, name, *about, unit=model.plan.unit, groups=router)
 
     decision = decided(_size(model, request, block, step))
     free = request.keep is None and request.target_size is None
@@ -65,6 +66,12 @@ def decide(
         decision = decided(k)
     elif limits is not None:
         check_fits(model, decision, limits)
+    if request.min_agreement is not None and decision.selector not in (*READING, "all"):
+        raise ValueError(
+            f"min_agreement={request.min_agreement} needs the dense model to read the "
+            f"instruction, and the selector {decision.selector} does without; use "
+            "activation or blend."
+        )
     if model.plan.unit == "expert" and decision.selector != "all":
         check_number(model.plan, model.config, decision.size)
     return decision
@@ -91,7 +98,7 @@ def _of_given(
     lasting: bool,
 ) -> Decision:
     """Decide how a given selection is used."""
-    compensate = compensates(request, given, reads=False, lasting=lasting)
+    compensate = _compensates(request, model, given, reads=False, lasting=lasting)
     tokens: list[int] = []
     if given.trained is not None and request.compensate is None:
         given.check_reproducible()
@@ -107,12 +114,28 @@ def _of_given(
     sizes, allocation = given.sizes, given.origin.allocation or "uniform"
     size = round(sum(sizes) / len(sizes))
     text = tokens or list(given.text or ()) if compensate else []
-    decision = Decision(
-        request, "given", sizes, size, allocation, 1, text, compensate, given
-    )
+    about = (sizes, size, allocation, 1, text, compensate)
+    check_agreement(given, request.min_agreement)
+    unit = model.plan.unit
+    decision = Decision(request, "given", *about, unit=unit, selection=given)
     if limits is not None:
         check_fits(model, decision, limits)
     return decision
+
+
+def _compensates(
+    request: Request, model: Checkpoint, given: Selection | None, **about: bool
+) -> bool:
+    """Return :func:`compensates`, which experts never do."""
+    if model.plan.unit == "channel":
+        return compensates(request, given, **about)
+    if request.compensate:
+        raise ValueError(
+            f"The experts of {model.path} cannot make up for dropped ones: what a "
+            "dropped expert did is the router's to give to another; leave compensate "
+            "out."
+        )
+    return False
 
 
 def _granularity(model: Checkpoint, wanted: int | None) -> int:
@@ -146,11 +169,6 @@ def _selector(model: Checkpoint, selector: str) -> str:
     if selector == "predictor" and model.predictor is None:
         raise ValueError(
             f"{model.path} carries no trained predictor; use the selector auto."
-        )
-    if model.plan.unit == "expert" and selector != "random":
-        raise ValueError(
-            f"The experts of {model.path} cannot be chosen by the selector {selector} "
-            "yet; use the selector random, or a mask file."
         )
     if selector != "auto":
         return selector

@@ -12,7 +12,7 @@ from ..selection.prompts import Prompt
 from ..selection.request import Request
 from ..selection.scores import READING
 from ..selection.top_k import select
-from ..slicing.shapes import Plan
+from ..slicing.shapes import Plan, Unit
 
 
 class Checkpoint(Protocol):
@@ -60,6 +60,8 @@ class Decision:
         granularity: units that are selected together.
         tokens: of what selects, or shows how to compensate; none if nothing reads it.
         compensate: whether kept channels make up for dropped ones.
+        unit: what is kept.
+        groups: equal parts of a layer, of each of which equally many units are kept.
         selection: the one that was given, compensated as decided.
     """
 
@@ -71,6 +73,8 @@ class Decision:
     granularity: int
     tokens: list[int] = field(default_factory=list)
     compensate: bool = False
+    unit: Unit = "channel"
+    groups: int = 1
     selection: Selection | None = None
 
     @property
@@ -78,7 +82,20 @@ class Decision:
         """Whether the dense model reads the instruction to select."""
         return self.selector in READING
 
-    def channels_of(self, layer: int, scores: mx.array) -> mx.array:
+    @property
+    def compares(self) -> bool:
+        """Whether what the compact model says of the instruction is compared with what
+        the dense one said: of experts always, for dropping them can be ruinous.
+        """
+        asked = self.unit == "expert" or self.request.min_agreement is not None
+        return self.reads and asked
+
+    def units_of(self, layer: int, scores: mx.array) -> mx.array:
         """Return what one layer keeps for its scores ``[1, F]``: int32 ``[k_l]``."""
-        sizes = [self.sizes[layer]]
-        return select(scores, sizes, granularity=self.granularity).indices[0]
+        kept = select(
+            scores,
+            [self.sizes[layer]],
+            granularity=self.granularity,
+            groups=self.groups,
+        )
+        return kept.indices[0]

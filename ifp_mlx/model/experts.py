@@ -49,7 +49,8 @@ def check_selection(selection: Selection, plan: Plan, config: dict[str, Any]) ->
     if selection.target_size is None:
         raise ValueError(
             f"The mask {selection.mask_id} keeps different numbers of experts in its "
-            "layers, and a stock model has one number for all; make another."
+            f"layers ({', '.join(map(str, selection.sizes))}), and a stock model has one "
+            "number for all; make one that keeps equally many in each."
         )
     check_number(plan, config, selection.target_size)
     groups = groups_of(config)

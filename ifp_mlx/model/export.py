@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def write_compact(
     selection: Selection,
     out: str | os.PathLike[str],
     *,
+    compact: nn.Module | None = None,
     quantisation: Quantisation | None = None,
     progress: ProgressBar = iter,
 ) -> Path:
@@ -60,6 +62,7 @@ def write_compact(
         model: where the weights come from.
         selection: made with this model.
         out: the folder to make.
+        compact: the selection's compact model if it is in memory; may be changed.
         quantisation: quantise the result, or leave it as the source is.
         progress: wraps the iteration over layers.
 
@@ -73,8 +76,9 @@ def write_compact(
     """
     out = Path(out)
     refuse_existing(out)
-    check_can_write(model, selection, quantisation)
-    compact = model.compact(selection, progress=progress)
+    check_can_write(model, selection.sizes, quantisation)
+    if compact is None:
+        compact = model.compact(selection, progress=progress)
     selection = _with_slicing(model, compact, selection, progress)
     return write_plain(model, compact, selection, out, quantisation=quantisation)
 
@@ -101,7 +105,7 @@ def write_plain(
     Raises:
         FileExistsError, ValueError: as :func:`write_compact`.
     """
-    check_can_write(model, selection, quantisation)
+    check_can_write(model, selection.sizes, quantisation)
     config = dict(model.config)
     if selection.target_size is not None:
         config = model.plan.resized(config, selection.target_size)
@@ -152,17 +156,24 @@ def can_be_ragged(model: IFPModel) -> bool:
 
 
 def check_can_write(
-    model: IFPModel, selection: Selection, quantisation: Quantisation | None = None
+    model: IFPModel, sizes: Sequence[int], quantisation: Quantisation | None = None
 ) -> None:
-    """Raise ``ValueError`` unless a plain folder can hold such a compact model."""
-    if selection.target_size is None and not can_be_ragged(model):
+    """Raise ``ValueError`` unless a plain folder can hold such a compact model.
+
+    Args:
+        model: what it is made from.
+        sizes: the units that each layer keeps.
+        quantisation: how it is to be quantised.
+    """
+    equal = len({*sizes}) == 1
+    if not equal and not can_be_ragged(model):
         raise ValueError(
-            f"The mask {selection.mask_id} keeps different widths per layer, which no "
-            f"stock architecture for {model.config['model_type']} can say; make the "
-            "mask with the allocation uniform."
+            f"From {min(sizes)} to {max(sizes)} {model.plan.unit}s are kept per layer, "
+            f"and no stock architecture for {model.config['model_type']} can say "
+            "different widths; select with the allocation uniform."
         )
-    if selection.target_size is not None:
-        _check_stock_width(model, selection.target_size)
+    if equal:
+        _check_stock_width(model, sizes[0])
     if quantisation is None:
         return
     if "quantization" in model.config:
@@ -170,9 +181,8 @@ def check_can_write(
             f"{model.path} is quantised already; leave out -q, and the compact model "
             "keeps its quantisation."
         )
-    if selection.target_size is not None and selection.unit == "channel":
-        group = quantisation.group_size
-        check_multiple(selection.target_size, group, selection.channels)
+    if equal and model.plan.unit == "channel":
+        check_multiple(sizes[0], quantisation.group_size, model.channels)
 
 
 def _as_nemotron_nas(compact: nn.Module, model: IFPModel) -> dict[str, Any]:

@@ -8,13 +8,12 @@ import mlx.core as mx
 
 from ..slicing.reading import FFN_STEP
 from ..slicing.stock import PREFILL_STEP
+from .agreement import PLACES
 from .decision import Decision
-from .footprint import Footprint, in_words, physical_memory
+from .footprint import Footprint, physical_memory
 
-# Arrays [T, F] that are in memory at once while an FFN is read in float32; in 16 bits
-# it is the room of 3.6.
-READ_FLOATS = 5
 DOWN_FLOATS = 2  # arrays [D, F], in float32 too, while one is compensated
+SAID_FLOATS = 3  # arrays [n, V] while dense and compact model are compared
 CACHE_STEP = 256  # tokens by which mlx-lm lengthens its caches
 
 
@@ -79,30 +78,20 @@ def fitting_size(
 def _in_passing(model: Any, decision: Decision, limits: Limits) -> Footprint:
     """Return the model's footprint with what a sweep has in memory for a while."""
     footprint: Footprint = model.footprint
-    if decision.selector in ("prior", "blend") and model.prior is None:
-        _check_dense(model, footprint, decision.selector, limits)
-    if not (decision.compensate or decision.reads):
-        return footprint
     reading, channels = len(decision.tokens), footprint.channels
-    floats = READ_FLOATS * min(reading, FFN_STEP) * channels
+    if decision.selector in ("prior", "blend") and model.prior is None:
+        reading = PREFILL_STEP  # the calibration text
+    elif not (decision.compensate or decision.reads):
+        return footprint
+    floats = footprint.reading_floats * min(reading, FFN_STEP)
     if decision.compensate:
         floats += min(reading, PREFILL_STEP) * channels
         floats += DOWN_FLOATS * channels * footprint.hidden_size
     rounded = -(-limits.context // CACHE_STEP) * CACHE_STEP
     spare = footprint.kv_bytes(rounded) - footprint.kv_bytes(limits.context)
     layer = round(max(footprint.layer_bytes) * channels)
-    return replace(footprint, passing_bytes=layer + floats * mx.float32.size + spare)
-
-
-def _check_dense(
-    model: Any, footprint: Footprint, selector: str, limits: Limits
-) -> None:
-    """Refuse to compute the prior where the dense model, which does it, has no room."""
-    allowed = limits.memory_bytes
-    if allowed is not None and footprint.dense_bytes > allowed:
-        raise ValueError(
-            f"The selector {selector} needs the prior of {model.path}, which is not "
-            f"there; the dense model computes it, with {in_words(footprint.dense_bytes)} "
-            f"of weights, and {in_words(allowed)} are allowed; use the selector "
-            "activation."
-        )
+    passing = layer + floats * mx.float32.size
+    if decision.compares:
+        said = min(reading, PLACES) * model.vocabulary
+        passing = max(passing, SAID_FLOATS * said * mx.float32.size)
+    return replace(footprint, passing_bytes=passing + spare)

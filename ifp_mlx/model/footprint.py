@@ -18,11 +18,16 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..selection.masks import Selection
 from ..slicing.plan import plan_of
+from ..slicing.routing import slots_of
 from ..slicing.shapes import Plan, dense_shapes
 from ..slicing.sliced import group_size, sliced_names
 from ..slicing.stock import build
 
 Sizes = Sequence[int]
+
+# Arrays [T, F] that are in memory at once while an FFN is read in float32; those of each
+# chosen expert while a mixture is.
+CHANNEL_FLOATS, EXPERT_FLOATS = 5, 2
 
 
 class Opened(Protocol):
@@ -68,6 +73,8 @@ class Footprint:
             a fraction where quantisation groups lie across channels.
         caches: of the layers that have a KV cache.
         predictor_bytes: of the predictor and its head; 0 without one.
+        reading_floats: numbers that are in memory for each token while a layer is read
+            to select; in 16 bits it is a little less than their half.
         passing_bytes: of what is in memory above that for a while: the dense layer
             that a sweep reads, and what it computes with it; 0 without one.
     """
@@ -80,6 +87,7 @@ class Footprint:
     layer_bytes: tuple[float, ...]
     caches: tuple[LayerCache, ...]
     predictor_bytes: int = 0
+    reading_floats: int = 0
     passing_bytes: int = 0
 
     @staticmethod
@@ -130,6 +138,7 @@ class Footprint:
             layer_bytes=tuple(size / plan.units for size in sizes),
             caches=tuple(_caches(dense)),
             predictor_bytes=predictor_bytes,
+            reading_floats=_reading_floats(dense, plan),
         )
 
     @property
@@ -333,6 +342,16 @@ def _quantise(model: nn.Module, how: dict[str, Any]) -> None:
         mode=how.get("mode", "affine"),
         class_predicate=wanted,
     )
+
+
+def _reading_floats(dense: nn.Module, plan: Plan) -> int:
+    """Return how many numbers a layer computes for a token that is read to select."""
+    if plan.unit == "channel":
+        return CHANNEL_FLOATS * plan.units
+    shapes = dense_shapes(plan.modules(dense)[0])
+    stacks = [shape for shape in shapes.values() if len(shape) == 3]
+    made = sum(shape[1] for shape in stacks)  # by one expert
+    return EXPERT_FLOATS * slots_of(dense, plan) * made
 
 
 def _caches(dense: nn.Module) -> list[LayerCache]:

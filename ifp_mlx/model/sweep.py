@@ -1,13 +1,14 @@
-"""Read a dense model layer by layer: one dense FFN is in memory at a time.
+"""Read a dense model layer by layer: one dense FFN, or mixture, is in memory at a time.
 
 The forward pass is mlx-lm's own, layer after layer. Where it comes to an FFN, the
 weights are read, the instruction's tokens go through them, and they are let go again:
-all of them, or all but the channels that the instruction turned out to need, which can
+all of them, or all but the units that the instruction turned out to need. Channels can
 learn on the spot to make up for the others. What the dense model's attention made of the
 text is there at the end too, for an answer to go on from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -16,10 +17,18 @@ import mlx.nn as nn
 from ..files.progress import ProgressBar
 from ..selection.masks import Selection
 from ..slicing.compensation import cut_compensated
-from ..slicing.reading import check_channels, read_layer, read_text, visits_of
+from ..slicing.reading import (
+    Example,
+    Texts,
+    batches_of,
+    read_layer,
+    read_text,
+    scores_of,
+    visits_of,
+)
 from ..slicing.shapes import at
 from ..slicing.sliced import cut, note_units, sliced_names
-from ..slicing.stock import steps_of
+from ..slicing.stock import log_softmax, logits_at, steps_of
 from ..storage.folder import Folder
 
 Choose = Callable[[int, mx.array], mx.array]
@@ -29,30 +38,42 @@ class Swept(NamedTuple):
     """What a sweep leaves.
 
     Attributes:
-        model: an ordinary mlx-lm model, with the channels that were chosen.
+        model: an ordinary mlx-lm model, with the units that were chosen.
         kv: the text's KV cache, as the dense model made it.
+        uses: of each layer's units, from :func:`ifp_mlx.slicing.reading.read_layer`.
+        said: the dense model's log-probabilities at the places of the text that were
+            asked for, float32 ``[n, V]``.
     """
 
     model: nn.Module
     kv: list[Any]
+    uses: list[mx.array]
+    said: mx.array | None
 
 
-def activation_scores(
-    source: Folder, tokens: Sequence[int], *, progress: ProgressBar = iter
+def scores(
+    source: Folder, examples: Sequence[Example], *, progress: ProgressBar = iter
 ) -> mx.array:
-    """Return :func:`ifp_mlx.slicing.reading.activation_scores` of a model that stays on disk.
+    """Return :func:`ifp_mlx.slicing.reading.scores` of a model that stays on disk.
 
     Args:
         source: where the weights are.
-        tokens: ``T`` ids.
-        progress: wraps the iteration over layers.
+        examples: see there.
+        progress: wraps the iteration over layers, of all batches of texts.
 
     Returns:
         ``[L, F]`` float32.
     """
-    sweep = _Sweep(source, tokens, None, False, progress)
-    sweep.run(tokens)
-    return mx.sqrt(mx.stack(sweep.energy))
+    batches = batches_of(examples)
+    visits = sum(sum(_visits_of(source, texts)) for texts in batches)
+    ticks = iter(progress(range(visits)))
+    uses = [mx.array(0.0)] * len(source.plan.layers)
+    for texts in batches:
+        sweep = _Sweep(source, texts, ticks)
+        sweep.run(keep_kv=False)
+        uses = [use + more for use, more in zip(uses, sweep.uses, strict=True)]
+    next(ticks, None)
+    return mx.stack([scores_of(source.plan.unit, use) for use in uses])
 
 
 def compact_model(
@@ -61,27 +82,33 @@ def compact_model(
     choose: Choose,
     *,
     compensate: bool = False,
+    places: mx.array | None = None,
     progress: ProgressBar = iter,
 ) -> Swept:
-    """Select channels by their activation and make the compact model, in one pass.
+    """Select units by their use and make the compact model, in one pass.
 
     About one dense layer is in memory above the compact model.
 
     Args:
         source: where the weights are.
         tokens: ``T`` ids.
-        choose: returns the channels of a layer to keep, int32 ``[k]``, sorted, for its
-            number and its activation scores, ``[F]``.
+        choose: returns the units of a layer to keep, int32 ``[k]``, sorted, for its
+            number and its scores, ``[F]``.
         compensate: let the kept channels make up for the dropped ones, as the text
             shows (:mod:`ifp_mlx.slicing.compensation`); else the model is equal to slicing the
-            same channels out of the dense one.
+            same units out of the dense one.
+        places: int32 ``[n]``, of the text's last step, where it is kept what the dense
+            model says.
         progress: wraps the iteration over layers.
     """
-    sweep = _Sweep(source, tokens, choose, compensate, progress)
-    cache = sweep.run(tokens)
+    texts = batches_of([(tokens,)])[0]
+    ticks = iter(progress(range(sum(_visits_of(source, texts)))))
+    sweep = _Sweep(source, texts, ticks, choose, compensate, places)
+    cache = sweep.run()
+    next(ticks, None)
     note_units(sweep.model, source.plan)
     mx.eval(sweep.model.parameters())
-    return Swept(sweep.model, cache)
+    return Swept(sweep.model, cache, sweep.uses, sweep.said)
 
 
 def compensated_model(
@@ -109,7 +136,7 @@ def compensated_model(
 
 
 class _Sweep:
-    """What is left of a model, layer by layer, while a text goes through it.
+    """What is left of a model, layer by layer, while texts go through it.
 
     A long text goes through in several steps, and some model types loop over their
     layers: all but the last visit read a layer and let it go.
@@ -118,47 +145,49 @@ class _Sweep:
     def __init__(
         self,
         source: Folder,
-        tokens: Sequence[int],
-        choose: Choose | None,
-        compensate: bool,
-        progress: ProgressBar,
+        texts: Texts,
+        ticks: Iterator,
+        choose: Choose | None = None,
+        compensate: bool = False,
+        places: mx.array | None = None,
     ) -> None:
-        check_channels(source.plan)
-        self.source, self.plan = source, source.plan
-        self.choose = choose
-        self.compensate = compensate
+        self.source, self.plan, self.texts = source, source.plan, texts
+        self.choose, self.compensate, self.places = choose, compensate, places
         self.model = source.open()
         self.modules = self.plan.modules(self.model)
-        self.energy = [mx.array(0.0)] * len(self.modules)
-        steps = len(steps_of(tokens))
-        visits = visits_of(source.skeleton, self.plan)
-        self._visits = [count * steps for count in visits]
+        self.uses = [mx.array(0.0)] * len(self.modules)
+        self.said: mx.array | None = None
+        self._visits = _visits_of(source, texts)
         self._names = sliced_names(self.model, self.plan)
         self._passing: list[nn.Module] = []
-        self._ticks = iter(progress(range(sum(self._visits))))
+        self._ticks = ticks
 
-    def run(self, tokens: Sequence[int]) -> list[Any]:
-        """Send the text through the model, end the progress bar, return the KV cache."""
-        cache = read_text(self.model, self.plan, tokens, self._visit)
-        next(self._ticks, None)
+    def run(self, *, keep_kv: bool = True) -> list[Any]:
+        """Send the texts through the model, and return the KV cache, if it is kept."""
+        read = partial(read_text, self.model, self.plan, self.texts, self._visit)
+        if self.places is None:
+            return read(keep_kv=keep_kv)[0]
+        with logits_at(self.model, self.places) as some:
+            cache, logits = read(keep_kv=keep_kv)
+            self.said = log_softmax(some(logits)[0])
         return cache
 
-    def _visit(self, layer: int, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+    def _visit(self, layer: int, weights: mx.array, *args: Any, **kwargs: Any) -> Any:
         """Compute a layer's module, and let go of its weights."""
         next(self._ticks, None)
-        mx.eval(x)  # attention's arrays go before the FFN's come
+        mx.eval(args[0])  # attention's arrays go before the FFN's come
         self._visits[layer] -= 1
         last = self._visits[layer] == 0
         module = self.modules[layer] if last else self._passing_module(layer)
         self.source.fill(module, layer)
         seen: list[mx.array] | None = [] if last and self.compensate else None
         plan = self.plan.layers[layer]
-        output, energy = read_layer(module, plan, x, *args, seen=seen, **kwargs)
-        self.energy[layer] = self.energy[layer] + energy
-        mx.eval(self.energy[layer])
+        output, use = read_layer(module, plan, weights, *args, seen=seen, **kwargs)
+        self.uses[layer] = self.uses[layer] + use
+        mx.eval(self.uses[layer])
         if last and self.choose is not None:
-            index = self.choose(layer, mx.sqrt(self.energy[layer]))
-            self._cut(module, layer, index, seen)
+            scores = scores_of(self.plan.unit, self.uses[layer])
+            self._cut(module, layer, self.choose(layer, scores), seen)
         else:
             self._let_go(module, layer)
         mx.clear_cache()  # or MLX would hold on to the dense layer's memory
@@ -171,7 +200,7 @@ class _Sweep:
         index: mx.array,
         seen: list[mx.array] | None,
     ) -> None:
-        """Keep some channels of a layer, compensated by what was seen of them all."""
+        """Keep some units of a layer, compensated by what was seen of all channels."""
         plan = self.plan.layers[layer]
         if seen is not None:
             cut_compensated(module, plan, index, mx.concatenate(seen))
@@ -191,3 +220,9 @@ class _Sweep:
         if layer == 0:
             self._passing = self.plan.modules(self.source.open())
         return self._passing[layer]
+
+
+def _visits_of(source: Folder, texts: Texts) -> list[int]:
+    """Return how often each layer is gone through, in all steps together."""
+    steps = len(steps_of(range(texts.tokens.shape[1])))
+    return [count * steps for count in visits_of(source.skeleton, source.plan)]

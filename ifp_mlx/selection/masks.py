@@ -50,6 +50,10 @@ class Origin:
         slicing: how a quantised model was sliced: ``whole groups``, ``requantised``.
         requantised_layers: how many layers were quantised again.
         requantisation_kl: what that costs, nats per token.
+        agreement: at which share of the text that selected the compact model chooses
+            the dense model's next token.
+        kl: from the dense model there, nats per token.
+        router_mass: share of the router's gate weights that the kept experts had there.
         notes: anything else that a file says.
     """
 
@@ -64,6 +68,9 @@ class Origin:
     slicing: str | None = None
     requantised_layers: int | None = None
     requantisation_kl: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    router_mass: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
     def as_text(self) -> dict[str, str]:
@@ -96,8 +103,10 @@ FILE_KEYS = {name: name for name in ("selector", "allocation", "keep", "instruct
 FILE_KEYS |= {name: name for name in ("task", "model", "made", "evaluation")}
 FILE_KEYS |= {"slicing": "down_proj", "requantised_layers": "requantised layers"}
 FILE_KEYS |= {"requantisation_kl": "requantisation KL"}
+FILE_KEYS |= {"agreement": "agreement on what selected", "kl": "KL on what selected"}
+FILE_KEYS |= {"router_mass": "router mass on what selected"}
 READ_AS: dict[str, Callable[[str], Any]] = {
-    "keep": float,
+    **dict.fromkeys(("keep", "agreement", "kl", "router_mass"), float),
     "made": json.loads,
     "evaluation": json.loads,
     "requantised_layers": int,

@@ -44,6 +44,8 @@ class Request:
         seed: of the selector ``random``.
         prefill: which model reads the prompt: ``compact``, the whole ``dense`` one, or
             ``auto``: dense as far as that has read it to select, else compact.
+        min_agreement: refuse a selection whose compact model chooses the dense model's
+            next token at a smaller share of the instruction's tokens.
         memory_bytes: that compact model, KV cache and predictor may take; chooses the
             largest ``keep`` that fits, or refuses the one that does not.
 
@@ -63,12 +65,18 @@ class Request:
     compensate: bool | None = None
     seed: int = 0
     prefill: Prefill = "auto"
+    min_agreement: float | None = None
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self._check_sizes()
         self._check_names()
         self._check_sources()
+        if self.min_agreement is not None and not 0 < self.min_agreement <= 1:
+            raise ValueError(
+                f"min_agreement={self.min_agreement} is not a share of tokens; choose a "
+                "number above 0 and up to 1."
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more; choose another.")
         if self.memory_bytes is not None and self.memory_bytes <= 0:

@@ -8,7 +8,7 @@ READING = ("activation", "blend")  # for which the dense model reads the instruc
 
 
 def blend_scores(local: mx.array, prior: mx.array, weight: float = 0.5) -> mx.array:
-    """Aggregate two rankings of the channels, layer by layer.
+    """Aggregate two rankings of the units, layer by layer.
 
     Args:
         local: ``[L, F]``, of this instruction.
@@ -30,6 +30,12 @@ def random_scores(layers: int, channels: int, seed: int = 0) -> mx.array:
 
 
 def _ranks(scores: mx.array) -> mx.array:
-    order = np.argsort(np.array(scores), axis=-1, kind="stable")
-    ranks = np.argsort(order, axis=-1, kind="stable")
-    return mx.array(ranks.astype(np.float32) / (scores.shape[-1] - 1))
+    """Return ranks from 0 to 1; equal scores, as of experts that no token was sent to,
+    have the mean of theirs.
+    """
+    ranks = []
+    for row in np.array(scores):
+        _, value, counts = np.unique(row, return_inverse=True, return_counts=True)
+        middle = np.cumsum(counts) - (counts + 1) / 2
+        ranks.append(middle[value] / (len(row) - 1))
+    return mx.array(np.array(ranks, dtype=np.float32))

@@ -223,7 +223,14 @@ def _layer_plan(
     inlet = _inlet(home, slices, shapes, unit)
     sizes = {s.repeat: shapes[_name(s)][s.axis] for s in slices}
     attributes = _attributes(home, at(other, path), sizes, growth)
-    return LayerPlan(path, slices, inlet, attributes=attributes)
+    experts = _experts(slices, shapes) if unit == "expert" else ""
+    return LayerPlan(path, slices, inlet, attributes=attributes, experts=experts)
+
+
+def _experts(slices: Iterable[Slice], shapes: Shapes) -> str:
+    """Return the module that holds all stacks of experts."""
+    stacks = {s.module for s in slices if len(shapes[_name(s)]) == 3}
+    return _common([stack.split(".")[:-1] for stack in stacks])
 
 
 def _inlet(home: nn.Module, slices: Iterable[Slice], shapes: Shapes, unit: Unit) -> str:

@@ -1,4 +1,4 @@
-"""A dense model reads a text, and how strongly it uses each channel is measured.
+"""A dense model reads texts, and how strongly it uses each unit is measured.
 
 Rankings by weight magnitude are not offered: at keep 0.5 they leave a model that
 speaks noise (KL to the dense model about 12 nats per token on SmolLM2-135M).
@@ -6,131 +6,168 @@ speaks noise (KL to the dense model about 12 nats per token on SmolLM2-135M).
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from . import routing, stock
 from .masked import tapped
-from .shapes import LayerPlan, Plan, at, put_at
-from .stock import steps_of
+from .shapes import LayerPlan, Plan, Unit, at, put_at
+from .sliced import count_units
+from .stock import StandIn, steps_of
 
-FFN_STEP = 512  # tokens that go through an FFN at once: [T, F] is the largest array
+FFN_STEP = 512  # tokens that go through a layer at once: [T, F] is the largest array
 
 Visit = Callable[..., Any]
+Example = Sequence[Sequence[int]]  # token ids of one text, in parts
 
 
-def activation_scores(model: nn.Module, plan: Plan, tokens: Sequence[int]) -> mx.array:
-    """Score channels by how strongly the tokens of one text use them.
+@dataclass(frozen=True)
+class Texts:
+    """Texts that go through a model together.
 
-    Every token's channels are normalised to length 1, so that no single token
-    (the first one has huge activations) decides; a channel's score is its l2 norm
-    over all tokens, template included.
+    Attributes:
+        tokens: int32 ``[B, T]``, padded on the right, which changes nothing before.
+        weights: float32 ``[W, B, T]``, for each of ``W`` parts of a text 1 at its
+            tokens, else 0.
+    """
+
+    tokens: mx.array
+    weights: mx.array
+
+
+def batches_of(examples: Sequence[Example]) -> list[Texts]:
+    """Return texts in batches that go through a model in one step each, but for a
+    text that is longer than a step and alone.
+
+    Args:
+        examples: each in the same number ``W`` of parts, read one after another: a
+            prompt and its answer, or one part that is all.
+
+    Raises:
+        ValueError: if one has no tokens.
+    """
+    if not all(any(len(part) for part in parts) for parts in examples):
+        raise ValueError("The instruction has no tokens; give some text.")
+    batches: list[list[Example]] = []
+    for parts in sorted(examples, key=_length):
+        rows = batches[-1] + [parts] if batches else [parts]
+        if batches and len(rows) * _length(parts) <= stock.PREFILL_STEP:
+            batches[-1] = rows
+        else:
+            batches.append([parts])
+    return [_padded(rows) for rows in batches]
+
+
+def _length(parts: Example) -> int:
+    return sum(map(len, parts))
+
+
+def _padded(rows: Sequence[Example]) -> Texts:
+    shape = (len(rows), max(map(_length, rows)))
+    tokens = np.zeros(shape, dtype=np.int32)
+    weights = np.zeros((len(rows[0]), *shape), dtype=np.float32)
+    for number, parts in enumerate(rows):
+        start = 0
+        for part, ids in enumerate(parts):
+            tokens[number, start : start + len(ids)] = ids
+            weights[part, number, start : start + len(ids)] = 1
+            start += len(ids)
+    return Texts(mx.array(tokens), mx.array(weights))
+
+
+def scores(
+    model: nn.Module,
+    plan: Plan,
+    examples: Sequence[Example],
+    *,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> mx.array:
+    """Score units by how strongly some texts use them.
 
     Args:
         model: the dense stock model; its weights are read if they are still lazy.
-        plan: its plan, of channels.
-        tokens: ``T`` ids.
+        plan: its plan.
+        examples: as for :func:`batches_of`: an instruction alone, a calibration text
+            for the prior, or a task's prompts and answers.
+        progress: wraps the iteration over batches, for a progress bar.
 
     Returns:
-        ``[L, F]`` float32, not negative.
-
-    Source: GRIFFIN, Dong et al. 2024 (arXiv:2404.01365) sec. 4.
+        ``[L, F]`` float32, not negative; see :func:`scores_of`.
     """
-    return mx.sqrt(_energy(model, plan, tokens))
+    modules = plan.modules(model)
+    uses = [mx.array(0.0)] * len(modules)
+
+    def visit(layer: int, weights: mx.array, *args: Any, **kwargs: Any) -> Any:
+        read = partial(read_layer, modules[layer], plan.layers[layer], weights)
+        output, use = read(*args, **kwargs)
+        uses[layer] = uses[layer] + use
+        return output
+
+    for texts in progress(batches_of(examples)):
+        read_text(model, plan, texts, visit, keep_kv=False)
+        mx.eval(uses)
+    return mx.stack([scores_of(plan.unit, use) for use in uses])
 
 
-def prior_scores(
-    model: nn.Module,
-    plan: Plan,
-    texts: Sequence[Sequence[int]],
-    *,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> mx.array:
-    """Score channels by how strongly a calibration text uses them: a property of the
-    model, computed once.
+def scores_of(unit: Unit, use: mx.array) -> mx.array:
+    """Return the scores of one layer's units.
+
+    A channel's score is its l2 norm over all tokens, each of which is normalised to
+    length 1 over its channels, so that no single token (the first one has huge
+    activations) decides: GRIFFIN, Dong et al. 2024 (arXiv:2404.01365) sec. 4. An
+    expert's is the root of its :func:`ifp_mlx.slicing.routing.saliency`. Parts of a text
+    have the same say, however long they are.
 
     Args:
-        model: the dense stock model.
-        plan: its plan, of channels.
-        texts: token ids of each text; every token of all texts counts the same.
-        progress: wraps the iteration over texts, for a progress bar.
+        unit: what they are.
+        use: from :func:`read_layer`, added up over texts: ``[W, F]`` of channels,
+            ``[W, 3, E]`` of experts.
 
     Returns:
-        ``[L, F]`` float32, the statistic of :func:`activation_scores`.
-
-    Source: the global ranking of GLASS (arXiv:2508.14302).
+        ``[F]`` or ``[E]`` float32, not negative.
     """
-    energy = mx.array(0.0)
-    for tokens in progress(texts):
-        energy = energy + _energy(model, plan, tokens)
-        mx.eval(energy)
-    return mx.sqrt(energy)
-
-
-def task_scores(
-    model: nn.Module,
-    plan: Plan,
-    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> mx.array:
-    """Score channels by how strongly a task's prompts and its answers use them.
-
-    Prompts and answers have the same say, however long they are.
-
-    Args:
-        model: the dense stock model.
-        plan: its plan, of channels.
-        examples: token ids of each prompt and its answer, which may be empty.
-        progress: wraps the iteration over examples.
-
-    Returns:
-        ``[L, F]`` float32, not negative.
-    """
-    prompts = both = mx.array(0.0)
-    for prompt, answer in progress(examples):
-        energy = _energy(model, plan, prompt)
-        prompts = prompts + energy
-        # What a token uses does not depend on those after it.
-        both = both + (_energy(model, plan, [*prompt, *answer]) if answer else energy)
-        mx.eval(prompts, both)
-    answers = mx.maximum(both - prompts, 0)
-    return mx.sqrt(_shares(prompts) + _shares(answers))
+    energy = use if unit == "channel" else routing.saliency(use)
+    if len(energy) > 1:
+        energy = energy / mx.maximum(energy.sum(axis=-1, keepdims=True), 1e-30)
+    return mx.sqrt(energy.sum(axis=0))
 
 
 def read_text(
-    model: nn.Module, plan: Plan, tokens: Sequence[int], visit: Visit
-) -> list[Any]:
-    """Run a text through a dense model, its layers' modules computed by ``visit``.
+    model: nn.Module, plan: Plan, texts: Texts, visit: Visit, *, keep_kv: bool = True
+) -> tuple[list[Any], mx.array]:
+    """Run texts through a dense model, its layers' modules computed by ``visit``.
 
     The forward pass is mlx-lm's own. The output layer is not computed.
 
     Args:
         model: as it was, afterwards.
         plan: its plan.
-        tokens: ``T`` ids; they go through in :func:`steps_of`.
-        visit: computes what the module of a layer does, by number and with the
-            arguments of the module. It is called layer after layer,
-            :func:`visits_of` times in every step.
+        texts: they go through in :func:`steps_of`.
+        visit: computes what the module of a layer does, by number, with the weights
+            of the step's tokens, ``[W, B, T]``, and the arguments of the module. It is
+            called layer after layer, :func:`visits_of` times in every step.
+        keep_kv: whether the KV cache is wanted; else there is one only where a text is
+            read in several steps.
 
     Returns:
-        The text's KV cache, as mlx-lm makes it.
-
-    Raises:
-        ValueError: if there are no tokens.
+        The texts' KV cache, as mlx-lm makes it, or nothing, and the logits of the last
+        step, not computed.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    if not len(tokens):
-        raise ValueError("The instruction has no tokens; give some text.")
-    cache = make_prompt_cache(model)
-    with _computed_by(model, plan, visit):
-        for step in steps_of(tokens):
-            model(mx.array(step)[None], cache=cache)
+    steps = steps_of(range(texts.tokens.shape[1]))
+    cache = make_prompt_cache(model) if keep_kv or len(steps) > 1 else []
+    for part in steps:
+        now = slice(part[0], part[-1] + 1)
+        with _computed_by(model, plan, visit, texts.weights[..., now]):
+            logits = model(texts.tokens[:, now], cache=cache or None)
             mx.eval([layer.state for layer in cache])
-    return cache
+    return cache, logits
 
 
 def visits_of(model: nn.Module, plan: Plan) -> list[int]:
@@ -151,11 +188,16 @@ def visits_of(model: nn.Module, plan: Plan) -> list[int]:
 
 
 @contextmanager
-def _computed_by(model: nn.Module, plan: Plan, visit: Visit) -> Iterator[None]:
+def _computed_by(
+    model: nn.Module, plan: Plan, visit: Visit, *first: mx.array
+) -> Iterator[None]:
     modules = plan.modules(model)
     try:
-        for number, layer in enumerate(plan.layers):
-            put_at(model, layer.path, partial(visit, number))
+        for number, (layer, module) in enumerate(
+            zip(plan.layers, modules, strict=True)
+        ):
+            stand_in = StandIn(module, partial(visit, number, *first))
+            put_at(model, layer.path, stand_in)
         yield
     finally:
         for layer, module in zip(plan.layers, modules, strict=True):
@@ -165,74 +207,63 @@ def _computed_by(model: nn.Module, plan: Plan, visit: Visit) -> Iterator[None]:
 def read_layer(
     module: nn.Module,
     layer: LayerPlan,
+    weights: mx.array,
     x: mx.array,
     *args: Any,
     seen: list[mx.array] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, mx.array]:
-    """Compute one layer's module, and how strongly each of its channels was used.
+    """Compute one layer's module, and how strongly each of its units was used.
 
     Args:
         module: the stock module; its weights are read if they are still lazy.
         layer: its plan.
-        x: ``[1, T, D]``.
+        weights: how much each token counts, in each of ``W`` parts, ``[W, B, T]``.
+        x: ``[B, T, D]``.
         args, kwargs: what the module gets besides; then it is computed at once.
         seen: gets the channels, as they come into the inlet, of one part of the tokens
             after the other, ``[<= FFN_STEP, F]``.
 
     Returns:
-        The output, as of the module, and each channel's energy, float32 ``[F]``; both
-        computed, so that nothing needs the weights any more.
+        The output, as of the module, and each unit's use: float32 ``[W, F]`` of
+        channels, or ``[W, 3, E]`` of experts (:func:`ifp_mlx.slicing.routing.tally`);
+        both computed, so that nothing needs the weights any more.
     """
-    energy = mx.array(0.0)
+    use, counting = mx.array(0.0), weights
+
+    def count(*found: mx.array) -> None:
+        nonlocal use
+        w = counting.reshape(len(counting), -1)
+        use = use + _use(layer, module, w, *found)
 
     def record(h: mx.array) -> mx.array:
-        nonlocal energy
-        square = mx.square(h.astype(mx.float32).reshape(-1, h.shape[-1]))
-        share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
-        energy = energy + share.sum(axis=0)
+        count(h.reshape(-1, h.shape[-1]))
         if seen is not None:
             seen.append(h.reshape(-1, h.shape[-1]))
         return h
 
-    with tapped([at(module, layer.inlet)], [record]):
-        if args or kwargs:
-            output = module(x, *args, **kwargs)
-            mx.eval(output, energy)
-            return output, energy
-        outputs = []
-        for start in range(0, x.shape[1], FFN_STEP):
-            outputs.append(module(x[:, start : start + FFN_STEP]))
-            mx.eval(outputs[-1], energy)
+    if layer.experts:
+        watching: Any = routing.watched(module, layer, count)
+    else:
+        watching = tapped([at(module, layer.inlet)], [record])
+    step = x.shape[1] if args or kwargs else max(1, FFN_STEP // len(x))
+    outputs = []
+    with watching:
+        for start in range(0, x.shape[1], step):
+            counting = weights[:, :, start : start + step]
+            outputs.append(module(x[:, start : start + step], *args, **kwargs))
+            mx.eval(outputs[-1], use)
     output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
     mx.eval(output)
-    return output, energy
+    return output, use
 
 
-def _energy(model: nn.Module, plan: Plan, tokens: Sequence[int]) -> mx.array:
-    check_channels(plan)
-    modules = plan.modules(model)
-    energy = [mx.array(0.0)] * len(modules)
-
-    def visit(layer: int, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        found = read_layer(modules[layer], plan.layers[layer], x, *args, **kwargs)
-        output, more = found
-        energy[layer] = energy[layer] + more
-        return output
-
-    read_text(model, plan, tokens, visit)
-    return mx.stack(energy)
-
-
-def check_channels(plan: Plan) -> None:
-    """Raise ``ValueError`` where experts are to be scored by what reads a text."""
-    if plan.unit != "channel":
-        raise ValueError(
-            f"This model is cut by experts ({plan.units} a layer), and a text can choose, "
-            "compensate or train FFN channels only so far; choose experts with the "
-            "selector random or a mask file, and do not compensate."
-        )
-
-
-def _shares(energy: mx.array) -> mx.array:
-    return energy / mx.maximum(energy.sum(axis=-1, keepdims=True), 1e-30)
+def _use(
+    layer: LayerPlan, module: nn.Module, weights: mx.array, *found: mx.array
+) -> mx.array:
+    """Return the use of a layer's units by tokens of weights ``[W, N]``."""
+    if layer.experts:
+        return routing.tally(weights, count_units(module, layer), *found)
+    square = mx.square(found[0].astype(mx.float32))
+    share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
+    return weights @ share

@@ -54,6 +54,8 @@ class LayerPlan:
             that gates can be folded in; ``None`` where there are none.
         attributes: module, name, and elements per unit of plain numbers that follow
             the number of units.
+        experts: from the path, the module that computes the experts that were chosen;
+            empty where units are channels.
     """
 
     path: str
@@ -61,6 +63,7 @@ class LayerPlan:
     inlet: str
     linear: tuple[str, int] | None = None
     attributes: tuple[tuple[str, str, int], ...] = ()
+    experts: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ class Plan:
     def shape(self) -> tuple[int, int]:
         """``(L, F)``, or ``(L, E)``."""
         return len(self.layers), self.units
+
+    @property
+    def paths(self) -> list[str]:
+        """Where in a model its layers are."""
+        return [layer.path for layer in self.layers]
 
     def modules(self, model: nn.Module) -> list[nn.Module]:
         """Return the module of every layer, in a model of this plan."""

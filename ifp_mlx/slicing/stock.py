@@ -1,13 +1,19 @@
 """What is borrowed from mlx-lm to run a stock model that is not loaded by it."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .masked import become
+from .shapes import at
 
 PREFILL_STEP = 2048  # tokens that go through the model at once, as in mlx-lm
+IN_LAYER = re.compile(r"\.\d+\.")  # of a parameter's name
 
 
 @contextmanager
@@ -67,6 +73,62 @@ def prefill(model: nn.Module, tokens: Sequence[int], step: int = 0) -> list[Any]
         model(mx.array(part)[None], cache=cache)
         mx.eval([layer.state for layer in cache])
     return cache
+
+
+def final_norm(model: nn.Module) -> str | None:
+    """Return the path of the norm before the output layer; ``None`` if it has no
+    weight to know it by (nanochat).
+    """
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    norms = [n for n in names if n.endswith("norm.weight") and not IN_LAYER.search(n)]
+    final = [name for name in norms if re.search(r"(^|\.)norm\.weight$", name)][:1]
+    found = next(iter([*final, *norms[::-1]]), None)
+    return None if found is None else found.removesuffix(".weight")
+
+
+@contextmanager
+def logits_at(
+    model: nn.Module, places: mx.array
+) -> Iterator[Callable[[mx.array], mx.array]]:
+    """Let a model compute its output layer for some tokens only, meanwhile.
+
+    Args:
+        model: any stock model; one whose final norm is not known computes all.
+        places: int32 ``[n]``, which of the tokens of a call.
+
+    Yields:
+        What makes ``[B, n, V]`` of the logits of a call.
+    """
+    path = final_norm(model)
+    if path is None:
+        yield lambda logits: logits[:, places]
+        return
+    norm = at(model, path)
+    stock = type(norm)
+    become(norm, "Some", lambda _: lambda self, x: stock.__call__(self, x)[:, places])
+    try:
+        yield lambda logits: logits
+    finally:
+        norm.__class__ = stock
+
+
+class StandIn:
+    """Stands in for a module of a model, and answers for it in all else.
+
+    Args:
+        module: that stood there.
+        call: is called instead of it.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        self.module, self.call = module, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what ``call`` makes of the arguments."""
+        return self.call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
 
 
 def log_softmax(logits: mx.array) -> mx.array:

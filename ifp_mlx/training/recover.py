@@ -57,7 +57,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     check_mixture(model.plan, model.config, config)
     selection = Selection.load(config.mask_file).plain()
     model.check_fits(selection)
-    check_can_write(model, selection)
+    check_can_write(model, selection.sizes)
     records, rows = read(config, model, tokenizer, say)
     if first:
         same_run(config, output / SETTINGS)

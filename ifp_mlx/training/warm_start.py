@@ -30,7 +30,7 @@ WEAKEST = 0.05  # directions below this share of the strongest are noise
 def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
     """Return how strongly every row uses every channel, float32 ``[B, L, F]``.
 
-    The logarithm of the statistic of :func:`ifp_mlx.slicing.reading.activation_scores`, over
+    The logarithm of the statistic of :func:`ifp_mlx.slicing.reading.scores`, over
     a row's tokens up to its last target.
 
     Args:

@@ -18,7 +18,7 @@ from ifp_mlx.selection.widths import MEASURED_SHARES, layer_sizes
 from ifp_mlx.sensitivity import main
 from ifp_mlx.slicing.masked import mask_model, set_masks
 from ifp_mlx.slicing.plan import plan_of
-from ifp_mlx.slicing.reading import prior_scores
+from ifp_mlx.slicing.reading import scores as use_scores
 
 SHARES = np.array(MEASURED_SHARES)
 
@@ -43,7 +43,7 @@ def test_costs_are_the_kl_of_the_model_with_one_layer_pruned(small, tmp_path):
     texts = calibration_texts(model)
     start = next(i for i in range(40) if texts[0][i] != texts[1][i])
     dense = model.dense()
-    scores = prior_scores(dense, plan_of(dense), texts)
+    scores = use_scores(dense, plan_of(dense), [(text,) for text in texts])
     masked = mask_model(dense, plan_of(dense))
     for layer, column in itertools.product(range(3), (0, 2, 4)):
         mask = mx.ones((3, 64)) * (mx.arange(3) != layer)[:, None]

@@ -28,7 +28,7 @@ from ifp_mlx.selection.top_k import select
 from ifp_mlx.selection.widths import MEASURED_SHARES
 from ifp_mlx.slicing.compensation import compensated_down
 from ifp_mlx.slicing.plan import plan_of
-from ifp_mlx.slicing.reading import task_scores
+from ifp_mlx.slicing.reading import scores as use_scores
 
 ROW = Row([7, 91, 30, 4, 55, 12, 80, 9], [33, 18, 2, 60, 77])
 LONG = Row(ROW.prompt * 3, ROW.answer)  # a sliding window leaves its beginning
@@ -102,7 +102,7 @@ def test_a_familys_scores_are_those_of_a_task_mask(bench, monkeypatch, tmp_path)
     scores = bench_calibration.Calibration(bench, tmp_path).scores("task", "ant")
     pairs = [(row.prompt, row.answer) for row in rows]
     np.testing.assert_allclose(
-        scores, task_scores(bench.dense, plan_of(bench.dense), pairs), rtol=2e-3
+        scores, use_scores(bench.dense, plan_of(bench.dense), pairs), rtol=2e-3
     )
 
 

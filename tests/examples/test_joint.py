@@ -154,8 +154,8 @@ def test_selection_by_the_prompt_is_the_package_s(tmp_path):
     found = PromptMasks(model)(torch_batch(rows), settings).numpy()
     for row, mask in enumerate(found):
         prompt = rows["tokens"][row, : rows["prompt"][row]]
-        scores = reading.activation_scores(
-            tiny_model("llama"), plan_of(tiny_model("llama")), prompt.tolist()
+        scores = reading.scores(
+            tiny_model("llama"), plan_of(tiny_model("llama")), [(prompt.tolist(),)]
         )
         assert np.array_equal(np.array(top_k.select(scores, [K] * 3).mask()), mask)
 

@@ -1,6 +1,5 @@
 """Experts: cut by a mask, written as stock folders, kept in a store, refused in words."""
 
-import importlib
 import json
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ from ifp_mlx.generate import main as answer
 from ifp_mlx.model.decide import decide
 from ifp_mlx.model.fit import Limits
 from ifp_mlx.selection.request import Request
+from ifp_mlx.sensitivity import main as sensitivity
 from ifp_mlx.slicing.masked import mask_model, set_masks
 from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.slicing.sliced import slice_model
@@ -103,11 +103,8 @@ def test_groups_of_experts_keep_equally_many(tmp_path):
 
 def test_what_cannot_be_had_of_experts_is_refused_with_what_can(tmp_path):
     model, _ = load(write_family(tmp_path / "model", "mixtral"))
-    for selector in ("auto", "activation", "prior", "blend"):
-        with pytest.raises(
-            ValueError, match=f"by the selector {selector} yet; use the"
-        ):
-            model.select([5, 9], selector=selector)
+    with pytest.raises(ValueError, match="cannot make up for dropped ones"):
+        decide(Request(instruction=[5, 9], compensate=True), model)
     with pytest.raises(
         ValueError, match="1 experts a layer are too few for this model"
     ):
@@ -160,20 +157,10 @@ def test_a_model_switched_from_another_says_its_own_number_of_units(tmp_path):
         assert getattr(second.args, key) == large.target_size
 
 
-@pytest.mark.parametrize("command", ["benchmark", "sensitivity", "train"])
-def test_commands_that_read_a_text_say_that_they_cut_no_experts(
-    command, tmp_path, capsys
-):
+def test_there_is_nothing_to_allocate_among_layers_of_experts(tmp_path, capsys):
     folder = write_family(tmp_path / "model", "qwen3_moe")
-    data = tmp_path / "data.jsonl"
-    row = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    data.write_text((json.dumps({"messages": row}) + "\n") * 8)
-    args = {
-        "train": ("--data", data, "--output", tmp_path / "out", "--steps", 1),
-    }.get(command, ())
-    main = importlib.import_module(f"ifp_mlx.{command}").main
-    status, _, err = run_command(main, capsys, "--model", folder, *args)
-    assert status == 2 and "is cut by experts (8 a layer)" in err, err
+    status, _, err = run_command(sensitivity, capsys, "--model", folder)
+    assert status == 2 and "keep equally many experts" in err, err
 
 
 def test_dense_layers_beside_experts_stay_whole(tmp_path):

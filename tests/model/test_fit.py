@@ -183,16 +183,34 @@ def test_spelling_out_what_is_decided_anyway_finds_the_same_entry(model, tmp_pat
     assert sweep_once(model, "Hello", k, cache)[2]
 
 
-def test_a_prior_that_only_the_dense_model_could_compute_is_refused(tmp_path):
+def test_a_prior_that_is_not_there_yet_needs_room_to_be_computed_in(tmp_path):
     shape = {"num_hidden_layers": 12, "intermediate_size": 256}
     model, _ = load(write_folder(tmp_path / "deep", **shape))
-    memory = Footprint.of(model).dense_bytes
+    passing = (
+        5 * 512 * 256 * 4
+    )  # the calibration text in one layer, [512, F] five times
     for selector in ("prior", "blend"):
-        with pytest.raises(ValueError, match=rf"selector {selector} needs the prior"):
-            fit(model, memory - 1, selector=selector)
+        with pytest.raises(ValueError, match="for a dense layer that is being read"):
+            fit(model, passing, selector=selector)
+        size = fit(model, passing + Footprint.of(model).dense_bytes, selector=selector)
     add_prior(model)
     opened, _ = load(model.path)
-    fit(opened, memory - 1, selector="blend")
+    assert (
+        size.size < fit(opened, Footprint.of(model).dense_bytes, selector="prior").size
+    )
+
+
+def test_a_prior_is_computed_with_one_dense_layer_in_memory(tmp_path):
+    shape = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 2048}
+    model, _ = load(write_folder(tmp_path / "wide", num_hidden_layers=40, **shape))
+    footprint = Footprint.of(model)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model.compute_prior()
+    peak = mx.get_peak_memory() - before
+    layer = max(footprint.layer_bytes) * model.channels
+    assert layer < peak < 0.6 * footprint.dense_bytes
 
 
 @pytest.mark.parametrize("compensate", [False, True])

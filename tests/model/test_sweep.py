@@ -58,8 +58,8 @@ class Built:
 def test_a_sweep_equals_everything_in_memory_in_every_family(family):
     source, tokens = Built(families()[family]), [5, 9, 77, 200, 13, 40]
     dense = source.open()
-    scores = reading.activation_scores(dense, source.plan, tokens)
-    assert mx.array_equal(sweep.activation_scores(source, tokens), scores)
+    scores = reading.scores(dense, source.plan, [(tokens,)])
+    assert mx.array_equal(sweep.scores(source, [(tokens,)]), scores)
     sizes = [24 + 4 * (layer % 3) for layer in range(len(scores))]
     selection = top_k.select(scores, sizes)
 
@@ -67,7 +67,7 @@ def test_a_sweep_equals_everything_in_memory_in_every_family(family):
         assert mx.array_equal(row, scores[layer])
         return selection.indices[layer]
 
-    compact, cache = sweep.compact_model(source, tokens, choose)
+    compact, cache, *_ = sweep.compact_model(source, tokens, choose)
     slice_model(dense, source.plan, selection)
     assert_same(compact, dense)
     logits = compact(mx.array([tokens]))
@@ -79,7 +79,7 @@ def in_memory(model, instruction, **options):
     """Select and slice the long way: the whole dense model in memory."""
     selector = options["selector"]
     tokens = model.instruction_tokens(instruction)
-    scores = reading.activation_scores(model.dense(), plan_of(model.dense()), tokens)
+    scores = reading.scores(model.dense(), plan_of(model.dense()), [(tokens,)])
     if selector == "blend":
         scores = blend_scores(scores, model.prior)
     selection = model.select(instruction, **options, scores=scores)
@@ -144,10 +144,10 @@ def test_a_text_of_several_steps_is_read_in_as_many_passes(
 def test_steps_change_the_scores_by_no_more_than_rounding(tmp_path, monkeypatch):
     model, _ = load(write_folder(tmp_path / "model", "gemma3_text"))
     tokens = model.instruction_tokens("A text that is longer than the sliding window.")
-    whole = sweep.activation_scores(model.source, tokens)
+    whole = sweep.scores(model.source, [(tokens,)])
     monkeypatch.setattr(stock, "PREFILL_STEP", 20)
     monkeypatch.setattr(reading, "FFN_STEP", 8)
-    steps = sweep.activation_scores(model.source, tokens)
+    steps = sweep.scores(model.source, [(tokens,)])
     assert not mx.array_equal(steps, whole)  # or it was not tried
     assert mx.allclose(steps, whole, rtol=1e-4)
 
@@ -159,7 +159,7 @@ def test_selectors_that_read_no_dense_model_need_no_sweep(
     model, _ = load(write_folder(tmp_path / "model"))
     add_prior(model)
     monkeypatch.setattr(sweep, "compact_model", None)
-    monkeypatch.setattr(sweep, "activation_scores", None)
+    monkeypatch.setattr(sweep, "scores", None)
     options = {"target_size": 24, "selector": selector, "seed": 3}
     selection, compact, _ = swept(model, "Hi", **options)
     assert selection.mask_id == model.select("Hi", **options).mask_id
@@ -245,4 +245,4 @@ def test_a_bar_sees_every_layer_and_can_stop_the_sweep(tmp_path):
 def test_an_instruction_without_tokens_is_refused(tmp_path):
     source = Folder(write_folder(tmp_path / "model"))
     with pytest.raises(ValueError, match="has no tokens"):
-        sweep.activation_scores(source, [])
+        sweep.scores(source, [([],)])

@@ -8,7 +8,7 @@ from ifp_mlx.selection.calibration import calibration_chats
 from ifp_mlx.selection.scores import blend_scores, random_scores
 from ifp_mlx.slicing import stock
 from ifp_mlx.slicing.plan import plan_of
-from ifp_mlx.slicing.reading import activation_scores, prior_scores
+from ifp_mlx.slicing.reading import scores as use_scores
 
 TOKENS = [5, 9, 77, 200, 13, 40, 41]
 
@@ -28,7 +28,7 @@ def test_activation_is_griffins_statistic_over_all_tokens():
     h = np.array(channels_of_layer_0(model, TOKENS))
     unit = h / np.linalg.norm(h, axis=1, keepdims=True)
     expected = np.linalg.norm(unit, axis=0)
-    scores = activation_scores(model, plan_of(model), TOKENS)
+    scores = use_scores(model, plan_of(model), [(TOKENS,)])
     assert scores.shape == (3, 64) and scores.dtype == mx.float32
     np.testing.assert_allclose(np.array(scores[0]), expected, rtol=2e-5)
 
@@ -38,7 +38,7 @@ def test_recording_leaves_the_model_as_it_was(family):
     model = tiny_model(family)
     before = [ffn for ffn in plan_of(model).modules(model)]
     logits = model(mx.array([TOKENS]))
-    activation_scores(model, plan_of(model), TOKENS)
+    use_scores(model, plan_of(model), [(TOKENS,)])
     assert all(
         a is b for a, b in zip(before, plan_of(model).modules(model), strict=True)
     )
@@ -51,26 +51,26 @@ def test_the_model_is_restored_when_a_run_breaks(monkeypatch):
     before = plan.modules(model)
     monkeypatch.setattr(mx, "eval", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        activation_scores(model, plan, TOKENS)
+        use_scores(model, plan, [(TOKENS,)])
     assert plan.modules(model) == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_texts_are_read_in_steps_with_the_same_result(family, monkeypatch):
     model, tokens = tiny_model(family), list(range(40))
-    whole = np.array(activation_scores(model, plan_of(model), tokens))
+    whole = np.array(use_scores(model, plan_of(model), [(tokens,)]))
     monkeypatch.setattr(stock, "PREFILL_STEP", 7)
     np.testing.assert_allclose(
-        np.array(activation_scores(model, plan_of(model), tokens)), whole, rtol=1e-4
+        np.array(use_scores(model, plan_of(model), [(tokens,)])), whole, rtol=1e-4
     )
 
 
 def test_the_prior_counts_every_token_of_every_text_alike():
     model, texts = tiny_model("llama"), [TOKENS, [3, 4], [250]]
     energies = [
-        np.array(activation_scores(model, plan_of(model), text)) ** 2 for text in texts
+        np.array(use_scores(model, plan_of(model), [(text,)])) ** 2 for text in texts
     ]
-    prior = np.array(prior_scores(model, plan_of(model), texts))
+    prior = np.array(use_scores(model, plan_of(model), [(text,) for text in texts]))
     np.testing.assert_allclose(prior, np.sqrt(sum(energies)), rtol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_random_scores_depend_on_the_seed_alone():
 
 def test_an_instruction_without_tokens_is_refused():
     with pytest.raises(ValueError, match="no tokens"):
-        activation_scores(tiny_model("llama"), plan_of(tiny_model("llama")), [])
+        use_scores(tiny_model("llama"), plan_of(tiny_model("llama")), [([],)])
 
 
 def test_the_calibration_text_ships_with_the_package():

@@ -1,0 +1,136 @@
+"""Who gets a token in a mixture of experts, and what that expert contributes.
+
+mlx-lm's blocks multiply gate weights in by themselves, each in its own way, so no hook
+sees them. But the derivative of what a block returns with respect to what an expert
+returned is that expert's gate weight, whatever the block is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..selection.masks import Selection
+from .masked import become
+from .shapes import LayerPlan, Plan, at
+
+# Statistics of an expert: what it contributed, its gate weights, and its tokens.
+CONTRIBUTION, MASS, COUNT = range(3)
+STATISTICS = 3
+
+See = Callable[[mx.array, mx.array, mx.array], None]
+
+
+@contextmanager
+def watched(module: nn.Module, layer: LayerPlan, see: See) -> Iterator[None]:
+    """Let a function see every routing that a layer makes meanwhile.
+
+    Args:
+        module: the layer's, of a plan of experts.
+        layer: its plan.
+        see: gets the chosen experts, integers ``[N, K]``, their gate weights, float32
+            ``[N, K]``, and the length of what each returned, float32 ``[N, K]``, for
+            the ``N`` tokens of a call. Where a block does more than add up what its
+            experts return, gate weights are known up to a factor of each token.
+    """
+    above, _, name = layer.experts.rpartition(".")
+    owner = at(module, above)
+    stock = type(owner)
+    become(owner, "Watched", lambda kind: _watched_call(kind, name, see))
+    try:
+        yield
+    finally:
+        owner.__class__ = stock
+
+
+def _watched_call(stock: type, name: str, see: See) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        experts = getattr(self, name)
+        made: list[mx.array] = []
+
+        def remember(x: mx.array, indices: mx.array, *more: Any) -> mx.array:
+            made[:] = indices, experts(x, indices, *more)
+            return made[1]
+
+        def run(answer: Callable[..., mx.array]) -> mx.array:
+            setattr(self, name, answer)
+            return stock.__call__(self, *args, **kwargs)
+
+        try:
+            output = run(remember)
+            indices, outputs = made
+            ones = mx.ones(output.shape, output.dtype)
+            _, (slopes,) = mx.vjp(lambda y: run(lambda *_: y), [outputs], [ones])
+        finally:
+            setattr(self, name, experts)
+        chosen = indices.reshape(-1, indices.shape[-1])
+        gates, lengths = _lengths(slopes) / outputs.shape[-1] ** 0.5, _lengths(outputs)
+        see(chosen, gates.reshape(chosen.shape), lengths.reshape(chosen.shape))
+        return output
+
+    return call
+
+
+def _lengths(vectors: mx.array) -> mx.array:
+    return mx.linalg.norm(vectors.astype(mx.float32), axis=-1)
+
+
+def tally(
+    weights: mx.array, E: int, chosen: mx.array, gates: mx.array, lengths: mx.array
+) -> mx.array:
+    """Return the statistics of each expert over some tokens, float32 ``[W, 3, E]``.
+
+    Args:
+        weights: how much each token counts, float32 ``[W, N]``.
+        E: how many experts there are.
+        chosen, gates, lengths: of ``N`` tokens, as :func:`watched` gives them.
+    """
+    each = mx.stack([gates * lengths, gates, mx.ones(gates.shape)])
+    values = (weights[:, None, :, None] * each).reshape(*weights.shape[:1], 3, -1)
+    found = mx.zeros((*values.shape[:2], E))
+    return found.at[:, :, chosen.flatten()].add(values)
+
+
+def saliency(use: mx.array) -> mx.array:
+    """Return each expert's score from its statistics.
+
+    Args:
+        use: float32 ``[..., 3, E]``, of :func:`tally`.
+
+    Returns:
+        float32 ``[..., E]``: gate weight times length of the output, summed over the
+        tokens that the expert got.
+
+    Source: REAP, Lasby et al. 2025 (arXiv:2510.13999) eq. 9, which takes the mean.
+    """
+    return use[..., CONTRIBUTION, :]
+
+
+def mass_share(uses: mx.array, selection: Selection) -> float:
+    """Return the share of all gate weights that the kept experts had, 0 to 1.
+
+    Args:
+        uses: float32 ``[L, 3, E]``, over the text that selected.
+        selection: of the same model.
+    """
+    mass = np.array(uses[:, MASS])
+    kept = [
+        row[np.array(i)].sum() for row, i in zip(mass, selection.indices, strict=True)
+    ]
+    return float(sum(kept) / max(mass.sum(), 1e-30))
+
+
+def slots_of(model: nn.Module, plan: Plan) -> int:
+    """Return ``K``, the experts that a token gets; no weight is read to find out."""
+    seen: list[int] = []
+    module, layer = plan.modules(model)[0], plan.layers[0]
+
+    def see(chosen: mx.array, gates: mx.array, lengths: mx.array) -> None:
+        seen.append(chosen.shape[-1])
+
+    with watched(module, layer, see):
+        model(mx.array([[0]]))
+    return seen[0]
