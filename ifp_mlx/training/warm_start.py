@@ -2,12 +2,12 @@
 
 A head that begins at random gives all instructions nearly the same mask, and training
 then makes the masks the same. Here the head begins as the ridge regression from the
-instruction to how strongly the model uses each of its channels, or its router each of
-its experts, on the instruction and on what follows it.
+instruction to how strongly the model uses each of its channels or experts, on the
+instruction and on what follows it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
@@ -15,8 +15,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..selection.predictor import SparsityPredictor
-from ..slicing.masked import Tap, masked_inlets, tapped
+from ..slicing.masked import masked_inlets, tapped
 from ..slicing.plan import plan_of
+from ..slicing.routing import saliency, tally, watched
 from ..slicing.shapes import Plan
 from .batches import Batch
 
@@ -37,55 +38,51 @@ def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
         model: the stock model, dense.
         batch: ``B`` examples.
     """
+    real, energy = _real(batch)[:, :, None], []
 
-    def share(h: mx.array) -> mx.array:
+    def record(h: mx.array) -> mx.array:
         square = mx.square(h.astype(mx.float32))
-        return square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
+        share = square / mx.maximum(square.sum(axis=-1, keepdims=True), 1e-30)
+        energy.append((share * real).sum(axis=1))
+        return h
 
     inlets = masked_inlets(model) or plan_of(model).inlets(model)
-    return _logarithm(mx.sqrt(_summed(model, batch, inlets, [share] * len(inlets))))
+    with tapped(inlets, [record] * len(inlets)):
+        model(batch.tokens[:, :-1])
+    return _logarithm(energy)
 
 
 def expert_importance(plan: Plan, model: nn.Module, batch: Batch) -> np.ndarray:
-    """Return how much of every row's tokens goes to every expert, float32 ``[B, L, E]``.
-
-    The logarithm of the router's probability, a softmax over its logits whatever the
-    block makes of them, summed over a row's tokens up to its last target.
+    """Return how strongly every row uses every expert, float32 ``[B, L, E]``; like
+    :func:`channel_importance`.
 
     Args:
-        plan: of the model, of experts whose routers give logits.
-        model: the stock model, dense, not masked.
+        plan: of the model, of experts.
+        model: the stock model, dense.
         batch: ``B`` examples.
     """
-
-    def share(router: nn.Module, logits: Any, x: mx.array) -> mx.array:
-        return mx.softmax(logits(router, x).astype(mx.float32), axis=-1)
-
-    routers = plan.inlets(model)
-    # Their classes are noted before they are tapped: there is no calling them then.
-    shares = [partial(share, router, type(router).__call__) for router in routers]
-    return _logarithm(_summed(model, batch, routers, shares))
-
-
-def _summed(
-    model: nn.Module, batch: Batch, inlets: Sequence[nn.Module], shares: Sequence[Tap]
-) -> mx.array:
-    """Return each token's shares summed over every row's tokens, ``[B, L, F]``."""
-    later = mx.cumsum(batch.loss_mask, axis=1, reverse=True)
-    real = (later > 0).astype(mx.float32)[:, :-1, None]
+    rows = mx.eye(len(batch.tokens))[:, :, None] * _real(batch)
     found: list[mx.array] = []
 
-    def record(share: Tap, h: mx.array) -> mx.array:
-        used = share(h).reshape(*real.shape[:2], -1)
-        found.append((used * real).sum(axis=1))
-        return h
+    def see(*routed: mx.array) -> None:
+        weights = rows.reshape(len(rows), -1)
+        found.append(saliency(tally(weights, plan.units, *routed)))
 
-    with tapped(inlets, [partial(record, share) for share in shares]):
+    with ExitStack() as stack:
+        for module, layer in zip(plan.modules(model), plan.layers, strict=True):
+            stack.enter_context(watched(module, layer, see))
         model(batch.tokens[:, :-1])
-    return mx.stack(found, axis=1)
+    return _logarithm(found)
 
 
-def _logarithm(used: mx.array) -> np.ndarray:
+def _real(batch: Batch) -> mx.array:
+    """Return 1 for every row's tokens up to its last target, float32 ``[B, T - 1]``."""
+    later = mx.cumsum(batch.loss_mask, axis=1, reverse=True)
+    return (later > 0).astype(mx.float32)[:, :-1]
+
+
+def _logarithm(energy: list[mx.array]) -> np.ndarray:
+    used = mx.sqrt(mx.stack(energy, axis=1))
     # The offset keeps what is hardly used from filling the logarithm's scale.
     return np.array(mx.log(used + 0.1 * used.mean(axis=-1, keepdims=True)))
 
