@@ -201,9 +201,9 @@ def _first_layers(about: dict[str, Any], layers: int) -> dict[str, Any]:
     """Return the config of a model's first layers."""
     if "num_hidden_layers" not in about:
         raise ValueError(
-            "The first layers of this model cannot be copied as its predictor (they are "
-            "a part of a larger whole); use --predictor new, or the folder of a language "
-            "model."
+            "The first layers of this model cannot be copied as its predictor (its "
+            "config.json has no num_hidden_layers of its own); use --predictor new, or "
+            "the folder of a language model."
         )
     if not 0 < layers <= (most := about["num_hidden_layers"]):
         raise ValueError(
@@ -222,15 +222,15 @@ def _of_layers(about: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _new_config(trainee: Trainee, config: TrainConfig) -> dict[str, Any]:
-    """Return the config of a small model of the same kind; beside a mixture, or a part
-    of a larger whole, of a plain llama, which has no experts.
+    """Return the config of a small model of the same kind; beside a mixture, or where the
+    config.json is not of one language model, of a plain llama, which has no experts.
     """
     width, heads = config.predictor_width, 4
     if width % (2 * heads):
         raise ValueError(f"predictor_width={width} must be a multiple of 8.")
     about = trainee.config
     if trainee.plan.unit == "expert" or "num_hidden_layers" not in about:
-        words = about.get("vocab_size") or about["text_config"]["vocab_size"]
+        words = 1 + max(trainee.tokenizer.get_vocab().values())
         about = {"model_type": "llama", "vocab_size": words, "rms_norm_eps": 1e-6}
     small = _of_layers(about, config.predictor_layers)
     small |= {"hidden_size": width, "intermediate_size": 2 * width}

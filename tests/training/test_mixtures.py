@@ -301,7 +301,11 @@ def test_recovery_brings_a_mask_of_experts_nearer_to_the_dense_model(
         ),
         ("deepseek_v3", ("--masker", "static"), "use masker: dense"),
         ("Klear", (), "KlearSparseMoeBlock does not take masks of several instruc"),
-        ("qwen3_5_moe", (), "a part of a larger whole); use --predictor new"),
+        (
+            "qwen3_5_moe",
+            (),
+            "has no num_hidden_layers of its own); use --predictor new",
+        ),
     ],
 )
 def test_what_a_mixture_cannot_have_is_refused_before_anything_is_written(
