@@ -1,6 +1,7 @@
 """Mixtures as the Hub has them, every expert's matrices alone, become stock folders."""
 
 import json
+import tracemalloc
 import weakref
 
 import mlx.core as mx
@@ -13,7 +14,9 @@ from convert.from_pytorch import convert
 from convert.gguf import shards
 from ifp_mlx import load
 from ifp_mlx.slicing.stock import build
+from ifp_mlx.storage import writer
 from ifp_mlx.storage.folder import source_of
+from ifp_mlx.storage.writer import fill_store, write_store
 
 TOKENS = mx.array([[5, 9, 77, 200, 13, 40]])
 MIB = 1 << 20
@@ -169,6 +172,13 @@ def test_a_folder_of_the_hub_is_cut_without_being_converted(tmp_path, name):
     )
 
 
+def test_a_folder_of_the_hub_is_no_store_until_it_is_converted(tmp_path):
+    hub, _ = write_hub(tmp_path / "hub", "qwen3_moe")
+    with pytest.raises(ValueError, match=r"from_pytorch.py --hf-path \S+hub --mlx"):
+        write_store(hub, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 # memory
 
 
@@ -192,6 +202,20 @@ def test_memory_holds_a_shard_and_what_one_tensor_is_made_of(
     peak = mx.get_peak_memory() - before
     assert peak < shard + times * largest + MIB // 4
     assert peak < whole / 4
+
+
+def test_a_store_is_written_a_few_records_at_a_time(tmp_path, monkeypatch):
+    sizes = {"moe_intermediate_size": 512, "num_experts": 32, "num_hidden_layers": 2}
+    hub, _ = write_hub(tmp_path / "hub", "qwen3_moe", **sizes)
+    plain, store = convert(hub, tmp_path / "plain"), tmp_path / "store"
+    store.mkdir()
+    monkeypatch.setattr(writer, "PIECE_BYTES", MIB)
+    tracemalloc.start()
+    fill_store(plain, store)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    layer = (store / "channels.bin").stat().st_size  # the other layer is dense
+    assert layer > 12 * MIB and peak < 4 * MIB
 
 
 # PyTorch
