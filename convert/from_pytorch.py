@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,9 @@ def convert(
 ) -> Path:
     """Convert a checkpoint into an MLX model folder.
 
-    Memory holds about one shard of the output at a time; a killed conversion leaves
-    no half-written folder.
+    Memory holds about one shard of the output (1 GiB) at a time and, while it is made,
+    a tensor twice: the largest are the stacked experts of a mixture. A killed
+    conversion leaves no half-written folder.
 
     Args:
         hf_path: a folder with safetensors or ``pytorch_model.bin``, a Hugging Face
@@ -123,6 +125,7 @@ def _convert_model(
     model = source_of(origin).dense()
     if dtype is not None:
         _cast(model, getattr(mx, dtype))
+        config.pop("dtype", None)  # its name since transformers 5
         config["torch_dtype"] = dtype
     if quantization is not None:
         model, config = _quantized(model, config, quantization, origin)
@@ -231,9 +234,10 @@ def _unpack(source: Path, scratch: Path, dtype: str | None) -> tuple[Path, Path]
             "model; put the model's config.json and tokenizer beside it."
         )
     shutil.copyfile(folder / "config.json", scratch / "config.json")
-    dicts = {file: _state_dict(file) for file in files}
-    count = sum(map(len, dicts.values()))
-    write_shards(scratch, _tensors(dicts), count=count)
+    # Each file is opened twice, and let go of before the next: it may be large.
+    count = sum(len(_state_dict(file)) for file in files)
+    tensors = chain.from_iterable(map(_tensors, files))
+    write_shards(scratch, tensors, count=count)
     return scratch, folder
 
 
@@ -273,6 +277,12 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # from pickle, zip and torch, of many kinds
+        if "Cannot allocate memory" in str(error):  # of the address space, by mmap
+            raise OSError(
+                f"{file} has {file.stat().st_size / 1e9:.1f} GB, and this system does "
+                "not let a file of that size be mapped into memory; save the model in "
+                "several files, best as safetensors."
+            ) from error
         code = re.search(r"GLOBAL (\S+)", str(error))
         why = (
             f"holds {code[1]}, not only tensors"
@@ -300,25 +310,22 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
     return content
 
 
-def _tensors(
-    dicts: dict[Path, Mapping[str, Any]],
-) -> Iterator[tuple[str, "mx.array"]]:
+def _tensors(file: Path) -> Iterator[tuple[str, "mx.array"]]:
     import mlx.core as mx
     import torch
 
-    for file, tensors in dicts.items():
-        for name, tensor in tensors.items():
-            bfloat16 = tensor.dtype == torch.bfloat16  # unknown to numpy
-            try:
-                plain = tensor.detach().contiguous()
-                plain = (plain.view(torch.int16) if bfloat16 else plain).numpy()
-            except (TypeError, RuntimeError) as error:
-                raise ValueError(
-                    f"{name} in {file} is a {tensor.dtype} tensor that MLX cannot "
-                    "take; convert it to float first."
-                ) from error
-            array = mx.array(plain)
-            yield name, array.view(mx.bfloat16) if bfloat16 else array
+    for name, tensor in _state_dict(file).items():
+        bfloat16 = tensor.dtype == torch.bfloat16  # unknown to numpy
+        try:
+            plain = tensor.detach().contiguous()
+            plain = (plain.view(torch.int16) if bfloat16 else plain).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{name} in {file} is a {tensor.dtype} tensor that MLX cannot "
+                "take; convert it to float first."
+            ) from error
+        array = mx.array(plain)
+        yield name, array.view(mx.bfloat16) if bfloat16 else array
 
 
 def build_parser() -> argparse.ArgumentParser:

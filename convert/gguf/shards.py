@@ -45,10 +45,10 @@ def write_shards(
         mx.clear_cache()
 
     for name, tensor in tqdm(tensors, total=count, unit=" tensors", disable=None):
-        mx.eval(tensor)
         if shard and size + tensor.nbytes > SHARD_BYTES:
-            flush()
+            flush()  # before the next tensor takes memory
             size = 0
+        mx.eval(tensor)
         shard[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes

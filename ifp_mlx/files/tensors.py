@@ -31,9 +31,9 @@ class Tensor:
     offset: int
     nbytes: int
 
-    def read(self) -> np.ndarray:
-        """Return the tensor's bytes, uint8 ``[nbytes]``."""
-        return np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+    def mapped(self) -> np.ndarray:
+        """Return the tensor's bytes, uint8 ``[nbytes]``, read from disk as they are used."""
+        return np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
 
 
 def header_of(file: Path) -> str:

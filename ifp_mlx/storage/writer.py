@@ -6,12 +6,10 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..files.atomic import new_folder, refuse_existing
@@ -33,6 +31,8 @@ from .order import order_units
 from .reader import ChannelReader
 
 Progress = Callable[[Iterable], Iterable]
+
+PIECE_BYTES = 64 << 20  # of records, made at a time
 
 # What a store carries along, beside the weights.
 CARRIED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -57,7 +57,7 @@ def write_store(
 ) -> Path:
     """Write a model folder's content with its FFN channel by channel.
 
-    About one layer's FFN is in memory at a time.
+    A few records are in memory at a time; the folder's files are mapped.
 
     Args:
         folder: an ordinary model folder.
@@ -174,7 +174,7 @@ def _plan(
             f"granularity={granularity} does not divide the {channels} {plan.unit}s in "
             f"groups of {group}; choose another."
         )
-    parts = tuple(_parts(model, layer, tensors) for layer in plan.layers)
+    parts = tuple(_parts(source, layer, tensors) for layer in plan.layers)
     order = np.tile(np.arange(channels // unit), (len(plan.layers), 1))
     if uses is not None:
         order = order_units(uses, unit)
@@ -191,12 +191,12 @@ def _plan(
 
 
 def _parts(
-    model: nn.Module, layer: LayerPlan, tensors: dict[str, Tensor]
+    source: Folder, layer: LayerPlan, tensors: dict[str, Tensor]
 ) -> tuple[Part, ...]:
     """Return what the records of a layer are made of."""
     parts = []
     for piece in layer.slices:
-        home = at(at(model, layer.path), piece.module)
+        home = at(at(source.skeleton, layer.path), piece.module)
         path = ".".join(filter(None, (layer.path, piece.module)))
         for tensor in tensors_along(home, piece):
             name, used = f"{path}.{tensor}", home[tensor]
@@ -206,8 +206,9 @@ def _parts(
                 used.shape,
             ):
                 raise ValueError(
-                    f"{name} does not lie in the folder as mlx-lm uses it; convert the "
-                    "folder with convert/from_pytorch.py first."
+                    f"{source.path} does not hold {name} as mlx-lm uses it; convert it "
+                    "and make the store with python convert/from_pytorch.py --hf-path "
+                    f"{source.path} --mlx-path OUT --channel-store."
                 )
             repeat = 1 if piece.interleaved else piece.repeat
             parts.append(Part(name, found.dtype, found.shape, piece.axis, repeat))
@@ -220,17 +221,21 @@ def _write_records(
     """Write the channel file; its header comes last, when the checksums are known."""
     file.seek(layout.data_offset)
     for layer in progress(range(layout.layers)):
-        records = np.empty((layout.units, layout.record_bytes[layer]), np.uint8)
-        for part, offset in layout.fields(layer):
-            dense = part.split(tensors[part.name].read(), layout.units, layout.units)
-            size = part.unit_bytes(layout.units)
-            into = records[:, offset : offset + size].view(dense.dtype)
-            into[...] = dense[layout.order[layer]].reshape(layout.units, -1)
-        sums = accumulate(
-            records, lambda sum_, record: zlib.crc32(record, sum_), initial=0
-        )
-        layout.checksums[layer] = list(sums)[1:]
-        file.write(records.data)
+        sum_, units = 0, layout.units
+        fields = [
+            (part.split(tensors[part.name].mapped(), units, units), offset)
+            for part, offset in layout.fields(layer)
+        ]
+        step = max(1, PIECE_BYTES // layout.record_bytes[layer])
+        for place in range(0, units, step):
+            chosen = layout.order[layer, place : place + step]
+            records = np.empty((len(chosen), layout.record_bytes[layer]), np.uint8)
+            for dense, offset in fields:
+                into = records[:, offset : offset + dense[0].nbytes].view(dense.dtype)
+                into[...] = dense[chosen].reshape(len(chosen), -1)
+            for n, record in enumerate(records, place):
+                layout.checksums[layer, n] = sum_ = zlib.crc32(record, sum_)
+            file.write(records.data)
     file.seek(0)
     file.write(layout.pack())
 
@@ -244,7 +249,7 @@ class _Restored:
         layers = enumerate(reader.layout.parts)
         self._parts = {p.name: n for n, layer in layers for p in layer}
 
-    def tensor(self, name: str) -> bytes:
+    def tensor(self, name: str) -> memoryview:
         """Return a dense tensor's bytes."""
         layer = self._parts[name]
         if layer != self._layer:
@@ -252,4 +257,4 @@ class _Restored:
             self._held = self._reader.read(layer)
             self._layer = layer
         array = self._held[name]
-        return np.array(array.view(mx.uint8)).tobytes()
+        return np.array(array.view(mx.uint8), copy=False).data
