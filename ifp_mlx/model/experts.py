@@ -7,7 +7,7 @@ import numpy as np
 
 from ..selection.masks import Selection
 from ..slicing.shapes import Plan
-from ..slicing.stock import build
+from ..slicing.stock import build, unmoved_random_state
 
 # Routers that choose groups of experts first. No shape tells how many groups there are.
 GROUP_KEYS = ("n_group", "num_expert_group")
@@ -34,7 +34,8 @@ def check_number(plan: Plan, config: dict[str, Any], count: int) -> None:
             f"{count} experts a layer are no multiple of the {groups} groups that this "
             f"model's router chooses among; use {max(1, count // groups) * groups}."
         )
-    small = build(plan.resized(config, count))
+    with unmoved_random_state():
+        small = build(plan.resized(config, count))
     try:
         small(mx.array([[0, 0]]))  # shapes are enough: nothing is computed
     except (ValueError, IndexError, RuntimeError) as error:
@@ -42,6 +43,25 @@ def check_number(plan: Plan, config: dict[str, Any], count: int) -> None:
             f"{count} experts a layer are too few for this model's router ({error}); "
             "keep more."
         ) from error
+
+
+def fewest(plan: Plan, config: dict[str, Any], slots: int) -> int:
+    """Return the fewest experts a layer that the stock class runs with; all of them
+    where its config cannot say how many there are.
+
+    Args:
+        plan: of the model, of experts.
+        config: its config.json.
+        slots: ``K``, the experts that a token gets.
+    """
+    step = groups_of(config)
+    for count in range(-(-slots // step) * step, plan.units, step):
+        try:
+            check_number(plan, config, count)
+        except ValueError:
+            continue
+        return count
+    return plan.units
 
 
 def check_selection(selection: Selection, plan: Plan, config: dict[str, Any]) -> None:
