@@ -87,7 +87,7 @@ def _in_passing(model: Any, decision: Decision, limits: Limits) -> Footprint:
     if decision.compensate:
         floats += min(reading, PREFILL_STEP) * channels
         floats += DOWN_FLOATS * channels * footprint.hidden_size
-    rounded = -(-limits.context // CACHE_STEP) * CACHE_STEP
+    rounded = -(-max(limits.context, reading) // CACHE_STEP) * CACHE_STEP
     spare = footprint.kv_bytes(rounded) - footprint.kv_bytes(limits.context)
     layer = round(max(footprint.layer_bytes) * channels)
     passing = layer + floats * mx.float32.size

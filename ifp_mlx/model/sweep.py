@@ -70,7 +70,7 @@ def scores(
     uses = [mx.array(0.0)] * len(source.plan.layers)
     for texts in batches:
         sweep = _Sweep(source, texts, ticks)
-        sweep.run(keep_kv=False)
+        sweep.run()
         uses = [use + more for use, more in zip(uses, sweep.uses, strict=True)]
     next(ticks, None)
     return mx.stack([scores_of(source.plan.unit, use) for use in uses])
@@ -162,13 +162,13 @@ class _Sweep:
         self._passing: list[nn.Module] = []
         self._ticks = ticks
 
-    def run(self, *, keep_kv: bool = True) -> list[Any]:
-        """Send the texts through the model, and return the KV cache, if it is kept."""
+    def run(self) -> list[Any]:
+        """Send the texts through the model, and return the KV cache."""
         read = partial(read_text, self.model, self.plan, self.texts, self._visit)
         if self.places is None:
-            return read(keep_kv=keep_kv)[0]
+            return read()[0]
         with logits_at(self.model, self.places) as some:
-            cache, logits = read(keep_kv=keep_kv)
+            cache, logits = read()
             self.said = log_softmax(some(logits)[0])
         return cache
 

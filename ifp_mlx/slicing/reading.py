@@ -109,7 +109,7 @@ def scores(
         return output
 
     for texts in progress(batches_of(examples)):
-        read_text(model, plan, texts, visit, keep_kv=False)
+        read_text(model, plan, texts, visit)
         mx.eval(uses)
     return mx.stack([scores_of(plan.unit, use) for use in uses])
 
@@ -138,7 +138,7 @@ def scores_of(unit: Unit, use: mx.array) -> mx.array:
 
 
 def read_text(
-    model: nn.Module, plan: Plan, texts: Texts, visit: Visit, *, keep_kv: bool = True
+    model: nn.Module, plan: Plan, texts: Texts, visit: Visit
 ) -> tuple[list[Any], mx.array]:
     """Run texts through a dense model, its layers' modules computed by ``visit``.
 
@@ -151,21 +151,18 @@ def read_text(
         visit: computes what the module of a layer does, by number, with the weights
             of the step's tokens, ``[W, B, T]``, and the arguments of the module. It is
             called layer after layer, :func:`visits_of` times in every step.
-        keep_kv: whether the KV cache is wanted; else there is one only where a text is
-            read in several steps.
 
     Returns:
-        The texts' KV cache, as mlx-lm makes it, or nothing, and the logits of the last
-        step, not computed.
+        The texts' KV cache, as mlx-lm makes it, and the logits of the last step, not
+        computed.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    steps = steps_of(range(texts.tokens.shape[1]))
-    cache = make_prompt_cache(model) if keep_kv or len(steps) > 1 else []
-    for part in steps:
+    cache = make_prompt_cache(model)
+    for part in steps_of(range(texts.tokens.shape[1])):
         now = slice(part[0], part[-1] + 1)
         with _computed_by(model, plan, visit, texts.weights[..., now]):
-            logits = model(texts.tokens[:, now], cache=cache or None)
+            logits = model(texts.tokens[:, now], cache=cache)
             mx.eval([layer.state for layer in cache])
     return cache, logits
 
@@ -176,11 +173,11 @@ def visits_of(model: nn.Module, plan: Plan) -> list[int]:
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    visits = [0] * len(plan.layers)
+    visits, modules = [0] * len(plan.layers), plan.modules(model)
 
-    def count(layer: int, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    def count(layer: int, *args: Any, **kwargs: Any) -> Any:
         visits[layer] += 1
-        return x
+        return modules[layer](*args, **kwargs)
 
     with _computed_by(model, plan, count):
         model(mx.array([[0]]), cache=make_prompt_cache(model))

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import load
 from ifp_mlx.generate import main
+from ifp_mlx.model import checkpoint
 from ifp_mlx.model.compact_cache import CompactCache, prepare_once
 from ifp_mlx.model.decide import decide
 from ifp_mlx.model.fit import Limits
@@ -189,20 +190,20 @@ def test_a_prior_that_is_not_there_yet_needs_room_to_be_computed_in(tmp_path):
     passing = (
         5 * 512 * 256 * 4
     )  # the calibration text in one layer, [512, F] five times
-    for selector in ("prior", "blend"):
-        with pytest.raises(ValueError, match="for a dense layer that is being read"):
-            fit(model, passing, selector=selector)
-        size = fit(model, passing + Footprint.of(model).dense_bytes, selector=selector)
+    with pytest.raises(ValueError, match="for a dense layer that is being read"):
+        fit(model, passing, selector="blend")
+    memory = 6_500_000  # less than that and the model beside it
+    smaller = fit(model, memory, selector="prior").size
     add_prior(model)
     opened, _ = load(model.path)
-    assert (
-        size.size < fit(opened, Footprint.of(model).dense_bytes, selector="prior").size
-    )
+    assert 0 < smaller < fit(opened, memory, selector="prior").size
 
 
-def test_a_prior_is_computed_with_one_dense_layer_in_memory(tmp_path):
+def test_a_prior_is_computed_with_one_dense_layer_in_memory(tmp_path, monkeypatch):
+    chats = [[{"role": "user", "content": text}] for text in ("Hello.", "How are you?")]
+    monkeypatch.setattr(checkpoint, "calibration_chats", lambda: chats)
     shape = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 2048}
-    model, _ = load(write_folder(tmp_path / "wide", num_hidden_layers=40, **shape))
+    model, _ = load(write_folder(tmp_path / "wide", num_hidden_layers=12, **shape))
     footprint = Footprint.of(model)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -210,7 +211,7 @@ def test_a_prior_is_computed_with_one_dense_layer_in_memory(tmp_path):
     model.compute_prior()
     peak = mx.get_peak_memory() - before
     layer = max(footprint.layer_bytes) * model.channels
-    assert layer < peak < 0.6 * footprint.dense_bytes
+    assert layer < peak < 0.5 * footprint.dense_bytes
 
 
 @pytest.mark.parametrize("compensate", [False, True])

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import load
 from ifp_mlx.model import sweep
+from ifp_mlx.model.experts import groups_of
 from ifp_mlx.selection import top_k
 from ifp_mlx.selection.scores import blend_scores
 from ifp_mlx.slicing import reading, stock
@@ -52,16 +53,17 @@ class Built:
             cut(module, self.plan.layers[layer], index, self.plan.units)
 
 
-@pytest.mark.parametrize(
-    "family", [n for n, u in family_units().items() if u == "channel"]
-)
+@pytest.mark.parametrize("family", family_units())
 def test_a_sweep_equals_everything_in_memory_in_every_family(family):
     source, tokens = Built(families()[family]), [5, 9, 77, 200, 13, 40]
     dense = source.open()
     scores = reading.scores(dense, source.plan, [(tokens,)])
     assert mx.array_equal(sweep.scores(source, [(tokens,)]), scores)
     sizes = [24 + 4 * (layer % 3) for layer in range(len(scores))]
-    selection = top_k.select(scores, sizes)
+    how = {}
+    if source.plan.unit == "expert":
+        sizes, how = [6] * len(scores), {"groups": groups_of(source.config)}
+    selection = top_k.select(scores, sizes, **how)
 
     def choose(layer, row):
         assert mx.array_equal(row, scores[layer])
