@@ -55,7 +55,8 @@ def decide(
         name = "all" if everything else _selector(model, request.selector)
         sizes, allocation = _sizes(model, k, name, request.allocation, block)
         reads = name in READING
-        compensate = _compensates(request, model, None, reads=reads, lasting=lasting)
+        how = {"reads": reads, "lasting": lasting}
+        compensate = can_compensate(request, model, None, **how)
         about = (sizes, k, allocation, granularity, tokens, compensate)
         return Decision(request, name, *about, unit=model.plan.unit, groups=router)
 
@@ -98,7 +99,7 @@ def _of_given(
     lasting: bool,
 ) -> Decision:
     """Decide how a given selection is used."""
-    compensate = _compensates(request, model, given, reads=False, lasting=lasting)
+    compensate = can_compensate(request, model, given, reads=False, lasting=lasting)
     tokens: list[int] = []
     if given.trained is not None and request.compensate is None:
         given.check_reproducible()
@@ -123,10 +124,14 @@ def _of_given(
     return decision
 
 
-def _compensates(
+def can_compensate(
     request: Request, model: Checkpoint, given: Selection | None, **about: bool
 ) -> bool:
-    """Return :func:`compensates`, which experts never do."""
+    """Return :func:`compensates`, which experts never do.
+
+    Raises:
+        ValueError: if they are asked to.
+    """
     if model.plan.unit == "channel":
         return compensates(request, given, **about)
     if request.compensate:

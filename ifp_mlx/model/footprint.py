@@ -347,11 +347,13 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
     dtype = getattr(mx, str(name).removeprefix("torch."), mx.float16)
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
     if how := config.get("quantization"):
-        _quantise(model, how)
+        quantise_as(model, how)
     return model
 
 
-def _quantise(model: nn.Module, how: dict[str, Any]) -> None:
+def quantise_as(model: nn.Module, how: dict[str, Any]) -> None:
+    """Quantise a stock model, in place, as a config.json notes that another one was."""
+
     def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in how:
             return how[path]

@@ -69,7 +69,8 @@ def set_masks(masked: Sequence[nn.Module], masks: mx.array) -> None:
 
     Args:
         masked: ``L`` modules, from :func:`mask_model`.
-        masks: ``[L, F]`` for all rows of a batch alike, or ``[L, B, 1 or T, F]``.
+        masks: ``[L, F]`` for all rows of a batch alike, or ``[L, B, 1 or T, F]``; an
+            axis ``F`` of 1 stands for all units.
     """
     for module, mask in zip(masked, masks, strict=True):
         module._mask = mask
@@ -180,8 +181,8 @@ def _choosing_call(stock: type) -> Any:
     """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = _kept(self._mask)
         whole = {piece.tensor: self[piece.tensor] for piece in self._rows}
+        kept = _kept(self._mask, len(next(iter(whole.values()))))
         for name, tensor in whole.items():
             self[name] = tensor[kept]
         try:
@@ -197,11 +198,12 @@ def _choosing_call(stock: type) -> Any:
     return call
 
 
-def _kept(mask: mx.array) -> mx.array:
+def _kept(mask: mx.array, experts: int) -> mx.array:
     if mask.ndim != 1:
         raise ValueError(
             f"This router takes one mask for all rows of a batch, not masks of the shape "
             f"{mask.shape}: it multiplies a bare weight and chooses by itself."
         )
+    mask = mx.broadcast_to(mask, (experts,))
     count = int((mask > 0).sum())
     return mx.sort(mx.argsort(-mask)[:count]).astype(mx.uint32)
