@@ -18,7 +18,7 @@ from .training.validation import (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train a model whose instructions choose its channels; see ``--help``."""
+    """Train a model whose instructions choose its channels, or experts; see ``--help``."""
     parser = cli.Parser(prog="python -m ifp_mlx.train", description=main.__doc__)
     add_options(parser)
     parser.add_argument("--task", help="recover: this task's mask, for --mask-file")

@@ -69,6 +69,11 @@ def fewest(plan: Plan, config: dict[str, Any], start: int) -> int:
 
 def check_selection(selection: Selection, plan: Plan, config: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless a stock model can have just these experts."""
+    if selection.gates is not None:
+        raise ValueError(
+            f"The mask {selection.mask_id} has gates, which a router cannot take; make a "
+            "mask of experts without."
+        )
     if selection.target_size is None:
         raise ValueError(
             f"The mask {selection.mask_id} keeps different numbers of experts in its "

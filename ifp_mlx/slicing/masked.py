@@ -19,6 +19,9 @@ from mlx.utils import tree_flatten
 from .shapes import LayerPlan, Plan, at
 
 Tap = Callable[[mx.array], mx.array]
+# Added to a logit whose probability is to be exactly 0. Not −∞: a block may divide by its
+# logits (phimoe), and then no gradient would be a number.
+DROPPED = -1e9
 
 
 def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -69,8 +72,8 @@ def set_masks(masked: Sequence[nn.Module], masks: mx.array) -> None:
 
     Args:
         masked: ``L`` modules, from :func:`mask_model`.
-        masks: ``[L, F]`` for all rows of a batch alike, or ``[L, B, 1 or T, F]``; an
-            axis ``F`` of 1 stands for all units.
+        masks: ``[L, F]`` for all rows of a batch alike, or ``[L, B, 1 or T, F]``;
+            ``[L, 1]`` of ones keeps all.
     """
     for module, mask in zip(masked, masks, strict=True):
         module._mask = mask
@@ -124,29 +127,55 @@ def _tapped_call(stock: type) -> Any:
     return call
 
 
+def gives_logits(router: nn.Module) -> bool:
+    """Whether a router is a linear layer, adapted or not, whose output is logits; the
+    others choose by themselves, and take one mask for all rows of a batch.
+    """
+    stock = router.get("linear", router)  # what an adapter is around
+    return isinstance(stock, nn.Linear | nn.QuantizedLinear)
+
+
 def _mask_routers(model: nn.Module, plan: Plan) -> list[nn.Module]:
     routers = plan.inlets(model)
     for layer, router in zip(plan.layers, routers, strict=True):
         if is_masked(router):
             continue
-        router._mask = mx.ones(plan.units)
-        if isinstance(router, nn.Linear | nn.QuantizedLinear):
+        router._mask = mx.array(1.0)
+        router.channels = plan.units
+        if gives_logits(router):
             become(router, "Masked", _blinded_call)
             _blind_rankings(at(model, layer.path), layer, router)
         else:
             become(router, "Masked", _choosing_call)
-            router._rows = [s for s in layer.slices if s.module == layer.inlet]
+            router._rows = tuple(s for s in layer.slices if s.module == layer.inlet)
     return routers
 
 
 def _blinded_call(stock: type) -> Any:
-    """A router that is a linear layer gives logits: those of dropped experts are −∞."""
+    """A router that is a linear layer gives logits. The logarithm of the mask is added:
+    0 where it is 1, as good as −∞ where an expert is dropped, and in between a weight
+    of the expert's probability before the chosen ones are normalised (of its odds, where
+    a block takes the sigmoid of every logit).
+    """
 
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         logits = stock.__call__(self, x, *args, **kwargs)
-        return mx.where(self._mask > 0, logits, -mx.inf)
+        mask = self._mask
+        if mask.ndim > logits.ndim:  # the block lays its rows one after the other
+            rows, units = len(mask), mask.shape[-1]
+            mask = mx.broadcast_to(mask, (rows, len(logits) // rows, units))
+            mask = mask.reshape(logits.shape)
+        return logits + _log(mask).astype(logits.dtype)
 
     return call
+
+
+def _log(mask: mx.array) -> mx.array:
+    """Return the logarithm of a mask, its gradient 0 where an expert is dropped, which
+    is never chosen, so that what it would add is not known.
+    """
+    kept = mask > 0
+    return mx.where(kept, mx.log(mx.where(kept, mask, 1.0)), DROPPED)
 
 
 def _blind_rankings(home: nn.Module, layer: LayerPlan, router: nn.Module) -> None:
@@ -155,15 +184,15 @@ def _blind_rankings(home: nn.Module, layer: LayerPlan, router: nn.Module) -> Non
     """
     for piece in layer.slices:
         module = at(home, piece.module)
-        ranks = "bias" in piece.tensor and module[piece.tensor].ndim == 1
-        if ranks and module is not router:
-            become(module, "Ranking", _ranking_call(piece.tensor, router))
+        bias = module.get(piece.tensor) if "bias" in piece.tensor else None
+        if bias is not None and bias.ndim == 1 and module is not router:
+            become(module, "Ranking", _ranking_call(piece.tensor, home, layer.inlet))
 
 
-def _ranking_call(tensor: str, router: nn.Module) -> Callable[[type], Any]:
+def _ranking_call(tensor: str, home: nn.Module, inlet: str) -> Callable[[type], Any]:
     def made(stock: type) -> Any:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            bias = self[tensor]
+            bias, router = self[tensor], at(home, inlet)
             self[tensor] = mx.where(router["_mask"] > 0, bias, -mx.inf)
             try:
                 return stock.__call__(self, *args, **kwargs)
@@ -181,8 +210,10 @@ def _choosing_call(stock: type) -> Any:
     """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._mask.size == 1:  # all are kept
+            return stock.__call__(self, *args, **kwargs)
+        kept = _kept(self._mask)
         whole = {piece.tensor: self[piece.tensor] for piece in self._rows}
-        kept = _kept(self._mask, len(next(iter(whole.values()))))
         for name, tensor in whole.items():
             self[name] = tensor[kept]
         try:
@@ -198,12 +229,11 @@ def _choosing_call(stock: type) -> Any:
     return call
 
 
-def _kept(mask: mx.array, experts: int) -> mx.array:
+def _kept(mask: mx.array) -> mx.array:
     if mask.ndim != 1:
         raise ValueError(
             f"This router takes one mask for all rows of a batch, not masks of the shape "
             f"{mask.shape}: it multiplies a bare weight and chooses by itself."
         )
-    mask = mx.broadcast_to(mask, (experts,))
     count = int((mask > 0).sum())
     return mx.sort(mx.argsort(-mask)[:count]).astype(mx.uint32)

@@ -66,7 +66,7 @@ class Budget:
         soft = soft_top_k(blocks, k, self.temperature)
         if form == "soft":
             return soft * top
-        return top + soft - mx.stop_gradient(soft)
+        return top + (soft - mx.stop_gradient(soft))  # exactly 0 and 1
 
     @property
     def training_form(self) -> Form:

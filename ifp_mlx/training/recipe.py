@@ -4,12 +4,13 @@ import argparse
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..selection.widths import check_multiple, target_size
+from ..slicing.shapes import Unit
 from .maskers import Budget
 from .records import Stage
 
@@ -50,17 +51,17 @@ class TrainConfig:
     parent_samples: int = key(16, "recover: tokens that are drawn from the others")
 
     masker: Literal["predictor", "static", "dense"] = key("predictor", "where masks come from: a predictor, one learned mask, or none")
-    keep: float = key(0.5, "kept share of the FFN channels")
-    target_size: int | None = key(None, "kept channels per layer, instead of keep")
+    keep: float = key(0.5, "kept share of the FFN channels, or of a mixture's experts")
+    target_size: int | None = key(None, "kept channels, or experts, per layer, instead of keep")
     granularity: int = key(1, "channels per selectable block")
-    shared: int = key(0, "channels per layer that are always on, out of the kept ones")
-    gates: Literal["soft", "binary"] = key("soft", "whether kept channels are weighted by their soft mask, in training and inference")
+    shared: int = key(0, "channels, or experts, per layer that are always on, out of the kept ones")
+    gates: Literal["auto", "soft", "binary"] = key("auto", "whether kept channels are weighted by their soft mask, in training and inference; auto: soft, and binary for experts, which know no other")
     temperature: float = key(0.3, "of the soft top-k, in units of the scores, whose spread is 1")
     anneal_keep: int = key(0, "steps over which keep falls from 1 to its value")
     anneal_temperature: int = key(0, "steps over which the temperature falls to its value")
     start_temperature: float = key(1.0, "temperature at step 0, if annealed")
 
-    predictor: str = key("first-layers", "first-layers: a copy of the model's own; new: random; or the folder or hub id of a language model")
+    predictor: str = key("first-layers", "first-layers: a copy of the model's own, its experts too; new: small and random, without experts; or the folder or hub id of a language model")
     predictor_layers: int = key(2, "layers of a predictor that is first-layers or new")
     predictor_width: int = key(64, "hidden size of a predictor that is new")
     predictor_rank: int = key(128, "width between the two linear layers of its head")
@@ -69,7 +70,8 @@ class TrainConfig:
     scores: Literal["auto", "layer", "centred", "none"] = key("auto", "how they are normalised before step 0: layer: a spread of 1 per layer, which with a warm start is a global prior plus the instruction's part; centred: that part alone; none: not")
     decorrelate: bool | None = key(None, "make the instruction's part equally strong in all its directions; default: if centred")
 
-    train: Literal["full", "ffn", "lora", "dora", "frozen"] = key("full", "what of the model is trained; ffn: FFNs and norms; frozen: the masker only")
+    train: Literal["full", "ffn", "lora", "dora", "frozen"] = key("full", "what of the model is trained; ffn: FFNs and norms, of a mixture its blocks with router and all experts; lora: adapters on all linear layers, router and experts too; frozen: the masker only")
+    freeze_router: bool = key(False, "of a mixture: leave its routers as they are, while experts are trained as train says")
     lora_rank: int = key(8, "rank of LoRA or DoRA")
     lora_scale: float = key(20.0, "scale of LoRA or DoRA")
     lora_layers: int = key(-1, "last layers that get LoRA; -1: all")
@@ -99,7 +101,7 @@ class TrainConfig:
         """Return how scores become masks at a step, or at the end.
 
         Args:
-            channels: ``F``.
+            channels: ``F``, or how many experts there are.
             step: steps already made; ``None`` is the end of annealing.
 
         Raises:
@@ -117,7 +119,14 @@ class TrainConfig:
             done = step / self.anneal_temperature
             ratio = self.temperature / self.start_temperature
             temperature = self.start_temperature * ratio**done
-        return Budget(k, temperature, self.gates, self.granularity)
+        gates = "soft" if self.gates == "auto" else self.gates
+        return Budget(k, temperature, gates, self.granularity)
+
+    def of(self, unit: Unit) -> "TrainConfig":
+        """Return the settings with ``gates`` resolved for what is kept or dropped."""
+        if self.gates != "auto":
+            return self
+        return replace(self, gates="binary" if unit == "expert" else "soft")
 
     def score_kind(self) -> tuple[str, bool]:
         """Return ``scores`` and ``decorrelate`` with their defaults resolved."""

@@ -24,6 +24,7 @@ from ..model.export import MASK_FILE, check_can_write, write_plain
 from ..selection.masks import Selection
 from .batches import Batches, Record
 from .maskers import FixedMask
+from .mixtures import check_mixture
 from .parent_cache import Form, ParentCache, fill_cache
 from .recipe import TrainConfig, same_run
 from .records import Reader
@@ -53,6 +54,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     assert config.mask_file is not None
     output, first = Path(config.output), mx.distributed.init().rank() == 0
     model, tokenizer = load(config.model)
+    check_mixture(model.plan, model.config, config)
     selection = Selection.load(config.mask_file).plain()
     model.check_fits(selection)
     check_can_write(model, selection.sizes)
@@ -176,7 +178,8 @@ def start(
     config: TrainConfig,
 ) -> nn.Module:
     """Return the compact model that training begins with."""
-    if config.compensate and selection.gates is None:
+    channels = selection.unit == "channel"  # experts have nothing to make up with
+    if config.compensate and channels and selection.gates is None:
         order = np.random.default_rng(config.seed).permutation(len(records))
         texts = np.concatenate([records[i].tokens for i in order])
         text = texts[:SOLVED_ON].tolist()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,7 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
         return recover(config, train, log)
     mx.random.seed(config.seed)
     trainee = open_trainee(config)
+    config = config.of(trainee.plan.unit)
     budget = config.budget(trainee.plan.units)
     masker = _new_masker(trainee, config)
     records, checked = _read(trainee, config, masker, log)
@@ -302,23 +304,29 @@ def _begin(
     chosen = [records[i] for i in order[: config.warm_start or 64]]
     batches = in_order(chosen, config.batch_size)
     progress = partial(tqdm, desc="warm start", disable=None, leave=False)
+    importance: warm_start.Importance = warm_start.channel_importance
+    if trainee.plan.unit == "expert":
+        importance = partial(warm_start.expert_importance, trainee.plan)
     if isinstance(masker, ScoreTable):
-        used = [
-            warm_start.channel_importance(trainee.model, b) for b in progress(batches)
-        ]
+        used = [importance(trainee.model, batch) for batch in progress(batches)]
         prior = np.concatenate(used).mean(axis=0)
         masker.table = mx.array(prior / prior.std(axis=-1, keepdims=True))
         return
     assert isinstance(masker, PredictorMasker)
     kind, decorrelate = config.score_kind()
-    options = {"centred": kind == "centred", "decorrelate": decorrelate}
     if config.warm_start:
         start = warm_start.warm_start(
-            masker.predictor, trainee.model, batches, **options, progress=progress
+            masker.predictor,
+            trainee.model,
+            batches,
+            centred=kind == "centred",
+            decorrelate=decorrelate,
+            importance=importance,
+            progress=progress,
         )
         log(
             f"Warm start: the instruction explains {start['explained']:.0%} of what "
-            f"differs in the use of channels, in {start['rank']} directions."
+            f"differs in the use of {trainee.plan.unit}s, in {start['rank']} directions."
         )
     if kind != "none":
         centred = kind == "centred"
@@ -343,7 +351,7 @@ def _finish(
     if isinstance(masker, PredictorMasker):
         ifp = IFPConfig(
             target_size=budget.k,
-            gates=config.gates,
+            gates=budget.gates,
             temperature=config.temperature,
             granularity=config.granularity,
             shared=config.shared,
@@ -360,6 +368,7 @@ def _finish(
             gates=budget.gates,
             temperature=budget.temperature,
         )
+        selection = replace(selection, unit=trainee.plan.unit)
         selection.save(output / "mask.safetensors")
     write_checkpoint(output / RESULT, trainee, ifp, predictor)
     if predictor is not None:

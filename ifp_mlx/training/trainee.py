@@ -17,9 +17,10 @@ from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
 from ..selection.predictor import SparsityPredictor
 from ..slicing.masked import mask_model
 from ..slicing.plan import plan_of
-from ..slicing.shapes import Plan
+from ..slicing.shapes import Plan, is_quantised
 from ..slicing.stock import build
 from ..storage.folder import resolve, source_of
+from .mixtures import check_mixture, freeze_routers
 from .recipe import TrainConfig
 from .step import Parent
 
@@ -47,7 +48,8 @@ def open_trainee(config: TrainConfig) -> Trainee:
     """Load the model to be trained, or make a random one of its shape.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`ifp_mlx.load`.
+        FileNotFoundError, ValueError: as :func:`ifp_mlx.load`, or if the settings do
+            not suit a mixture.
     """
     from mlx_lm.utils import load_tokenizer
 
@@ -60,6 +62,7 @@ def open_trainee(config: TrainConfig) -> Trainee:
         source = source_of(path)
         about, model = source.config, source.dense()
     plan = plan_of(model, about)  # or it says why not
+    check_mixture(plan, about, config)
     if config.dtype != "stored":
         model.set_dtype(getattr(mx, config.dtype))
     mx.eval(model.parameters())
@@ -90,7 +93,11 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
         options["tokenizer"] = tokenizer
     else:
         copied = config.predictor == "first-layers"
-        about = _smaller_config(trainee.config, config, copied)
+        about = (
+            _first_layers(trainee.config, config.predictor_layers)
+            if copied
+            else _new_config(trainee, config)
+        )
         backbone = build(about)
         if copied:
             _copy_weights(trainee.model, backbone)
@@ -101,7 +108,9 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
     if "lm_head" in backbone:
         backbone.lm_head.freeze()  # never used; weight decay would eat it
     if config.predictor != "new":
-        backbone.model.embed_tokens.freeze()
+        for module in backbone.modules():
+            if isinstance(module, nn.Embedding):
+                module.freeze()
     mx.eval(predictor.parameters())
     return predictor
 
@@ -115,12 +124,14 @@ def adapt(model: nn.Module, plan: Plan, config: TrainConfig) -> None:
         ValueError: if a quantised model is to be trained in full.
     """
     _free(model, plan, config)
+    if config.freeze_router:
+        freeze_routers(model, plan)
     mask_model(model, plan)
 
 
 def _free(model: nn.Module, plan: Plan, config: TrainConfig) -> None:
     if config.train == "full":
-        if any(isinstance(m, nn.QuantizedLinear) for m in model.modules()):
+        if any(map(is_quantised, model.modules())):
             raise ValueError(
                 "The model is quantised, and quantised weights cannot be trained; use "
                 "--train lora, or a model that is not quantised."
@@ -186,37 +197,53 @@ def _pretrained_backbone(
     return backbone, about, None if same else tokenizer
 
 
-def _smaller_config(
-    about: dict[str, Any], config: TrainConfig, copied: bool
-) -> dict[str, Any]:
-    layers = config.predictor_layers
-    if not 0 < layers <= (len_layers := about["num_hidden_layers"]) and copied:
+def _first_layers(about: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Return the config of a model's first layers."""
+    if "num_hidden_layers" not in about:
         raise ValueError(
-            f"predictor_layers={layers} must be between 1 and the {len_layers} of the "
-            "model."
+            "The first layers of this model cannot be copied as its predictor (its "
+            "config.json has no num_hidden_layers of its own); use --predictor new, or "
+            "the folder of a language model."
         )
+    if not 0 < layers <= (most := about["num_hidden_layers"]):
+        raise ValueError(
+            f"predictor_layers={layers} must be between 1 and the {most} of the model."
+        )
+    return _of_layers(about, layers)
+
+
+def _of_layers(about: dict[str, Any], layers: int) -> dict[str, Any]:
     small = copy.deepcopy(about) | {"num_hidden_layers": layers}
     small.pop("quantization", None)
     small.pop("quantization_config", None)
     if isinstance(types := small.get("layer_types"), Sequence):
         small["layer_types"] = [types[i % len(types)] for i in range(layers)]
-    if not copied:
-        width, heads = config.predictor_width, 4
-        if width % (2 * heads):
-            raise ValueError(f"predictor_width={width} must be a multiple of 8.")
-        small |= {"hidden_size": width, "intermediate_size": 2 * width}
-        small |= {"num_attention_heads": heads, "num_key_value_heads": heads}
-        small |= {"head_dim": width // heads}
-        small["tie_word_embeddings"] = True
     return small
+
+
+def _new_config(trainee: Trainee, config: TrainConfig) -> dict[str, Any]:
+    """Return the config of a small model of the same kind; beside a mixture, or where the
+    config.json is not of one language model, of a plain llama, which has no experts.
+    """
+    width, heads = config.predictor_width, 4
+    if width % (2 * heads):
+        raise ValueError(f"predictor_width={width} must be a multiple of 8.")
+    about = trainee.config
+    if trainee.plan.unit == "expert" or "num_hidden_layers" not in about:
+        words = 1 + max(trainee.tokenizer.get_vocab().values())
+        about = {"model_type": "llama", "vocab_size": words, "rms_norm_eps": 1e-6}
+    small = _of_layers(about, config.predictor_layers)
+    small |= {"hidden_size": width, "intermediate_size": 2 * width}
+    small |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    small |= {"head_dim": width // heads}
+    return small | {"tie_word_embeddings": True}
 
 
 def _copy_weights(source: nn.Module, target: nn.Module) -> None:
     weights = dict(tree_flatten(source.parameters()))
     names = [name for name, _ in tree_flatten(target.parameters())]
     if any(name not in weights for name in names) or any(
-        isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding)
-        for m in source.modules()
+        map(is_quantised, source.modules())
     ):
         raise ValueError(
             "The first layers of this model cannot be copied as its predictor (it is "

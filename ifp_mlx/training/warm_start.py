@@ -2,11 +2,12 @@
 
 A head that begins at random gives all instructions nearly the same mask, and training
 then makes the masks the same. Here the head begins as the ridge regression from the
-instruction to how strongly the model uses each of its channels, on the instruction and
-on what follows it.
+instruction to how strongly the model uses each of its channels or experts, on the
+instruction and on what follows it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +17,11 @@ import numpy as np
 from ..selection.predictor import SparsityPredictor
 from ..slicing.masked import masked_inlets, tapped
 from ..slicing.plan import plan_of
+from ..slicing.routing import saliency, tally, watched
+from ..slicing.shapes import Plan
 from .batches import Batch
+
+Importance = Callable[[nn.Module, Batch], np.ndarray]
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 ALWAYS = 1000.0  # a score no other comes near: those have a spread of 1
@@ -33,9 +38,7 @@ def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
         model: the stock model, dense.
         batch: ``B`` examples.
     """
-    later = mx.cumsum(batch.loss_mask, axis=1, reverse=True)
-    real = (later > 0).astype(mx.float32)[:, :-1, None]
-    energy: list[mx.array] = []
+    real, energy = _real(batch)[:, :, None], []
 
     def record(h: mx.array) -> mx.array:
         square = mx.square(h.astype(mx.float32))
@@ -46,8 +49,41 @@ def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
     inlets = masked_inlets(model) or plan_of(model).inlets(model)
     with tapped(inlets, [record] * len(inlets)):
         model(batch.tokens[:, :-1])
+    return _logarithm(energy)
+
+
+def expert_importance(plan: Plan, model: nn.Module, batch: Batch) -> np.ndarray:
+    """Return how strongly every row uses every expert, float32 ``[B, L, E]``; like
+    :func:`channel_importance`.
+
+    Args:
+        plan: of the model, of experts.
+        model: the stock model, dense.
+        batch: ``B`` examples.
+    """
+    rows = mx.eye(len(batch.tokens))[:, :, None] * _real(batch)
+    found: list[mx.array] = []
+
+    def see(*routed: mx.array) -> None:
+        weights = rows.reshape(len(rows), -1)
+        found.append(saliency(tally(weights, plan.units, *routed)))
+
+    with ExitStack() as stack:
+        for module, layer in zip(plan.modules(model), plan.layers, strict=True):
+            stack.enter_context(watched(module, layer, see))
+        model(batch.tokens[:, :-1])
+    return _logarithm(found)
+
+
+def _real(batch: Batch) -> mx.array:
+    """Return 1 for every row's tokens up to its last target, float32 ``[B, T - 1]``."""
+    later = mx.cumsum(batch.loss_mask, axis=1, reverse=True)
+    return (later > 0).astype(mx.float32)[:, :-1]
+
+
+def _logarithm(energy: list[mx.array]) -> np.ndarray:
     used = mx.sqrt(mx.stack(energy, axis=1))
-    # The offset keeps channels that are hardly used from filling the logarithm's scale.
+    # The offset keeps what is hardly used from filling the logarithm's scale.
     return np.array(mx.log(used + 0.1 * used.mean(axis=-1, keepdims=True)))
 
 
@@ -58,6 +94,7 @@ def warm_start(
     *,
     centred: bool,
     decorrelate: bool,
+    importance: Importance = channel_importance,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, Any]:
     """Solve the predictor's head from some training examples, in place.
@@ -70,6 +107,7 @@ def warm_start(
             spread; else a global prior remains, to which the instruction adds.
         decorrelate: make the instruction's part equally strong in all the directions
             it has, but for the weakest, so that similar tasks are told apart.
+        importance: measures the model's use of its units.
         progress: wraps the iteration over batches.
 
     Returns:
@@ -79,7 +117,7 @@ def warm_start(
     """
     wanted, features = [], []
     for batch in progress(batches):
-        wanted.append(channel_importance(model, batch))
+        wanted.append(importance(model, batch))
         features.append(np.array(predictor.features(batch.instruction, batch.lengths)))
     y, x = np.concatenate(wanted), np.concatenate(features)
     found = solve_head(predictor, x, y, centred=centred, decorrelate=decorrelate)

@@ -11,7 +11,7 @@ from .maskers import Budget, Masker
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many of the kept channels two instructions share, mean over pairs and layers.
+    """How much of what they keep two instructions share, mean over pairs and layers.
 
     Attributes:
         within: of different instructions of one task; ``None`` without such pairs.
@@ -26,7 +26,7 @@ class Overlap:
 
     @property
     def dependence(self) -> float:
-        """0 when all instructions keep the same channels, 1 when they are as different
+        """0 when all instructions keep the same units, 1 when they are as different
         as random masks, more when they avoid each other.
         """
         return (1 - self.between) / max(1 - self.chance, 1e-9)
@@ -117,7 +117,7 @@ class Watcher:
 
         Args:
             report: with the entries of :meth:`Overlap.report`; without them, or where
-                nearly all channels are kept, there is nothing to judge.
+                nearly everything is kept, there is nothing to judge.
 
         Raises:
             CollapsedError: with what can be done.
@@ -128,7 +128,7 @@ class Watcher:
         if self._below >= self.patience:
             raise CollapsedError(
                 "The masks no longer depend on the instruction: two different ones share "
-                f"{report['overlap_between']:.3f} of their channels, random masks "
+                f"{report['overlap_between']:.3f} of what they keep, random masks "
                 f"{report['overlap_chance']:.3f}. Such a model is a statically pruned "
                 "one. Warm-start the predictor, give it a tenth of the model's learning "
                 "rate, or centre its scores; watch: off trains on."
