@@ -16,8 +16,8 @@ class Progress:
     Attributes:
         stage: ``download`` (bytes), ``load`` (opening the folder), ``select`` (layers
             that read the instruction, or calibration texts), ``channels`` (layers whose
-            channels or experts are read), ``prefill`` (prompt tokens), ``decode`` (starts; then one
-            :class:`Token` a step).
+            channels, or experts, are read), ``prefill`` (prompt tokens), ``decode``
+            (starts; then one :class:`Token` a step).
         done: units finished.
         total: units in all; 0 when unknown.
     """

@@ -166,7 +166,7 @@ def _size(model: Checkpoint, request: Request, block: int, step: int) -> int:
     if k is None:
         share = DEFAULT_KEEP if request.keep is None else request.keep
         return target_size(model.plan.units, share, step)
-    check_multiple(k, block, model.plan.units)
+    check_multiple(k, block, model.plan.units, model.plan.unit)
     return k
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from conftest import run_command, write_family
 
-from ifp_mlx import benchmark, evaluate, load
+from ifp_mlx import benchmark, evaluate, load, tasks
 from ifp_mlx.evaluation import answers, measurement
 from ifp_mlx.evaluation.quantised import QuantisedCompact
 from ifp_mlx.evaluation.rivals import quantised, quantised_bytes, weight_bytes
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.runners import stock_of_width
+from ifp_mlx.evaluation.tasks import TaskMask
 from ifp_mlx.evaluation.teacher import Evaluator, Setting
 from ifp_mlx.slicing.shapes import dense_shapes
 
@@ -148,7 +149,9 @@ def test_a_request_of_the_harness_selects_experts(opened):
     spoken = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     answer = mx.take_along_axis(spoken, mx.array(tokens[start:])[:, None], axis=-1)
     assert found[0] == pytest.approx(float(answer.sum()), rel=1e-3)
-    assert found[0] != pytest.approx(dense[0], rel=1e-3)
+    lm.use(Setting("random", 0.5, "uniform"))
+    (other,) = lm.loglikelihood(asked)
+    assert other[0] != pytest.approx(dense[0], rel=1e-3)
 
 
 def test_a_benchmark_runs_its_rows_on_experts(opened, capsys):
@@ -169,3 +172,46 @@ def test_the_stock_row_is_quantised_as_the_model_is(tmp_path):
     stock = stock_of_width(model, 4)
     assert dense_shapes(stock) == dense_shapes(compact)
     assert weight_bytes(stock) == weight_bytes(compact)
+
+
+@pytest.fixture
+def run(opened, tmp_path, capsys):
+    def command(verb, *options):
+        where = ("--model", opened[0].path, "--tasks-folder", tmp_path / "library")
+        status, out, err = run_command(tasks.main, capsys, verb, *where, *options)
+        assert status == 0, err
+        return out
+
+    return command
+
+
+def test_tasks_of_a_mixture_are_made_merged_listed_and_compared(
+    opened, data, run, tmp_path
+):
+    model, _ = opened
+    held_out = ("--held-out", data, "--limit", 1, "--json")
+    made = json.loads(run("make", "--name", "talk", "--examples", data, *held_out))
+    assert made["allocation"] == "uniform" and made["layers"] == [4] * model.layers
+    assert made["evaluation"].keys() == {"nll", "kl", "agreement", "rows"}
+    run("make", "--name", "sql", "--instruction", "Write a SQL query.")
+    # A profile of another tool, which keeps the same experts in every layer.
+    profile = {path.split(".")[2]: [0, 1, 4, 5] for path in model.plan.paths}
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    run("import", "--name", "theirs", "--profile", tmp_path / "profile.json")
+    three = ("--tasks", "talk", "sql", "theirs")
+    both = json.loads(run("merge", "--name", "all", *three, "--json"))
+    assert both["made"]["merged"] == [*three[1:]] and both["layers"] == made["layers"]
+    merged = TaskMask.load(tmp_path / "library/all.safetensors")
+    loaded = [TaskMask.load(tmp_path / f"library/{n}.safetensors") for n in three[1:]]
+    squares = [mx.square(task.scores) for task in loaded]
+    shares = sum(s / s.sum(axis=1, keepdims=True) for s in squares)
+    assert mx.allclose(mx.square(merged.scores), shares, rtol=1e-2)
+    model.check_fits(merged.selection)  # a router's groups keep equally many
+    names = ("all", "sql", "talk", "theirs")
+    listed = run("list", "--json").splitlines()
+    assert [task["name"] for task in json.loads(listed[-1])] == [*names]
+    assert "| theirs | 0.5 | uniform | a profile (reap) |" in "\n".join(listed)
+    compared = run("overlap", "--json")
+    assert compared.startswith("What two tasks share of their experts,")
+    pairs = json.loads(compared.splitlines()[-1])
+    assert len(pairs) == 6 and {c for pair in pairs for c in pair["chance"]} == {0.5}
