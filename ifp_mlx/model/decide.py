@@ -151,10 +151,10 @@ def _granularity(model: Checkpoint, wanted: int | None) -> int:
     if wanted is None:
         return model.granularity
     if wanted < 1 or model.plan.units % wanted:
+        own = f", or {model.granularity} as this model has it"
         raise ValueError(
             f"granularity={wanted} does not divide the {model.plan.units} "
-            f"{model.plan.unit}s of a layer; use 1, or {model.granularity} as this "
-            "model has it."
+            f"{model.plan.unit}s of a layer; use 1{own if model.granularity > 1 else ''}."
         )
     return wanted
 
