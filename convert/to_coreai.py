@@ -137,12 +137,7 @@ def _check(
         raise ImportError(
             "This needs Core AI's Python package: pip install 'ifp-mlx[coreai]'"
         )
-    family = type(model.source.skeleton).__module__.rpartition(".")[2]
-    if family not in FAMILIES or "quantization" in model.config:
-        raise ValueError(
-            f"{model.name} ({family}) is not written for Core AI yet; use an "
-            f"unquantised model of {', '.join(FAMILIES)}, or --format coreml."
-        )
+    _check_family(model)
     if quantisation is None:
         return
     if quantisation.bits not in (4, 8):
@@ -150,6 +145,15 @@ def _check(
     if selection.target_size is not None:
         group = quantisation.group_size
         check_multiple(selection.target_size, group, selection.channels)
+
+
+def _check_family(model: IFPModel) -> None:
+    family = type(model.source.skeleton).__module__.rpartition(".")[2]
+    if family not in FAMILIES or "quantization" in model.config:
+        raise ValueError(
+            f"{model.name} ({family}) is not written for Core AI yet; use an "
+            f"unquantised model of {', '.join(FAMILIES)}, or --format coreml."
+        )
 
 
 def _compact(
@@ -201,6 +205,7 @@ def command(args: Any) -> None:
     refuse_existing(Path(args.output))
     request = cli.request_of(args)
     model, _ = load(args.model)
+    _check_family(model)  # before the whole model is read to select
     decision = decide(request, model, lasting=True)
     report = export_coreai(
         model,

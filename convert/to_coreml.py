@@ -431,7 +431,10 @@ def _command(args: Any) -> None:
     if args.functions is not None:
         _mask_files(args)  # its mistakes are told before anything is loaded
     cli.request_of(args)
+    from convert.coreml.graph import check_family
+
     model, _ = load(args.model)
+    check_family(model.source.skeleton)  # before the whole model is read to select
     length, verify = args.context_length, not args.no_verify
     options = Options(
         cli.quantisation_of(args), args.lut, length, args.consumer, verify

@@ -28,7 +28,9 @@ async def main() -> None:
             if isinstance(event, Token):
                 print(event.text, end="", flush=True)
             elif isinstance(event, Done):
-                print(f"\n  {event.kept_channels} of {event.total_channels} channels")
+                print(
+                    f"\n  {event.kept_channels} of {event.total_channels} {event.unit}s"
+                )
 
         engine.prepare("What is Italy called in French?", name="french", keep=keep)
         print(*QUESTIONS, sep="\n")

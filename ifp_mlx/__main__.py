@@ -11,12 +11,12 @@ from . import __version__, cli
 # The order in which help lists them; those whose module is not there are left out.
 VERBS = {
     "generate": "select, load, answer",
-    "compact": "write the selected channels as a plain model folder",
+    "compact": "write a compact model as a plain model folder",
     "tasks": "make, list, merge and compare task masks",
     "server": "serve a model over the OpenAI API",
     "benchmark": "time dense, compact and stock models in turns",
     "evaluate": "compare selections with the dense model",
-    "train": "train a model that selects its own channels",
+    "train": "train a model that selects for itself",
     "plan": "say what fits into the memory there is",
     "visualize": "draw selections",
 }

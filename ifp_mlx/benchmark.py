@@ -76,7 +76,8 @@ def _masks(model: IFPModel, args: Any) -> list[Selection]:
     costs no pass of the dense model.
     """
     selector = "prior" if model.predictor is None else "predictor"
-    sizes = [target_size(model.channels, keep, model.granularity) for keep in args.keep]
+    step = model.footprint.granularity
+    sizes = [target_size(model.channels, keep, step) for keep in args.keep]
     options: dict[str, Any] = {"selector": selector, "allocation": "uniform"}
     return [
         model.select(args.instruction, target_size=size, **options) for size in sizes

@@ -84,7 +84,7 @@ def add_model_option(parser: argparse.ArgumentParser, *, shipped: bool = False) 
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which channels are kept."""
+    """Add the options that say which units are kept."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--instruction", help="what selects; default: the first user message"
@@ -94,9 +94,12 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     add_tasks_folder_option(parser)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--keep", type=float, help="kept share of the FFN channels, 0 to 1; default 0.5"
+        "--keep",
+        type=float,
+        help="kept share of a layer's units, 0 to 1; a unit is an FFN channel, or of a "
+        "mixture an expert; default 0.5",
     )
-    size.add_argument("--target-size", type=int, help="kept channels per layer")
+    size.add_argument("--target-size", type=int, help="kept units per layer")
     parser.add_argument(
         "--selector", default="auto", help=f"one of {', '.join(SELECTORS)}"
     )
@@ -104,7 +107,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--granularity",
         type=int,
-        help="channels selected together; below a model's quantisation group, "
+        help="units selected together; below a model's quantisation group, "
         "down_proj is quantised again",
     )
     parser.add_argument(
@@ -177,7 +180,7 @@ def library_folder(args: argparse.Namespace) -> Path:
 
 
 def warn_of_low_keep(selection: Selection) -> None:
-    """Say on stderr what to expect when fewer channels are kept than an untrained
+    """Say on stderr what to expect when fewer units are kept than an untrained
     model bears: as measured for this task mask, else for a small model.
     """
     share, origin = selection.share, selection.origin

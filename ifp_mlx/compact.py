@@ -33,7 +33,8 @@ def build_parser() -> cli.Parser:
     """Return the command's parser; names are mlx_lm's wherever it has one."""
     parser = cli.Parser(
         prog="ifp_mlx.compact",
-        description="Write the channels an instruction needs as a plain model folder.",
+        description="Write what an instruction needs as a plain model folder: FFN channels, "
+        "or experts of a mixture, and all else.",
     )
     cli.add_model_option(parser, shipped=True)
     cli.add_selection_options(parser)

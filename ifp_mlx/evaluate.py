@@ -34,7 +34,8 @@ from .evaluation.teacher import Setting
 from .files.atomic import new_file
 from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, load
-from .selection.request import Request, compensates
+from .model.decide import can_compensate
+from .selection.request import Request
 from .selection.scores import READING
 from .selection.widths import Allocation
 
@@ -164,7 +165,7 @@ def _sweep(args: Any) -> None:
         model,
         files,
         [
-            Setting(s, keep, a, prefill, bits, _compensates(args, s))
+            Setting(s, keep, a, prefill, bits, _compensates(args, model, s))
             for prefill, s, keep, a in choices
         ],
         folder=args.output,
@@ -214,14 +215,15 @@ def _task_settings(args: Any, model: IFPModel) -> list[Setting]:
         args.allocation or _allocations(model)[-1:],
     )
     return [
-        Setting(*choice, compensate=_compensates(args, choice[0])) for choice in choices
+        Setting(*choice, compensate=_compensates(args, model, choice[0]))
+        for choice in choices
     ]
 
 
-def _compensates(args: Any, selector: str) -> bool:
+def _compensates(args: Any, model: IFPModel, selector: str) -> bool:
     """Whether a setting is compensated: unless asked otherwise, as generate does."""
-    request = Request(compensate=args.compensate)
-    return compensates(request, None, reads=selector in READING, lasting=False)
+    request, reads = Request(compensate=args.compensate), selector in READING
+    return can_compensate(request, model, None, reads=reads, lasting=False)
 
 
 def _harness(args: Any) -> None:

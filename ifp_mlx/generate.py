@@ -26,7 +26,8 @@ def build_parser() -> cli.Parser:
     """Return the command's parser; names are mlx_lm's wherever it has one."""
     parser = cli.Parser(
         prog="ifp_mlx.generate",
-        description="Load the channels an instruction needs, and generate.",
+        description="Load what an instruction needs, FFN channels or experts of a mixture, "
+        "and generate.",
     )
     cli.add_model_option(parser, shipped=True)
     add = parser.add_argument
@@ -38,7 +39,7 @@ def build_parser() -> cli.Parser:
         "--memory-gb",
         type=float,
         help="memory for the compact model and its KV cache, in 10^9 bytes (the process "
-        "takes some more): keeps as many channels as fit, reads the model layer by "
+        "takes some more): keeps as many units as fit, reads the model layer by "
         "layer, and keeps the result for the next time",
     )
     add(

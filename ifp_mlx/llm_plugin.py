@@ -4,7 +4,7 @@
     llm models options set ifp model FOLDER        # from then on: llm -m ifp "..."
 
 `llm` finds this module by the package's entry point and imports it; nothing of ours
-does. System prompt and first user message select the channels, and a conversation keeps
+does. System prompt and first user message select, and a conversation keeps
 that mask, as everywhere in this package.
 """
 
@@ -26,13 +26,18 @@ class Options(llm.Options):
     """What `-o` may say."""
 
     model: str | None = Field(None, description="model folder or Hugging Face Hub id")
-    instruction: str | None = Field(None, description="what selects the channels")
+    instruction: str | None = Field(None, description="what selects")
     task: str | None = Field(None, description="a task of MODEL/tasks, or of ./tasks")
     mask_file: str | None = Field(None, description="use the selection in this file")
-    keep: float | None = Field(None, description="kept share of the FFN channels")
-    target_size: int | None = Field(None, description="kept channels per layer")
+    keep: float | None = Field(
+        None, description="kept share of FFN channels, or experts"
+    )
+    target_size: int | None = Field(None, description="how many of them a layer keeps")
     selector: str = Field("auto", description="where the scores come from")
     allocation: str | None = Field(None, description="how layers share the budget")
+    min_agreement: float | None = Field(
+        None, description="refuse what agrees less with the whole model, 0 to 1"
+    )
     max_tokens: int | None = Field(None, description="longest answer, in tokens")
     temp: float = Field(0.0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(1.0, description="sampling top-p")
@@ -84,6 +89,9 @@ def _heard(event: Event, response: Any) -> str:
             "identity": event.identity,
             "kept_channels": event.kept_channels,
             "total_channels": event.total_channels,
+            "unit": event.unit,
+            "agreement": event.agreement,
+            "router_mass": event.router_mass,
             "finish_reason": event.finish_reason,
             "seconds": event.seconds,
             "tokens_per_second": event.tokens_per_second,

@@ -45,7 +45,7 @@ def build_parser() -> cli.Parser:
         "--keep",
         type=float,
         nargs="+",
-        help=f"kept shares of the channels; default {DEFAULT_KEEP:g}, and the largest "
+        help=f"kept shares of the units; default {DEFAULT_KEEP:g}, and the largest "
         "that fits",
     )
     add("--prompt-tokens", type=int, default=512, help="default: %(default)s")
@@ -86,14 +86,14 @@ def _command(args: Any) -> None:
     keeps = [*keeps, *([] if largest is None else [largest]), 1.0]
     rows = plan_rows(
         subject,
-        sorted(set(keeps)),
+        keeps,
         job,
         context_tokens=args.context_length,
         memory_bytes=memory,
         device=device,
     )
     print(report(subject, rows, args.context_length, job, device))
-    verdict, fits = _verdict(args, rows, largest, refusal)
+    verdict, fits = _verdict(args, subject.footprint, largest, refusal)
     if verdict:
         print(f"\n{verdict}")
     if args.json:

@@ -26,7 +26,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="ifp_mlx.server",
         description="Serve a model over the OpenAI API; each request's instruction, "
-        "or the task it names, chooses the channels.",
+        "or the task it names, chooses the channels or experts.",
     )
     cli.add_model_option(parser, shipped=True)
     cli.add_tasks_folder_option(parser)

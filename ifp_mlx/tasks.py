@@ -68,7 +68,7 @@ def build_parser() -> cli.Parser:
     for verb, _ in masks:
         size = verb.add_mutually_exclusive_group()
         size.add_argument("--keep", type=float, help="kept share; default 0.5")
-        size.add_argument("--target-size", type=int, help="kept channels per layer")
+        size.add_argument("--target-size", type=int, help="kept units per layer")
         if verb is not importing:
             verb.add_argument("--allocation", help="see ifp_mlx.generate")
         verb.add_argument("--held-out", type=Path, help="JSONL to measure it on")
@@ -205,7 +205,8 @@ def _list(args: Any) -> None:
 def _overlap(args: Any) -> None:
     tasks = library(cli.library_folder(args))
     pairs = []
-    print("What two tasks share of their channels, and what chance would give (k/F):\n")
+    units = f"{tasks[0].selection.unit}s"
+    print(f"What two tasks share of their {units}, and what chance would give (k/F):\n")
     print("| tasks | all layers | first third | middle third | last third |")
     print("|---|---|---|---|---|")
     for number, one in enumerate(tasks):

@@ -23,7 +23,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="ifp_mlx.visualize",
         description="Draw the masks of a task library, or of mask files, as one HTML "
-        "page: which channels they keep, what they share, quality and speed.",
+        "page: which units they keep, what they share, quality and speed.",
     )
     cli.add_model_option(parser)
     cli.add_tasks_folder_option(parser)
@@ -47,7 +47,7 @@ def _command(args: Any) -> None:
     tally = _tally(args)
     model, _ = load(args.model)
     for selection in tally.selections:
-        selection.check_fits(model.layers, model.channels, model.fingerprint)
+        model.check_fits(selection)
     written = visualize(
         model.name,
         tally,

@@ -193,14 +193,16 @@ def fetch(name: str) -> Path:
     return Path(run.stdout.splitlines()[-1])
 
 
-def write_family(folder: Path, name: str, *, quantised: bool = False) -> Path:
+def write_family(
+    folder: Path, name: str, *, quantised: bool = False, **changes
+) -> Path:
     """Write a small random model of any type as an ordinary folder; return the folder."""
     from mlx_lm.utils import quantize_model, save_config, save_model
 
     from ifp_mlx.slicing.stock import build
 
     folder.mkdir(parents=True)
-    config = families()[name] | {"eos_token_id": 258}
+    config = families()[name] | {"eos_token_id": 258} | changes
     model = randomised(build(config))
     if quantised:
         fits = lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % 32 == 0  # noqa: E731

@@ -38,6 +38,7 @@ CHOOSING = (
     "allocation",
     "granularity",
     "compensate",
+    "min_agreement",
     "seed",
 )
 
@@ -58,7 +59,8 @@ class Engine:
     Attributes:
         name: the hub id it was opened by, else the folder's name.
         layers: ``L``.
-        channels: ``F``, the dense width of a layer.
+        unit: what is kept or dropped, ``channel`` or ``expert``.
+        channels: ``F``, how many of them a layer has.
         context_length: tokens that prompt and answer may have together.
     """
 
@@ -67,6 +69,7 @@ class Engine:
         self._close = weakref.finalize(self, worker.stop)
         self.name: str = about["name"]
         self.layers: int = about["layers"]
+        self.unit: str = about["unit"]
         self.channels: int = about["channels"]
         self.context_length: int = about["context_length"]
         self._max_queue: int = about["max_queue"]
@@ -156,7 +159,7 @@ class Engine:
         stop: CancelToken | None = None,
         **options: Any,
     ) -> Task:
-        """Select and load the channels of a task, and keep them under a name.
+        """Select and load the units of a task, and keep them under a name.
 
         Args:
             instruction: what selects; or give ``mask_file``.
@@ -198,7 +201,7 @@ class Engine:
         self._call(lambda host: host.shelf.save(name, path)).result()
 
     def mask(self, name: str) -> np.ndarray:
-        """Return a task's mask, float32 ``[L, F]``: 0 where a channel is left out."""
+        """Return a task's mask, float32 ``[L, F]``: 0 where a unit is left out."""
         return self._call(lambda host: host.shelf.mask(name)).result()
 
     def stream(
@@ -269,7 +272,7 @@ class Engine:
     def unload(self) -> None:
         """Cancel what runs and give all weights and caches back.
 
-        Tasks stay known; the next request reads its channels again.
+        Tasks stay known; the next request reads its units again.
         """
         self._call(lambda host: host.unload()).result()
 
@@ -346,6 +349,7 @@ def _about(host: Host) -> dict[str, Any]:
     return {
         "name": host.model.name,
         "layers": host.model.layers,
+        "unit": host.model.plan.unit,
         "channels": host.model.channels,
         "context_length": host.context_length,
     }

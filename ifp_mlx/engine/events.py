@@ -6,6 +6,7 @@ from typing import Literal
 
 Stage = Literal["download", "load", "select", "channels", "prefill", "decode"]
 FinishReason = Literal["stop", "length", "cancelled"]
+Unit = Literal["channel", "expert"]
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,9 @@ class Progress:
 
     Attributes:
         stage: ``download`` (bytes), ``load`` (opening the folder), ``select`` (layers
-            that read the instruction, or calibration texts), ``channels`` (layers
-            read), ``prefill`` (prompt tokens), ``decode`` (starts; then one
-            :class:`Token` a step).
+            that read the instruction, or calibration texts), ``channels`` (layers whose
+            channels, or experts, are read), ``prefill`` (prompt tokens), ``decode``
+            (starts; then one :class:`Token` a step).
         done: units finished.
         total: units in all; 0 when unknown.
     """
@@ -63,8 +64,12 @@ class Done:
             ``cancelled``.
         mask_id: of the selection used; empty if it ended before there was one.
         identity: of the weights used, which compensation decides too.
-        kept_channels: of all layers together.
+        kept_channels: of all layers together; of a mixture, experts.
         total_channels: ``L * F``.
+        unit: what is kept, ``channel`` or ``expert``.
+        agreement: at which share of the text that selected the compact model chooses
+            the dense model's next token, or ``None`` where they were not compared.
+        router_mass: share of the gate weights that the kept experts had there.
         prompt_tokens: tokens in the prompt.
         cached_tokens: how many of them came from the prompt cache.
         generation_tokens: tokens generated.
@@ -78,6 +83,9 @@ class Done:
     identity: str = ""
     kept_channels: int = 0
     total_channels: int = 0
+    unit: Unit = "channel"
+    agreement: float | None = None
+    router_mass: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generation_tokens: int = 0
@@ -96,14 +104,15 @@ class Task:
         name: what requests call it.
         mask_id: of its selection.
         identity: of its weights, which compensation decides too.
-        kept_channels: of all layers together.
+        kept_channels: of all layers together; of a mixture, experts.
         total_channels: ``L * F``.
-        channels: ``F``, the dense width of one layer.
-        widths: kept channels of every layer.
-        bytes: of the compact model's weights in memory; those of attention,
-            embeddings and norms are there once for all tasks.
+        channels: ``F``, how many a layer has.
+        widths: how many of them every layer keeps.
+        bytes: of the compact model's weights in memory; those of all but the channels,
+            or experts, are there once for all tasks.
         resident: whether that model is in memory now.
         info: how the mask was made (selector, allocation, keep, instruction).
+        unit, agreement, router_mass: as of :class:`Done`.
         seconds: what preparing took: ``select`` and ``load``; 0 where it was there.
     """
 
@@ -117,6 +126,9 @@ class Task:
     bytes: int
     resident: bool
     info: dict[str, str]
+    unit: Unit = "channel"
+    agreement: float | None = None
+    router_mass: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -126,15 +126,18 @@ class Ticket:
 
 
 def mask_figures(selection: Selection | None) -> dict[str, Any]:
-    """Return ``mask_id``, ``identity`` and the kept and all channels of a selection."""
+    """Return what tells a selection from others, how much it keeps, and how good it is."""
     if selection is None:
         return {}
-    sizes = selection.sizes
+    sizes, origin = selection.sizes, selection.origin
     return {
         "mask_id": selection.mask_id,
         "identity": selection.identity,
         "kept_channels": sum(sizes),
         "total_channels": selection.channels * len(sizes),
+        "unit": selection.unit,
+        "agreement": origin.agreement,
+        "router_mass": origin.router_mass,
     }
 
 

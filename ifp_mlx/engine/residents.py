@@ -165,10 +165,10 @@ class Shelf:
         return np.array(self.named[name].mask())
 
     def weigh(self, *selections: Selection | Sequence[int]) -> int:
-        """Return the bytes of the compact models of selections, or of so many channels
+        """Return the bytes of the compact models of selections, or of so many units
         in each layer, without loading them.
 
-        They share attention, embeddings and norms.
+        They share all but their units.
         """
         channels = sum(map(self.footprint.channel_bytes, selections))
         return self.footprint.core_bytes + channels
@@ -188,8 +188,8 @@ class Shelf:
         if self._limit is not None and needed > self._limit:
             raise OutOfMemory(
                 f"This needs {needed / 1e6:.0f} MB, more than the memory limit of "
-                f"{self._limit / 1e6:.0f} MB; keep fewer channels, shorten the "
-                "conversation, or raise the limit."
+                f"{self._limit / 1e6:.0f} MB; keep fewer {self.model.plan.unit}s, shorten "
+                "the conversation, or raise the limit."
             )
         return kv_bytes
 
@@ -203,12 +203,12 @@ class Shelf:
 class Residents:
     """Compact models in memory, the least recently used let go first.
 
-    Only their channels differ: attention, embeddings and norms are one set of arrays.
+    Only their units differ: all else is one set of arrays.
 
     Args:
         model: the large model.
         budget: bytes of all of them together.
-        channel_bytes: returns the bytes that a selection adds, or that so many channels
+        channel_bytes: returns the bytes that a selection adds, or that so many units
             of each layer do.
     """
 
@@ -249,10 +249,10 @@ class Residents:
         return made.selection
 
     def _nearest(self, selection: Selection) -> tuple[nn.Module, Selection] | None:
-        """Return the resident that has most of a selection's channels already."""
+        """Return the resident that has most of a selection's units already."""
         return max(
             self._models.values(),
-            key=lambda one: common_channels(one[1], selection),
+            key=lambda one: common_units(one[1], selection),
             default=None,
         )
 
@@ -272,8 +272,8 @@ class Residents:
         self._models.clear()
 
 
-def common_channels(one: Selection, other: Selection) -> int:
-    """Return how many channels both keep, in all layers together."""
+def common_units(one: Selection, other: Selection) -> int:
+    """Return how many units both keep, in all layers together."""
     pairs = zip(one.indices, other.indices, strict=True)
     return sum(np.intersect1d(np.array(a), np.array(b)).size for a, b in pairs)
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model that selects its channels.
+"""Tasks of lm-evaluation-harness on a model that selects by them.
 
 mlx_lm has an adapter of its own; this one adds nothing but the masks. They are chosen
 request by request, from what the request gives to read, or once for a task, from

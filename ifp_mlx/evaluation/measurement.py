@@ -186,7 +186,7 @@ def time_arms(
 ) -> None:
     """Measure how fast every arm decodes: all models are in memory at once.
 
-    Which channels a selection keeps makes no difference to its speed, so that one
+    Which units a selection keeps makes no difference to its speed, so that one
     selection stands for all of its keep and allocation.
 
     Args:

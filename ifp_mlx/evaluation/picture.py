@@ -29,7 +29,7 @@ def draw(arms: Sequence[Arm], path: Path) -> Path:
     shown = [arm for arm in arms if arm.values("kl") is not None]
     figure, panels = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
     axes = {
-        "kept share of the channels": _keep,
+        "kept share": _keep,
         "weights, MB": lambda arm: arm.bytes / MEGA,
         "decoding, tokens/s": lambda arm: arm.tokens_per_second,
     }

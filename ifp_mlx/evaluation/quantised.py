@@ -1,4 +1,4 @@
-"""Compact models at few bits: sliced, then quantised, as `compact -q` writes them."""
+"""Compact models at few bits, as `compact -q` writes them."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -7,14 +7,15 @@ import numpy as np
 from ..model.checkpoint import IFPModel
 from ..slicing.shapes import LayerPlan, at, put_at
 from ..slicing.sliced import count_units, cut, twin
-from .rivals import group_of
+from .rivals import group_of, quantised
 
 
 class QuantisedCompact:
-    """One quantised model whose FFNs are cut and quantised anew for every mask.
+    """One quantised model whose units are cut anew for every mask.
 
-    The groups of ``down_proj`` lie along the kept channels, so what a weight is
-    rounded to depends on the mask, and no mask on a quantised model would give it.
+    FFNs are cut, then quantised: the groups of ``down_proj`` lie along the kept
+    channels, so what a weight is rounded to depends on the mask. No group lies across
+    experts, so they are quantised once, and then cut.
 
     Args:
         model: from :func:`ifp_mlx.load`, not quantised.
@@ -30,19 +31,27 @@ class QuantisedCompact:
                 f"{model.path} is quantised already, and its compact models with it; "
                 "leave out -q."
             )
-        self._dense, self._bits = model.dense(), bits
-        self._group = group_of(self._dense)
-        self._plan = model.plan
+        self._plan, self._bits = model.plan, bits
+        if self._plan.unit == "expert":
+            self._dense = quantised(model, bits).model
+        else:
+            self._dense = model.dense()
+            self._quantise_core()
         self._modules = self._plan.modules(self._dense)
+
+    def _quantise_core(self) -> None:
+        """Quantise all but the FFNs."""
+        self._group = group_of(self._dense)
+        modules = self._plan.modules(self._dense)
         wide = {
             id(at(module, piece.module))
-            for layer, module in zip(self._plan.layers, self._modules, strict=True)
+            for layer, module in zip(self._plan.layers, modules, strict=True)
             for piece in layer.slices
         }
         nn.quantize(
             self._dense,
             self._group,
-            bits,
+            self._bits,
             class_predicate=lambda _, module: (
                 hasattr(module, "to_quantized") and id(module) not in wide
             ),
@@ -81,8 +90,9 @@ class QuantisedCompact:
             )
 
     def _cut(self, module: nn.Module, layer: LayerPlan, index: mx.array) -> nn.Module:
-        self._check(index.size)
         part = twin(module)
         cut(part, layer, index, self._plan.units)
-        nn.quantize(part, self._group, self._bits)
+        if self._plan.unit == "channel":
+            self._check(index.size)
+            nn.quantize(part, self._group, self._bits)
         return part

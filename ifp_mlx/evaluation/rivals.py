@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from ..model.checkpoint import IFPModel
 from ..selection.masks import Selection
 from ..slicing.shapes import Plan
+from ..slicing.sliced import sliced_names
 from ..storage.folder import resolve, source_of
 from .rows import Row, retokenize, same_tokens
 from .teacher import log_probabilities, metrics
@@ -60,7 +61,7 @@ def weight_bytes(model: nn.Module) -> int:
     """Return what a model's weights take, embeddings included; a number that is not
     quantised counts 2 bytes, whatever it is computed in here. Nothing is read.
     """
-    return sum(map(_bytes, dict(tree_flatten(model.parameters())).values()))
+    return sum(_sizes(model).values())
 
 
 def compact_bytes(
@@ -74,30 +75,35 @@ def compact_bytes(
         selection: made for it.
         bits: that the compact model is quantised to, if it is.
     """
-    group = group_of(model)
-
-    def size(part: nn.Module) -> int:
-        if bits is None:
-            return weight_bytes(part)
-        return quantised_bytes(part, bits, group)
-
-    ffns = sum(map(size, plan.modules(model)))
-    return size(model) - round((1 - selection.share) * ffns)
+    sizes = _sizes(model, bits)
+    units = (sum(sizes[name] for name in names) for names in sliced_names(model, plan))
+    layers = zip(selection.sizes, units, strict=True)
+    dropped = sum((1 - k / plan.units) * whole for k, whole in layers)
+    return sum(sizes.values()) - round(dropped)
 
 
-def quantised_bytes(model: nn.Module, bits: int, group: int | None = None) -> int:
+def quantised_bytes(model: nn.Module, bits: int) -> int:
     """Return what :func:`weight_bytes` of :func:`quantised` will be."""
-    group, total = group or group_of(model), 0
-    for name, module in model.named_modules():
-        for key, array in module.items():
-            if not isinstance(array, mx.array):
-                continue
-            size = _bytes(array)
-            if key == "weight" and _can_quantise(module, group):
-                size = array.size * bits // 8 + array.size // group * 2 * HALF
-            total += size
-        assert not isinstance(module, nn.QuantizedLinear), name
-    return total
+    return sum(_sizes(model, bits).values())
+
+
+def _sizes(model: nn.Module, bits: int | None = None) -> dict[str, int]:
+    """Return the bytes of every parameter, of weights as if they were quantised."""
+    arrays = dict(tree_flatten(model.parameters()))
+    found = {name: _bytes(array) for name, array in arrays.items()}
+    if bits is None:
+        return found
+    group = group_of(model)
+    own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    for path, module in model.named_modules():
+        assert "scales" not in module, path
+        if _can_quantise(module, group):
+            how = {"group_size": group, "bits": bits}
+            if isinstance(said := own(path, module), dict):  # a class may know better
+                how |= said
+            size, each = module.weight.size, how["group_size"]
+            found[f"{path}.weight"] = size * how["bits"] // 8 + size // each * 2 * HALF
+    return found
 
 
 def choose_bits(model: nn.Module, sizes: Sequence[int], below: int = 16) -> list[int]:

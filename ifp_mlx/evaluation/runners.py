@@ -4,7 +4,7 @@
 - compact: the selection costs no dense pass (a mask file, a predictor, a prior);
 - activation: the dense model reads the prompt to select by it, in one sweep over its
   layers, as ``ifp_mlx.generate`` does;
-- stock: mlx-lm's own class with the compact model's width, weights random: what the
+- stock: mlx-lm's own class with as many units per layer, weights random: what the
   compact model's speed should be.
 """
 
@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_map
 from ..model.checkpoint import IFPModel
 from ..model.decide import decide
 from ..model.dense_prefill import read_densely
+from ..model.footprint import quantise_as
 from ..selection.masks import Selection
 from ..selection.request import Request
 from ..slicing.stock import build
@@ -138,16 +139,15 @@ class Contest:
 
 
 def stock_of_width(model: IFPModel, k: int) -> nn.Module:
-    """Return a random model of mlx-lm's own class with ``k`` channels per layer."""
+    """Return a random model of mlx-lm's own class with ``k`` units per layer."""
     stock = build(model.plan.resized(model.config, k))
     names = tree_flatten(model.source.skeleton.parameters(), destination={})
     if hasattr(stock, "sanitize"):
         stock.sanitize(dict(names))  # as loading does: some classes then tie their head
     dtype = next(w.dtype for name, w in names.items() if name.endswith("norm.weight"))
     stock.update(tree_map(lambda w: w.astype(dtype), stock.parameters()))
-    if quantisation := model.config.get("quantization"):
-        how = {key: quantisation[key] for key in ("group_size", "bits")}
-        nn.quantize(stock, **how, mode=quantisation.get("mode", "affine"))
+    if how := model.config.get("quantization"):
+        quantise_as(stock, how)
     mx.eval(stock.parameters())
     return stock
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.atomic import new_file
+from ..slicing.shapes import Unit
 from .plotting import pyplot
 from .runners import LOADING, ROWS, Contest, Run
 from .tables import markdown
@@ -27,7 +28,8 @@ class Case:
 
     Attributes:
         target_size: ``k``.
-        channels: ``F``.
+        channels: ``F``; of experts, how many there are.
+        unit: what is kept.
         prompt_tokens: of the prompt.
         max_tokens: that were decoded.
         runs: of each row, one a turn.
@@ -40,10 +42,11 @@ class Case:
     max_tokens: int
     runs: dict[str, list[Run]]
     cold: dict[str, list[Run]]
+    unit: Unit = "channel"
 
     @property
     def keep(self) -> float:
-        """Share of the channels."""
+        """Share of the units."""
         return self.target_size / self.channels
 
     def values(self, row: str, name: str) -> list[float]:
@@ -85,6 +88,7 @@ class Case:
         return {
             "keep": self.keep,
             "target_size": self.target_size,
+            "unit": self.unit,
             "channels": self.channels,
             "prompt_tokens": self.prompt_tokens,
             "max_tokens": self.max_tokens,
@@ -125,7 +129,8 @@ def measure(
         for row in forgotten if turn else ():
             forgotten[row].append(contest.run(row, cold=True))
     channels, tokens = contest.model.channels, len(contest.prompt)
-    return Case(contest.size, channels, tokens, contest.max_tokens, runs, forgotten)
+    about = (contest.size, channels, tokens, contest.max_tokens, runs, forgotten)
+    return Case(*about, unit=contest.model.plan.unit)
 
 
 def table(cases: Sequence[Case]) -> str:
@@ -173,7 +178,9 @@ def draw(cases: Sequence[Case], path: Path) -> None:
             times = [case.median(row, "ttft") for case in shown]
             panels[0].plot(keeps, times, style, marker="o", color=color, label=label)
     for panel, name in zip(panels, ("time to first token, s", "tokens/s"), strict=True):
-        panel.set(xlabel="kept share of the channels", ylabel=name, ylim=(0, None))
+        panel.set(
+            xlabel=f"kept share of the {cases[0].unit}s", ylabel=name, ylim=(0, None)
+        )
         panel.grid(alpha=0.25)
         panel.legend(fontsize=7, frameon=False)
     figure.tight_layout()

@@ -1,7 +1,7 @@
 """Task masks: a few examples, or an instruction, once → a named mask to keep.
 
 A task mask is chosen by what prompt and answer use together, over all the examples,
-so it also knows the channels that only answers need, which no prompt can show. It is
+so it also knows the units that only answers need, which no prompt can show. It is
 an ordinary mask file that says how it was made and what it cost when that was
 measured; a folder of them is a library (`--task NAME` in the other commands). It keeps
 the first tokens of its examples, from which the kept channels can learn to make up for

@@ -27,7 +27,7 @@ class Setting:
 
     Attributes:
         selector: where the scores come from.
-        keep: kept share of the channels.
+        keep: kept share of the units.
         allocation: how they are spread over the layers.
         prefill: which model reads the prompt.
         bits: that the compact model is quantised to, or ``None``.

@@ -128,7 +128,7 @@ class IFPModel:
         if made_for != here:
             raise ValueError(
                 f"The predictor in {folder} scores {made_for[0]} layers of "
-                f"{made_for[1]} channels, but the model has {here[0]} of {here[1]}; "
+                f"{made_for[1]} {self.plan.unit}s, but the model has {here[0]} of {here[1]}; "
                 "put the predictor that was trained with this model there."
             )
         return predictor
@@ -283,7 +283,7 @@ class IFPModel:
     def _chooser(
         self, decision: Decision, rows: list[mx.array], progress: ProgressBar
     ) -> Choose:
-        """Return what chooses a layer's channels, and keeps its scores in ``rows``."""
+        """Return what chooses a layer's units, and keeps its scores in ``rows``."""
         blend = decision.selector == "blend"
         prior = self.known_prior(progress) if blend else None
 
@@ -413,7 +413,7 @@ class IFPModel:
         dense: nn.Module | None = None,
         progress: ProgressBar = iter,
     ) -> mx.array:
-        """Return the channel scores of one selector, float32 ``[L, F]``.
+        """Return the scores of one selector, float32 ``[L, F]``.
 
         Args:
             tokens: of the instruction.

@@ -55,7 +55,8 @@ def decide(
         name = "all" if everything else _selector(model, request.selector)
         sizes, allocation = _sizes(model, k, name, request.allocation, block)
         reads = name in READING
-        compensate = _compensates(request, model, None, reads=reads, lasting=lasting)
+        how = {"reads": reads, "lasting": lasting}
+        compensate = can_compensate(request, model, None, **how)
         about = (sizes, k, allocation, granularity, tokens, compensate)
         return Decision(request, name, *about, unit=model.plan.unit, groups=router)
 
@@ -98,7 +99,7 @@ def _of_given(
     lasting: bool,
 ) -> Decision:
     """Decide how a given selection is used."""
-    compensate = _compensates(request, model, given, reads=False, lasting=lasting)
+    compensate = can_compensate(request, model, given, reads=False, lasting=lasting)
     tokens: list[int] = []
     if given.trained is not None and request.compensate is None:
         given.check_reproducible()
@@ -123,10 +124,14 @@ def _of_given(
     return decision
 
 
-def _compensates(
+def can_compensate(
     request: Request, model: Checkpoint, given: Selection | None, **about: bool
 ) -> bool:
-    """Return :func:`compensates`, which experts never do."""
+    """Return :func:`compensates`, which experts never do.
+
+    Raises:
+        ValueError: if they are asked to.
+    """
     if model.plan.unit == "channel":
         return compensates(request, given, **about)
     if request.compensate:
@@ -146,10 +151,10 @@ def _granularity(model: Checkpoint, wanted: int | None) -> int:
     if wanted is None:
         return model.granularity
     if wanted < 1 or model.plan.units % wanted:
+        own = f", or {model.granularity} as this model has it"
         raise ValueError(
             f"granularity={wanted} does not divide the {model.plan.units} "
-            f"{model.plan.unit}s of a layer; use 1, or {model.granularity} as this "
-            "model has it."
+            f"{model.plan.unit}s of a layer; use 1{own if model.granularity > 1 else ''}."
         )
     return wanted
 
@@ -161,7 +166,7 @@ def _size(model: Checkpoint, request: Request, block: int, step: int) -> int:
     if k is None:
         share = DEFAULT_KEEP if request.keep is None else request.keep
         return target_size(model.plan.units, share, step)
-    check_multiple(k, block, model.plan.units)
+    check_multiple(k, block, model.plan.units, model.plan.unit)
     return k
 
 

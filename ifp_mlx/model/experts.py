@@ -7,7 +7,7 @@ import numpy as np
 
 from ..selection.masks import Selection
 from ..slicing.shapes import Plan
-from ..slicing.stock import build
+from ..slicing.stock import build, unmoved_random_state
 
 # Routers that choose groups of experts first. No shape tells how many groups there are.
 GROUP_KEYS = ("n_group", "num_expert_group")
@@ -34,14 +34,37 @@ def check_number(plan: Plan, config: dict[str, Any], count: int) -> None:
             f"{count} experts a layer are no multiple of the {groups} groups that this "
             f"model's router chooses among; use {max(1, count // groups) * groups}."
         )
-    small = build(plan.resized(config, count))
+    if not _runs(plan, config, count):
+        raise ValueError(
+            f"{count} experts a layer are too few for this model's router; keep at "
+            f"least {fewest(plan, config, count)}."
+        )
+
+
+def _runs(plan: Plan, config: dict[str, Any], count: int) -> bool:
+    with unmoved_random_state():
+        small = build(plan.resized(config, count))
     try:
         small(mx.array([[0, 0]]))  # shapes are enough: nothing is computed
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"{count} experts a layer are too few for this model's router ({error}); "
-            "keep more."
-        ) from error
+    except (ValueError, IndexError, RuntimeError):
+        return False
+    return True
+
+
+def fewest(plan: Plan, config: dict[str, Any], start: int) -> int:
+    """Return the fewest experts a layer that the stock class runs with; all of them
+    where its config cannot say how many there are.
+
+    Args:
+        plan: of the model, of experts.
+        config: its config.json.
+        start: not fewer than these, such as the experts that a token gets.
+    """
+    if plan.key is None:
+        return plan.units
+    step = groups_of(config)
+    counts = range(-(-start // step) * step, plan.units, step)
+    return next((n for n in counts if _runs(plan, config, n)), plan.units)
 
 
 def check_selection(selection: Selection, plan: Plan, config: dict[str, Any]) -> None:

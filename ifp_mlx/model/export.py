@@ -27,7 +27,7 @@ from .requantisation import requantisation_cost
 MASK_FILE = "ifp.mask"
 UNKNOWN_LICENCE = "not stated in the source folder; see the base model"
 UNTRAINED = (
-    "The channels were selected without training the model further, unless the selector\n"
+    "They were selected without training the model further, unless the selector\n"
     "above is a trained predictor. The quality of this folder was not measured."
 )
 NAS_MULTIPLE = 256  # nemotron-nas rounds every FFN width up to this
@@ -51,7 +51,7 @@ def write_compact(
     quantisation: Quantisation | None = None,
     progress: ProgressBar = iter,
 ) -> Path:
-    """Write the selected channels as an ordinary mlx-lm (and HF) folder.
+    """Write the selected units as an ordinary mlx-lm (and HF) folder.
 
     With the same number of units in every layer it is the source's own architecture
     with a smaller number in its config.json. Unequal widths need a stock architecture that can

@@ -1,4 +1,4 @@
-"""How many bytes a model needs, and the most channels that fit: nothing is loaded.
+"""How many bytes a model needs, and the most units that fit: nothing is loaded.
 
 MLX's arrays have a shape and a type before they have a value, so a model that was
 opened, or one that mlx-lm builds from a config.json alone, can be weighed for free.
@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +19,10 @@ from mlx.utils import tree_flatten, tree_map
 from ..selection.masks import Selection
 from ..slicing.plan import plan_of
 from ..slicing.routing import slots_of
-from ..slicing.shapes import Plan, dense_shapes
+from ..slicing.shapes import Plan, Unit, dense_shapes
 from ..slicing.sliced import group_size, sliced_names
 from ..slicing.stock import build
+from .experts import fewest, groups_of
 
 Sizes = Sequence[int]
 
@@ -34,6 +35,7 @@ class Opened(Protocol):
     """What is asked of an :class:`ifp_mlx.model.checkpoint.IFPModel`."""
 
     path: Path
+    config: dict[str, Any]
     ifp: Any
     granularity: int
     source: Any
@@ -64,19 +66,22 @@ class Footprint:
     """The bytes of a model's parts; see :meth:`of` and :meth:`of_config`.
 
     Attributes:
-        channels: ``F``.
+        channels: ``F``; of experts, how many there are.
         hidden_size: ``D``.
-        granularity: channels that are selected together.
+        granularity: of what the units of a layer are a multiple.
         shared: channels per layer that every selection keeps.
-        core_bytes: all but the FFN channels: attention, embeddings, norms.
-        layer_bytes: of one channel (gate, up and down), in each of the ``L`` layers;
-            a fraction where quantisation groups lie across channels.
+        core_bytes: all but the units: attention, embeddings, norms; beside experts,
+            those that are shared and the FFNs of layers that are dense.
+        layer_bytes: of one channel (gate, up and down) or expert, in each of the ``L``
+            layers; a fraction where quantisation groups lie across channels.
         caches: of the layers that have a KV cache.
         predictor_bytes: of the predictor and its head; 0 without one.
         reading_floats: numbers that are in memory for each token while a layer is read
             to select; in 16 bits it is a little less than their half.
         passing_bytes: of what is in memory above that for a while: the dense layer
             that a sweep reads, and what it computes with it; 0 without one.
+        least: the fewest units per layer that the stock class runs with.
+        unit: what is kept or dropped.
     """
 
     channels: int
@@ -89,6 +94,8 @@ class Footprint:
     predictor_bytes: int = 0
     reading_floats: int = 0
     passing_bytes: int = 0
+    least: int = 1
+    unit: Unit = "channel"
 
     @staticmethod
     def of(model: Opened) -> "Footprint":
@@ -96,6 +103,7 @@ class Footprint:
         return Footprint.of_module(
             model.source.skeleton,
             model.plan,
+            model.config,
             granularity=model.granularity,
             shared=model.ifp.shared,
             predictor_bytes=folder_bytes(model.path / "predictor"),
@@ -113,18 +121,31 @@ class Footprint:
             ValueError: if mlx-lm has no such model, or it cannot be sliced.
         """
         dense = model_of_config(config)
-        return Footprint.of_module(dense, plan_of(dense, config), **about)
+        return Footprint.of_module(dense, plan_of(dense, config), config, **about)
 
     @staticmethod
     def of_module(
         dense: nn.Module,
         plan: Plan,
+        config: dict[str, Any] | None = None,
         *,
         granularity: int = 1,
         shared: int = 0,
         predictor_bytes: int = 0,
     ) -> "Footprint":
-        """Weigh a stock mlx-lm model, dense in shape, its weights read or not."""
+        """Weigh a stock mlx-lm model, dense in shape, its weights read or not.
+
+        Args:
+            dense: the model.
+            plan: its plan.
+            config: its config.json; default: what the model itself says of it.
+            granularity, shared, predictor_bytes: as of the result.
+        """
+        least = 1
+        if plan.unit == "expert":
+            config = config or asdict(dense.args)
+            granularity = math.lcm(granularity, groups_of(config))
+            least = fewest(plan, config, slots_of(dense, plan))
         weights = tree_flatten(dense.parameters(), destination={})
         names = sliced_names(dense, plan)
         sizes = [sum(weights[name].nbytes for name in layer) for layer in names]
@@ -139,6 +160,8 @@ class Footprint:
             caches=tuple(_caches(dense)),
             predictor_bytes=predictor_bytes,
             reading_floats=_reading_floats(dense, plan),
+            least=least,
+            unit=plan.unit,
         )
 
     @property
@@ -158,12 +181,12 @@ class Footprint:
 
     @property
     def smallest(self) -> int:
-        """The fewest channels per layer that a selection can have."""
-        blocks = math.ceil(max(self.shared, 1) / self.granularity)
+        """The fewest units per layer that a selection can have."""
+        blocks = math.ceil(max(self.shared, self.least) / self.granularity)
         return blocks * self.granularity
 
     def channel_bytes(self, sizes: Selection | Sizes) -> int:
-        """Return the bytes of a selection's channels, or of so many in each layer."""
+        """Return the bytes of a selection's units, or of so many in each layer."""
         sizes = sizes.sizes if isinstance(sizes, Selection) else sizes
         each = zip(sizes, self.layer_bytes, strict=True)
         return round(sum(size * channel for size, channel in each))
@@ -198,8 +221,8 @@ class Footprint:
         Args:
             memory_bytes: for the compact model, the KV cache and the predictor.
             context_tokens: tokens that the cache must hold.
-            sizes: the channels of each layer for a ``k``, as an allocation gives
-                them; default: ``k`` in every layer. More channels for a larger ``k``.
+            sizes: the units of each layer for a ``k``, as an allocation gives
+                them; default: ``k`` in every layer. More units for a larger ``k``.
 
         Raises:
             ValueError: if not even the smallest selection fits, naming the memory
@@ -255,11 +278,11 @@ class Footprint:
 
     def _refusal(self, memory_bytes: int, tokens: int, sizes: Sizes) -> str:
         parts = {
-            "everything but the channels": self.core_bytes,
+            f"everything but the {self.unit}s": self.core_bytes,
             f"the KV cache of {tokens} tokens": self.kv_bytes(tokens),
             "the predictor": self.predictor_bytes,
             "a dense layer that is being read": self.passing_bytes,
-            f"a width of {min(sizes)}": self.channel_bytes(sizes),
+            f"{min(sizes)} {self.unit}s a layer": self.channel_bytes(sizes),
         }
         summands = ", ".join(
             f"{in_words(n)} for {what}" for what, n in parts.items() if n
@@ -324,11 +347,13 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
     dtype = getattr(mx, str(name).removeprefix("torch."), mx.float16)
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
     if how := config.get("quantization"):
-        _quantise(model, how)
+        quantise_as(model, how)
     return model
 
 
-def _quantise(model: nn.Module, how: dict[str, Any]) -> None:
+def quantise_as(model: nn.Module, how: dict[str, Any]) -> None:
+    """Quantise a stock model, in place, as a config.json notes that another one was."""
+
     def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in how:
             return how[path]

@@ -13,7 +13,7 @@ class Seconds:
     Attributes:
         select: from the instruction to the selection; of a sweep, which loads too, and
             may have read the prompt.
-        load: reading and slicing the selected channels.
+        load: reading and slicing the selected units.
         prefill: reading of the prompt what is not read yet.
         decode: from the first token to now.
         ttft: select + load + prefill, the time to the first token.
@@ -34,7 +34,7 @@ class GenerationResponse:
         text: the next piece of text, possibly empty.
         token: the token's id.
         finish_reason: ``"stop"``, ``"length"``, or ``None`` while it goes on.
-        selection: the channels it was generated with.
+        selection: the units it was generated with.
         seconds: the time spent so far.
         prompt_tokens: tokens in the prompt.
         prompt_tps: prefill speed, tokens per second.

@@ -173,12 +173,14 @@ def _selecting(fields: dict[str, Any]) -> dict[str, Any]:
         "keep": _number(0, 1),
         "selector": _one_of(SELECTORS),
         "allocation": _one_of(ALLOCATIONS),
+        "min_agreement": _number(0, 1),
     }
     if unknown := given.keys() - checks.keys():
         raise FieldError(f"ifp.{min(unknown)}", "is not supported by this server.")
     options = {name: checks[name](f"ifp.{name}", v) for name, v in given.items()}
-    if options.get("keep") == 0:
-        raise FieldError("ifp.keep", "must be above 0.")
+    for share in ("keep", "min_agreement"):
+        if options.get(share) == 0:
+            raise FieldError(f"ifp.{share}", "must be above 0.")
     sources = [n for n in ("task", "instruction", "mask_file") if n in options]
     if len(sources) > 1:
         raise FieldError(f"ifp.{sources[1]}", f"does not go with ifp.{sources[0]}.")

@@ -162,6 +162,9 @@ def figures_of(done: Done) -> dict[str, Any]:
         "identity": done.identity,
         "kept_channels": done.kept_channels,
         "total_channels": done.total_channels,
+        "unit": done.unit,
+        "agreement": done.agreement,
+        "router_mass": done.router_mass,
         "seconds": {name: round(s, 6) for name, s in done.seconds.items()},
         "tokens_per_second": round(done.tokens_per_second, 3),
     }

@@ -14,7 +14,7 @@ class Point:
 
     Attributes:
         line: the setting it belongs to: selector, allocation, who reads the prompt.
-        keep: kept share of the channels.
+        keep: kept share of the units.
         kl: to the dense model in nats per token, or ``None``.
         agreement: share of tokens that both would choose, or ``None``.
         speed: tokens/s of decoding, or ``None``.

@@ -1,8 +1,8 @@
 "use strict";
-// Draws the strips: every channel of every layer, from the bits in the page.
+// Draws the strips: every unit of every layer, from the bits in the page.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const { names, layers, channels } = data;
+  const { names, layers, channels, unit } = data;
   const bytes = Uint8Array.from(atob(data.bits), (c) => c.charCodeAt(0));
   const keeps = (task, layer, channel) => {
     const bit = (task * layers + layer) * channels + channel;
@@ -13,7 +13,7 @@
     for (let c = 0; c < channels; c++)
       for (let t = 0; t < names.length; t++) count[l * channels + c] += keeps(t, l, c);
 
-  // Most shared first, then by which tasks keep a channel, then as in the model.
+  // Most shared first, then by which tasks keep a unit, then as in the model.
   const compare = (l) => (a, b) => {
     const more = count[l * channels + b] - count[l * channels + a];
     if (more) return more;
@@ -39,7 +39,7 @@
   const isSorted = () => document.querySelector("[name=order]:checked").value === "sorted";
   const orderOf = (layer) => (isSorted() ? sorted[layer] : plain);
 
-  // One row of pixels: each is the mean colour of the channels it stands for.
+  // One row of pixels: each is the mean colour of the units it stands for.
   const paintRow = (image, width, y, height, task, layer, palette) => {
     const order = orderOf(layer);
     for (let x = 0; x < width; x++) {
@@ -96,7 +96,7 @@
   };
   const tell = (layer, channel) => {
     const by = names.filter((_, t) => keeps(t, layer, channel));
-    said.textContent = `layer ${layer}, channel ${channel}: kept by ${by.join(", ") || "none"}`;
+    said.textContent = `layer ${layer}, ${unit} ${channel}: kept by ${by.join(", ") || "none"}`;
   };
   for (const canvas of strips) {
     canvas.addEventListener("mousemove", (e) => tell(...place(e, everything)));

@@ -32,7 +32,11 @@ def page(
     sections = [_head(model, tally), _strips(tally)]
     if len(tally.names) > 1:
         sections += [_overlap(tally), _always(tally)]
-    sections += [_quality(tally, quality), _speed([*quality, *speed]), _made(tally)]
+    sections += [
+        _quality(tally, quality),
+        _speed(tally, [*quality, *speed]),
+        _made(tally),
+    ]
     title = escape(f"What {model} keeps")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
@@ -49,6 +53,7 @@ def _data(tally: Tally) -> str:
     data = {
         "names": list(tally.names),
         "layers": int(tally.sizes.shape[1]),
+        "unit": tally.units.removesuffix("s"),
         "channels": tally.channels,
         "overlaps": tally.overlaps[..., 0].tolist(),
         "chance": tally.overlaps[..., 1].tolist(),
@@ -62,7 +67,7 @@ def _head(model: str, tally: Tally) -> str:
     L = tally.sizes.shape[1]
     kept = tally.sizes.sum(axis=1) / (L * tally.channels)
     several = len(tally.names) > 1
-    tiles = [(_range(kept), "of the FFN channels are kept by a mask")]
+    tiles = [(_range(kept), f"of the {tally.units} are kept by a mask")]
     if several:
         pruned = tally.by_depth[:, tally.pruned].reshape(-1, 2)
         found = pruned.mean(axis=0) if len(pruned) else np.ones(2)
@@ -73,7 +78,7 @@ def _head(model: str, tally: Tally) -> str:
             ),
             (
                 f"{tally.always.mean():.0%}",
-                f"of all channels are kept by every mask; chance "
+                f"of all {tally.units} are kept by every mask; chance "
                 f"{tally.always_by_chance.mean():.0%}",
             ),
         ]
@@ -93,8 +98,8 @@ def _head(model: str, tally: Tally) -> str:
         )
     return (
         f"<header><h1>What {escape(what)} keep{'' if several else 's'} of "
-        f"{escape(model)}</h1><p class='muted'>{L} layers of {tally.channels} FFN "
-        f"channels.{aside}</p><div class='tiles'>{boxes}</div></header>"
+        f"{escape(model)}</h1><p class='muted'>{L} layers of {tally.channels} "
+        f"{tally.units}.{aside}</p><div class='tiles'>{boxes}</div></header>"
     )
 
 
@@ -116,9 +121,9 @@ def _strips(tally: Tally) -> str:
         kept = sum(selection.sizes)
         alone = tally.masks[number] & (tally.kept_by == 1)
         aside = f", {alone.sum() / kept:.0%} of them by no other" if several else ""
-        said = f"{name}: {kept} channels kept{aside}"
+        said = f"{name}: {kept} {tally.units} kept{aside}"
         cards.append(
-            f'<div class="panel"><h3>{escape(name)} <small>{kept:,} channels{aside}'
+            f'<div class="panel"><h3>{escape(name)} <small>{kept:,} {tally.units}{aside}'
             f'</small></h3><canvas class="strips" data-task="{number}" role="img" '
             f'aria-label="{escape(said)}"></canvas></div>'
         )
@@ -130,16 +135,16 @@ def _strips(tally: Tally) -> str:
     L = tally.sizes.shape[1]
     middle = tally.shown_layers[len(tally.shown_layers) // 2]
     return (
-        "<section><h2>Which channels</h2><p>A strip is a layer, the first on top; its "
-        "columns are channels. Sorted, every layer has the channels of most masks "
-        "first, in the same order for all masks.</p>"
+        f"<section><h2>Which {tally.units}</h2><p>A strip is a layer, the first on top; "
+        f"its columns are {tally.units}. Sorted, every layer has the {tally.units} of "
+        "most masks first, in the same order for all masks.</p>"
         f'<div class="controls">{_ORDER}{_key(len(tally.names))}</div>'
         f'<figure><div class="panels">{"".join(cards)}</div></figure>'
         '<div class="controls"><label>One layer up close: <input type="range" '
         f'id="layer" min="0" max="{L - 1}" value="{middle}" aria-label="layer"/></label>'
         '<span>layer <b id="layer-number"></b></span></div>'
         f'<div class="up-close">{"".join(close)}</div>'
-        '<output id="said">Point at a channel to see who keeps it; a click shows its '
+        '<output id="said">Point at one of them to see who keeps it; a click shows its '
         "layer up close.</output><noscript><p>The strips are drawn by this page's "
         "script; everything below needs none.</p></noscript></section>"
     )
@@ -169,17 +174,17 @@ def _overlap(tally: Tally) -> str:
     chance = float(tally.by_depth[:, tally.shown_layers, 1].mean())
     squares = []
     for layer in tally.shown_layers:
-        title = f"Shared channels of every two masks in layer {layer}, in percent"
+        title = f"Shared {tally.units} of every two masks in layer {layer}, in percent"
         drawn = svg.matrix(tally.names, tally.overlaps[:, :, layer], title)
         squares.append(f'<div class="panel"><h3>Layer {layer}</h3>{drawn}</div>')
     L = tally.sizes.shape[1]
     return (
-        "<section><h2>Overlap between tasks</h2><p>The share of a mask's channels that "
-        "another one keeps too, in percent, in the first, the middle and the last "
-        "layer that is pruned. Two random masks of this size share "
+        "<section><h2>Overlap between tasks</h2><p>The share of a mask's "
+        f"{tally.units} that another one keeps too, in percent, in the first, the middle and the "
+        "last layer that is pruned. Two random masks of this size share "
         f"{chance:.0%}: there the colour fades out.</p>"
         f'<figure><div class="trio">{"".join(squares)}</div>'
-        f'<div class="scale">{svg.scale(chance)}</div></figure>'
+        f'<div class="scale">{svg.scale(chance, tally.units)}</div></figure>'
         f"<figure>{_depth(tally)}<figcaption>The same for every layer. Thin lines are "
         f"pairs.</figcaption></figure>{_pairs(tally)}</section>"
         if L > 1
@@ -204,8 +209,8 @@ def _depth(tally: Tally) -> str:
         svg.Series("mean of all pairs", np.stack([layers, mean[:, 0]], axis=1), "mean"),
         svg.Series("chance", np.stack([layers, mean[:, 1]], axis=1), "chance"),
     ]
-    y = svg.Axis("shared channels", 0, 1, ".0%")
-    title = "Shared channels of every two masks by layer"
+    y = svg.Axis(f"shared {tally.units}", 0, 1, ".0%")
+    title = f"Shared {tally.units} of every two masks by layer"
     return svg.chart(title, svg.Axis("layer", 0, L - 1), y, lines)
 
 
@@ -220,13 +225,13 @@ def _pairs(tally: Tally) -> str:
 
 
 def _always(tally: Tally) -> str:
-    title = "Share of channels kept by how many masks, by layer"
-    drawn = svg.stacked(title, tally.shares, tally.always_by_chance)
+    title = f"Share of {tally.units} kept by how many masks, by layer"
+    drawn = svg.stacked(title, tally.units, tally.shares, tally.always_by_chance)
     mean, chance = tally.always.mean(), tally.always_by_chance.mean()
     return (
         "<section><h2>Which are always on</h2><p>How much of every layer is kept by "
         f"all {len(tally.names)} masks, by some, by one; the rest is kept by none. "
-        f"Kept by all: {mean:.0%} of the channels; random masks of these sizes would "
+        f"Kept by all: {mean:.0%} of the {tally.units}; random masks of these sizes would "
         f"have {chance:.0%} in common, the marks.</p><div class='controls'>"
         f"{_key(len(tally.names), 'by one', 'by none')}"
         f"</div><figure>{drawn}</figure></section>"
@@ -261,13 +266,13 @@ def _quality(tally: Tally, points: Sequence[Point]) -> str:
             "measurement; <code>python -m ifp_mlx.tasks make --held-out</code> makes "
             "one.</p>"
         )
-    drawn = _by_keep(points, "kl", "KL to the dense model, nats per token")
+    drawn = _by_keep(points, "kl", "KL to the dense model, nats per token", tally.units)
     text.append(drawn or _absent("Quality by keep", "--evaluation"))
     return "".join(text) + "</section>"
 
 
-def _speed(points: Sequence[Point]) -> str:
-    drawn = _by_keep(points, "speed", "decoding, tokens/s")
+def _speed(tally: Tally, points: Sequence[Point]) -> str:
+    drawn = _by_keep(points, "speed", "decoding, tokens/s", tally.units)
     if not drawn:
         return f"<section><h2>Speed</h2>{_absent('Speed', '--benchmark')}</section>"
     note = (
@@ -284,7 +289,7 @@ def _absent(what: str, option: str) -> str:
     )
 
 
-def _by_keep(points: Sequence[Point], value: str, name: str) -> str:
+def _by_keep(points: Sequence[Point], value: str, name: str, units: str) -> str:
     """Draw a measured value of every setting against keep; nothing if there is none."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
@@ -300,7 +305,7 @@ def _by_keep(points: Sequence[Point], value: str, name: str) -> str:
     ]
     high = max(float(one.points[:, 1].max()) for one in series)
     x, y = (
-        svg.Axis("kept share of the channels", 0, 1, ".0%"),
+        svg.Axis(f"kept share of the {units}", 0, 1, ".0%"),
         svg.Axis(name, 0, 1.1 * high),
     )
     drawn = svg.chart(f"{name} by keep", x, y, series)

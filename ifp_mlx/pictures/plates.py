@@ -38,12 +38,13 @@ def draw_all(
             [f"layer {layer}" for layer in tally.shown_layers],
             tally.names,
             chance=float(tally.by_depth[:, tally.shown_layers, 1].mean()),
+            units=tally.units,
         )
         figures["depth"] = draw_depth(plt, tally)
         figures["always"] = draw_always(plt, tally)
     for value, name in (("kl", "quality"), ("speed", "speed")):
         if any(getattr(point, value) is not None for point in points):
-            figures[name] = draw_by_keep(plt, points, value)
+            figures[name] = draw_by_keep(plt, points, value, tally.units)
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
@@ -54,13 +55,13 @@ def draw_all(
 
 
 def draw_strips(plt: Any, tally: Tally) -> Any:
-    """Return the figure of every mask's strips, a layer a row, sorted channels."""
+    """Return the figure of every mask's strips, a layer a row, sorted units."""
     from matplotlib.colors import ListedColormap
 
     N, L, F = tally.masks.shape
     columns = 1 if N == 1 else 2
     rows = -(-N // columns)
-    size = (6 * columns, (0.09 * L + 0.6) * rows + 0.5)
+    size = (6 * columns, (max(0.09 * L, 0.4) + 0.6) * rows + 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     shared = np.where(tally.kept_by == N, 1, np.where(tally.kept_by == 1, 3, 2))
     colours = ListedColormap(list(COLOURS.values()))
@@ -71,7 +72,9 @@ def draw_strips(plt: Any, tally: Tally) -> Any:
         )
         axis.set_title(name, loc="left", fontsize=10, color=INK)
         axis.set_ylabel("layer", color=INK)
-        axis.set_xlabel(f"{F} channels, most shared first", color=INK)
+        axis.set_yticks(sorted({0, L - 1}))
+        axis.set_xticks([])
+        axis.set_xlabel(f"{F} {tally.units}, most shared first", color=INK)
     for axis in axes.flat[N:]:
         axis.set_visible(False)
     names = {"all": "kept by all", "some": "by some", "own": "by this alone"}
@@ -91,6 +94,7 @@ def draw_matrices(
     names: Sequence[str],
     *,
     chance: float,
+    units: str = "channels",
 ) -> Any:
     """Return the figure of overlaps of every two tasks, a square for every layer.
 
@@ -99,6 +103,7 @@ def draw_matrices(
         titles: of the squares.
         names: ``N`` names.
         chance: what two random masks share; the colours turn there.
+        units: what is shared, in words.
 
     Source: Hou et al. 2025 (arXiv:2501.02086) fig. 3.
     """
@@ -122,7 +127,7 @@ def draw_matrices(
                 colour = "white" if share > chance + 0.7 * (1 - chance) else INK
                 where = {"ha": "center", "va": "center", "color": colour}
                 axis.text(b, a, f"{100 * share:.0f}", fontsize=8, **where)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, label="shared channels")
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, label=f"shared {units}")
     bar.set_ticks([0, chance, 1], labels=["0", f"{chance:.0%}, chance", "100%"])
     bar.ax.axhline(chance, color=CHANCE, linewidth=2)
     return figure
@@ -136,13 +141,13 @@ def draw_depth(plt: Any, tally: Tally) -> Any:
     mean = tally.by_depth.mean(axis=0)
     axis.plot(mean[:, 0], color="#12706a", linewidth=2.4, label="mean of all pairs")
     axis.plot(mean[:, 1], "--", color=CHANCE, label="chance")
-    axis.set(xlabel="layer", ylabel="shared channels", ylim=(0, 1.02))
+    axis.set(xlabel="layer", ylabel=f"shared {tally.units}", ylim=(0, 1.02))
     _tidy(axis)
     return figure
 
 
 def draw_always(plt: Any, tally: Tally) -> Any:
-    """Return the figure of how many masks keep a channel, by layer."""
+    """Return the figure of how many masks keep a unit, by layer."""
     figure, axis = plt.subplots(figsize=(7, 3.2))
     L, N = tally.shares.shape[0], tally.shares.shape[1] - 1
     parts = {
@@ -160,12 +165,12 @@ def draw_always(plt: Any, tally: Tally) -> Any:
     for expected, (start, end) in zip(tally.always_by_chance, ends, strict=True):
         axis.plot([start, end], [expected] * 2, color=CHANCE, linewidth=1.6)
     axis.plot([], [], color=CHANCE, label="by all, by chance")
-    axis.set(xlabel="layer", ylabel="share of the channels", ylim=(0, 1.02))
+    axis.set(xlabel="layer", ylabel=f"share of the {tally.units}", ylim=(0, 1.02))
     _tidy(axis)
     return figure
 
 
-def draw_by_keep(plt: Any, points: Sequence[Point], value: str) -> Any:
+def draw_by_keep(plt: Any, points: Sequence[Point], value: str, units: str) -> Any:
     """Return the figure of a measured value against keep, a line a setting."""
     figure, axis = plt.subplots(figsize=(7, 3.2))
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -175,7 +180,7 @@ def draw_by_keep(plt: Any, points: Sequence[Point], value: str) -> Any:
     for line, pairs in lines.items():
         axis.plot(*zip(*sorted(pairs), strict=True), marker="o", label=line)
     labels = {"kl": "KL to dense, nats per token", "speed": "decoding, tokens/s"}
-    axis.set(xlabel="kept share of the channels", ylabel=labels[value])
+    axis.set(xlabel=f"kept share of the {units}", ylabel=labels[value])
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
     _tidy(axis)

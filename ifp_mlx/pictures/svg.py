@@ -126,11 +126,12 @@ def shade(share: float, chance: float) -> tuple[str, float]:
     return "below", (chance - share) / chance
 
 
-def scale(chance: float) -> str:
+def scale(chance: float, units: str) -> str:
     """Draw the colours of :func:`matrix` from 0 to 1, with chance marked.
 
     Args:
         chance: k/F.
+        units: what is shared, in words.
     """
     steps, width, left = 60, 6, 20
     parts = []
@@ -148,8 +149,8 @@ def scale(chance: float) -> str:
     parts.append(label(at, 11, f"chance {chance:.0%}", "middle"))
     for share in (0, 1):
         parts.append(label(left + share * steps * width, 47, f"{share:.0%}", "middle"))
-    middle = label(left + steps * width / 2, 47, "shared channels", "middle", "muted")
-    title = f"Colour scale of shared channels, chance at {chance:.0%}"
+    middle = label(left + steps * width / 2, 47, f"shared {units}", "middle", "muted")
+    title = f"Colour scale of shared {units}, chance at {chance:.0%}"
     return picture(2 * left + steps * width, 52, title, "".join(parts) + middle)
 
 
@@ -216,11 +217,12 @@ def _line(line: Series, places: Sequence[tuple[float, float]]) -> str:
     )
 
 
-def stacked(title: str, shares: np.ndarray, expected: np.ndarray) -> str:
-    """Draw for every layer what share of its channels is kept by how many.
+def stacked(title: str, units: str, shares: np.ndarray, expected: np.ndarray) -> str:
+    """Draw for every layer what share of its units is kept by how many.
 
     Args:
         title: what it shows.
+        units: what they are, in words.
         shares: ``[L, N + 1]``, by 0 … ``N`` selections.
         expected: ``[L]``, the share that all would keep by chance.
     """
@@ -256,13 +258,13 @@ def stacked(title: str, shares: np.ndarray, expected: np.ndarray) -> str:
     parts.append(f'<path class="chance-mark" d="{marks}"/>')
     parts.append(label(left + width / 2, top + height + 34, "layer", "middle"))
     turned = f'<g transform="rotate(-90 13 {top + height / 2:g})">'
-    axis = label(13, top + height / 2, "share of the channels", "middle")
+    axis = label(13, top + height / 2, f"share of the {units}", "middle")
     parts.append(f"{turned}{axis}</g>")
     return picture(left + width + 8, top + height + 42, title, "".join(parts))
 
 
 def count_class(count: int, of: int) -> str:
-    """Return the class of a channel that ``count`` of ``of`` selections keep."""
+    """Return the class of a unit that ``count`` of ``of`` selections keep."""
     return "all" if count == of else "own" if count == 1 else "some"
 
 

@@ -25,7 +25,7 @@ class Tally:
 
     @cached_property
     def masks(self) -> np.ndarray:
-        """Whether a channel is kept, bool ``[N, L, F]``; gates count as kept."""
+        """Whether a unit is kept, bool ``[N, L, F]``; gates count as kept."""
         shape = (len(self.names), len(self.sizes[0]), self.channels)
         masks = np.zeros(shape, dtype=bool)
         for mask, selection in zip(masks, self.selections, strict=True):
@@ -35,22 +35,27 @@ class Tally:
 
     @property
     def channels(self) -> int:
-        """``F``."""
+        """``F``; of experts, how many there are."""
         return self.selections[0].channels
 
     @property
+    def units(self) -> str:
+        """What is kept, in words: channels or experts."""
+        return f"{self.selections[0].unit}s"
+
+    @property
     def sizes(self) -> np.ndarray:
-        """Kept channels, ``[N, L]``."""
+        """Kept units, ``[N, L]``."""
         return np.array([selection.sizes for selection in self.selections])
 
     @cached_property
     def kept_by(self) -> np.ndarray:
-        """How many selections keep a channel, ``[L, F]``."""
+        """How many selections keep a unit, ``[L, F]``."""
         return self.masks.sum(axis=0)
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """Shares of the channels kept by exactly 0 … ``N`` selections,
+        """Shares of the units kept by exactly 0 … ``N`` selections,
         ``[L, N + 1]``.
         """
         counts = range(len(self.names) + 1)
@@ -58,7 +63,7 @@ class Tally:
 
     @property
     def always(self) -> np.ndarray:
-        """Share of the channels that all selections keep, ``[L]``."""
+        """Share of the units that all selections keep, ``[L]``."""
         return self.shares[:, -1]
 
     @property
@@ -104,7 +109,7 @@ class Tally:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Every layer's channels, those that most selections keep first, then by
+        """Every layer's units, those that most selections keep first, then by
         which selections these are, ``[L, F]``.
         """
         keys = [~mask for mask in self.masks[::-1]]

@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..model.footprint import Footprint, Sizes
-from ..slicing.shapes import Plan, dense_shapes
+from ..slicing.routing import slots_of
+from ..slicing.shapes import Plan, Shapes, dense_shapes
 from .devices import Device
 
 
@@ -21,11 +22,13 @@ class Work:
     """The multiplications of a model, counted from its shapes.
 
     Attributes:
-        core: per token, in all layers, without FFN and attention itself.
-        channel: per token, of one channel in one layer.
+        core: per token, in all layers, without units and attention itself.
+        channel: per token, of one unit in one layer, a channel or an expert.
         head: of the output layer, for one token.
         attention: of a token and one that it looks at, in each layer.
         lookup_bytes: of embeddings, of which a token reads one row alone.
+        slots: ``K``, the experts that a token is sent to in a layer; ``None`` where it
+            goes through every unit.
     """
 
     core: int
@@ -33,13 +36,11 @@ class Work:
     head: int
     attention: tuple[int, ...]
     lookup_bytes: int
+    slots: int | None = None
 
     @staticmethod
     def of(dense: nn.Module, plan: Plan) -> "Work":
-        """Count a stock mlx-lm model's, dense in shape; no weight is read.
-
-        Of experts every one is counted as if each token went to it.
-        """
+        """Count a stock mlx-lm model's, dense in shape; no weight is read."""
         linears = {
             name: _weights(module)
             for name, module in dense.named_modules()
@@ -53,19 +54,15 @@ class Work:
         head = sum(n for name, n in linears.items() if name.endswith("lm_head"))
         if not head and tables:  # the embedding is the output layer too
             head = _weights(tables.pop(next(iter(tables))))
-        shapes = dense_shapes(dense)
-        names = {
-            ".".join(step for step in (layer.path, s.module, s.tensor) if step)
-            for layer in plan.layers
-            for s in layer.slices
-        }
-        channels = sum(math.prod(shapes[n]) for n in names if n.endswith("weight"))
-        inside = sum(linears.values()) - channels
-        if any(name.endswith("lm_head") for name in linears):
-            inside -= head
+        weights = _unit_weights(dense_shapes(dense), plan)
+        core = sum(
+            count
+            for name, count in linears.items()
+            if f"{name}.weight" not in weights and not name.endswith("lm_head")
+        )
         return Work(
-            core=inside,
-            channel=channels / plan.units / len(plan.layers),
+            core=core,
+            channel=sum(weights.values()) / plan.units / len(plan.layers),
             head=head,
             attention=tuple(_attention_width(layer) for layer in dense.layers),
             lookup_bytes=sum(
@@ -73,11 +70,21 @@ class Work:
                 for table in tables.values()
                 for array in table.parameters().values()
             ),
+            slots=slots_of(dense, plan) if plan.unit == "expert" else None,
         )
 
     def per_token(self, sizes: Sizes) -> int:
         """Return the multiplications with weights that a prompt's token takes."""
-        return round(self.core + self.channel * sum(sizes))
+        return round(self.core + self.channel * sum(self.used(sizes, 1)))
+
+    def used(self, sizes: Sizes, tokens: int) -> list[float]:
+        """Return how many of a layer's units some tokens go through together: of
+        experts as many as there would be if each token were sent to any, evenly.
+        """
+        if self.slots is None:
+            return [float(size) for size in sizes]
+        missed = (max(0.0, 1 - self.slots / size) ** tokens for size in sizes)
+        return [size * (1 - m) for size, m in zip(sizes, missed, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,8 @@ class Times:
 
     Attributes:
         select: from the instruction to the selection.
-        load: of the channels, from storage; ``None`` where they never are there.
-        load_warm: of the channels, from memory: the system's cache, or all of them.
+        load: of the units, from storage; ``None`` where they never are there.
+        load_warm: of the units, from memory: the system's cache, or all of them.
         prefill: of the prompt.
         decode: of all the tokens asked for.
     """
@@ -135,19 +142,21 @@ def forward_seconds(
         window = caches[layer].window if layer < len(caches) else None
         multiplications += width * _looks(tokens, window)
     compute = 2 * multiplications / (device.compute.value * device.runtime.prefill)
-    read = _weights_read(work, footprint, sizes) / _decode_bandwidth(device)
-    return max(compute, read) + device.runtime.layer_seconds * footprint.layers
+    read = _weights_read(work, footprint, sizes, tokens) / _decode_bandwidth(device)
+    return max(compute, read) + device.runtime.layer_seconds * len(work.attention)
 
 
 def decode_seconds(
     device: Device, work: Work, footprint: Footprint, sizes: Sizes, job: Job
 ) -> float:
-    """Return the seconds of decoding: every token reads all weights and its cache."""
+    """Return the seconds of decoding: every token reads its cache and all weights, but
+    of experts those that it is sent to.
+    """
     middle = job.prompt_tokens + job.max_tokens // 2
-    read = _weights_read(work, footprint, sizes)
+    read = _weights_read(work, footprint, sizes, job.samples)
     read += job.samples * footprint.kv_bytes(middle)
     each = read / _decode_bandwidth(device)
-    return job.max_tokens * (each + device.runtime.layer_seconds * footprint.layers)
+    return job.max_tokens * (each + device.runtime.layer_seconds * len(work.attention))
 
 
 def load_seconds(device: Device, count: float, *, warm: bool) -> float | None:
@@ -179,7 +188,7 @@ def predict(
         device: it runs on.
         work: of the large model.
         footprint: of the large model.
-        sizes: channels kept in every layer.
+        sizes: units kept in every layer.
         job: what is to be done.
         select: seconds of the selection.
         loaded: bytes that are read; default: those of the compact model.
@@ -228,8 +237,28 @@ def _decode_bandwidth(device: Device) -> float:
     return device.memory.value * device.runtime.decode
 
 
-def _weights_read(work: Work, footprint: Footprint, sizes: Sizes) -> int:
-    return footprint.compact_bytes(sizes) - work.lookup_bytes
+def _weights_read(work: Work, footprint: Footprint, sizes: Sizes, tokens: int) -> float:
+    """Return the bytes of the weights that some tokens go through together."""
+    used = zip(work.used(sizes, tokens), footprint.layer_bytes, strict=True)
+    units = sum(count * size for count, size in used)
+    return footprint.core_bytes + units - work.lookup_bytes
+
+
+def _unit_weights(shapes: Shapes, plan: Plan) -> dict[str, int]:
+    """Return the sizes of the weights that units are made of. A router is none: every
+    token goes through the whole of it.
+    """
+    matrices = 3 if plan.unit == "expert" else 2  # dimensions
+    names = {
+        ".".join(step for step in (layer.path, s.module, s.tensor) if step)
+        for layer in plan.layers
+        for s in layer.slices
+    }
+    return {
+        name: math.prod(shapes[name])
+        for name in names
+        if name.endswith("weight") and len(shapes[name]) == matrices
+    }
 
 
 def _looks(tokens: int, window: int | None) -> int:

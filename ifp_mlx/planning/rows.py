@@ -34,7 +34,7 @@ class Subject:
         footprint: its bytes.
         work: its multiplications.
         predictor: the multiplications per token and the layers of its predictor.
-        selective: whether only the selected channels are read from storage, as from a
+        selective: whether only the selected units are read from storage, as from a
             channel store; of a plain folder all are read, and most let go.
     """
 
@@ -51,7 +51,7 @@ class Row:
     """What one keep needs and how long it takes.
 
     Attributes:
-        keep: share of the channels, as ``--keep`` takes it.
+        keep: share of the units, as ``--keep`` takes it.
         target_size: ``k``.
         compact_bytes: of the compact model.
         total_bytes: with the KV cache and the predictor.
@@ -83,7 +83,8 @@ def open_subject(name: str, *, channel_store: bool = False) -> Subject:
         config = _config(name, path)
         dense = model_of_config(config)
         plan = plan_of(dense, config)
-        footprint, work = Footprint.of_module(dense, plan), Work.of(dense, plan)
+        footprint = Footprint.of_module(dense, plan, config)
+        work = Work.of(dense, plan)
         return Subject(name, None, footprint, work, None, channel_store)
     model, _ = load(path)
     return Subject(
@@ -109,7 +110,7 @@ def plan_rows(
 
     Args:
         subject: the model.
-        keeps: shares of the channels; each is rounded to the granularity.
+        keeps: shares of the units; each is rounded to what a layer can have.
         job: what is to be done with it.
         context_tokens: tokens that the KV cache must hold.
         memory_bytes: that may be used.
@@ -117,14 +118,13 @@ def plan_rows(
     """
     footprint = subject.footprint
     rows = []
-    for keep in keeps:
-        k = widths.target_size(footprint.channels, keep, footprint.granularity)
-        sizes = [max(k, footprint.smallest)] * footprint.layers
+    for k in sorted({size_of(footprint, keep) for keep in keeps}):
+        sizes = [k] * footprint.layers
         total = footprint.total_bytes(sizes, context_tokens)
         rows.append(
             Row(
-                keep=sizes[0] / footprint.channels,
-                target_size=sizes[0],
+                keep=k / footprint.channels,
+                target_size=k,
                 compact_bytes=footprint.compact_bytes(sizes),
                 total_bytes=total,
                 fits=None if memory_bytes is None else total <= memory_bytes,
@@ -132,6 +132,12 @@ def plan_rows(
             )
         )
     return rows
+
+
+def size_of(footprint: Footprint, keep: float) -> int:
+    """Return the units of a layer that stand for a kept share."""
+    k = widths.target_size(footprint.channels, keep, footprint.granularity)
+    return max(k, footprint.smallest)
 
 
 def times(subject: Subject, device: Device, sizes: Sequence[int], job: Job) -> Times:
@@ -183,7 +189,7 @@ def _predictor(folder: Path) -> tuple[int, int] | None:
 
 
 def _verdict(
-    args: Any, rows: list[Row], largest: float | None, refusal: str | None
+    args: Any, footprint: Footprint, largest: float | None, refusal: str | None
 ) -> tuple[str, bool]:
     """Return the words at the end, and whether what was asked for fits."""
     if args.memory_gb is None:
@@ -192,10 +198,10 @@ def _verdict(
         return f"It does not fit: {refusal}", False
     assert largest is not None
     memory = in_words(round(args.memory_gb * 1e9))
-    k = next(row.target_size for row in rows if row.keep == largest)
+    k = size_of(footprint, largest)
     best = f"the largest that fits {memory} is --target-size {k} (keep {largest:.3f})"
     smallest = min(args.keep or [largest])
-    if largest < 1 and any(row.keep == smallest and not row.fits for row in rows):
+    if size_of(footprint, smallest) > k:
         return f"It does not fit at keep {smallest:g}; {best}.", False
     if largest == 1:
         return f"The whole model fits {memory}.", True
@@ -207,37 +213,51 @@ def report(
 ) -> str:
     """Return the plan as tables for people."""
     footprint = subject.footprint
-    step = f", chosen {footprint.granularity} at a time"
     lines = [
-        f"{subject.name}: {footprint.layers} layers of {footprint.channels} channels"
-        + (step if footprint.granularity > 1 else ""),
+        f"{subject.name}: {footprint.layers} layers of {footprint.channels} "
+        f"{footprint.unit}s{_rule(subject)}",
         "",
         markdown(
             ["part", "bytes"], [[n, in_words(b)] for n, b in _parts(subject, context)]
         ),
         "",
-        markdown(*_memory_table(rows)),
+        markdown(*_memory_table(rows, footprint.unit)),
     ]
     if device is not None:
         lines += ["", *_time_lines(subject, rows, job, device)]
     return "\n".join(lines)
 
 
+def _rule(subject: Subject) -> str:
+    """Return in words which numbers of units a layer can have."""
+    footprint, step = subject.footprint, subject.footprint.granularity
+    if footprint.unit == "channel":
+        return f", chosen {step} at a time" if step > 1 else ""
+    multiple = f" in multiples of {step}" if step > 1 else ""
+    return (
+        f", of which a token is sent to {subject.work.slots}; a selection keeps at "
+        f"least {footprint.smallest}{multiple}"
+    )
+
+
 def _parts(subject: Subject, context: int) -> list[tuple[str, int]]:
-    footprint = subject.footprint
+    footprint, unit = subject.footprint, subject.footprint.unit
+    core = "attention, embeddings, norms"
+    if unit == "expert":
+        core = "all but the experts that are selected"
     parts = [
-        ("core: attention, embeddings, norms", footprint.core_bytes),
-        ("all channels", footprint.dense_bytes - footprint.core_bytes),
+        (f"core: {core}", footprint.core_bytes),
+        (f"all {unit}s", footprint.dense_bytes - footprint.core_bytes),
         ("of them shared by every selection", footprint.shared_bytes),
-        ("one channel in every layer", footprint.channel_bytes([1] * footprint.layers)),
+        (f"one {unit} in every layer", footprint.channel_bytes([1] * footprint.layers)),
         ("predictor", footprint.predictor_bytes),
         (f"KV cache of {context} tokens", footprint.kv_bytes(context)),
     ]
     return [(name, count) for name, count in parts if count]
 
 
-def _memory_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    head = ["keep", "k", "compact model", "with KV and predictor"]
+def _memory_table(rows: list[Row], unit: str) -> tuple[list[str], list[list[str]]]:
+    head = ["keep", f"{unit}s", "compact model", "with KV and predictor"]
     cells = [
         [
             _name(row),
@@ -268,7 +288,8 @@ def _time_lines(
         figures += [None if spent.load is None else spent.ttft(), spent.ttft(warm=True)]
         shown = ["-" if f is None else f"{f:.3g}" for f in figures]
         cells.append([_name(row), *shown, f"{job.max_tokens / spent.decode:.3g}"])
-    read = "the selected channels" if subject.selective else "the whole folder"
+    units = f"the selected {subject.footprint.unit}s"
+    read = units if subject.selective else "the whole folder"
     return [
         f"Predicted, not measured, for {device.about}: {job.prompt_tokens} prompt "
         f"tokens, {job.max_tokens} decoded. Select: {how}"
@@ -311,8 +332,11 @@ def as_json(
     return {
         "model": subject.name,
         "layers": footprint.layers,
+        "unit": footprint.unit,
         "channels": footprint.channels,
         "granularity": footprint.granularity,
+        "smallest": footprint.smallest,
+        "experts_per_token": subject.work.slots,
         "bytes": {
             "core": footprint.core_bytes,
             "channels": footprint.dense_bytes - footprint.core_bytes,

@@ -41,7 +41,7 @@ class Origin:
 
     Attributes:
         selector, allocation: see :class:`ifp_mlx.selection.request.Request`.
-        keep: share of the channels.
+        keep: share of the units.
         instruction: the text that selected.
         task: the name of the task it is for.
         model: the name of the model it was made with.
@@ -198,7 +198,7 @@ class Selection:
         return said
 
     def plain(self) -> "Selection":
-        """Return the same channels, neither compensated nor trained further."""
+        """Return the same units, neither compensated nor trained further."""
         if self.compensation is None and self.trained is None:
             return self
         return replace(self, compensation=None, trained=None)
@@ -211,7 +211,7 @@ class Selection:
             raise ValueError(
                 f"The mask {self.mask_id} is of weights that were trained further "
                 f"({self.trained}), so they cannot be made from it: use the folder it "
-                "came with as it is, or its channels alone (--no-compensate, "
+                f"came with as it is, or its {self.unit}s alone (--no-compensate, "
                 "Selection.plain)."
             )
         how = self.compensation
@@ -246,7 +246,7 @@ class Selection:
     @property
     def identity(self) -> str:
         """12 hex digits: a hash of all that decides the compact model's weights, for
-        whatever keeps one; the ``mask_id`` where channels and gates are all.
+        whatever keeps one; the ``mask_id`` where units and gates are all.
         """
         how = self.compensation
         if how is None and self.trained is None and self.unit == "channel":
@@ -322,7 +322,7 @@ class Selection:
         if made_for != here:
             raise ValueError(
                 f"The mask {self.mask_id} is for a model with {made_for[0]} layers of "
-                f"{made_for[1]} channels, but this one has {here[0]} layers of "
+                f"{made_for[1]} {self.unit}s, but this one has {here[0]} layers of "
                 f"{here[1]}; use a mask made with this model."
             )
         if self.fingerprint is None:

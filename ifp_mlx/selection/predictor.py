@@ -14,7 +14,7 @@ HEAD = "head.safetensors"
 
 
 class SparsityPredictor(nn.Module):
-    """Read an instruction, score every channel of every layer of a larger LLM.
+    """Read an instruction, score every unit of every layer of a larger LLM.
 
     The last-layer hidden state of the last instruction token goes through two linear
     layers, D → rank → L·F. The narrow middle is what keeps the head small.
@@ -116,7 +116,7 @@ class SparsityPredictor(nn.Module):
         if found != needed:
             raise ValueError(
                 f"{folder / HEAD} holds {found}; a backbone of width {_width(backbone)} "
-                f"and {layers} layers of {channels} channels need {needed}."
+                f"and {layers} layers of {channels} units need {needed}."
             )
         self.load_weights(list(head.items()), strict=False)
         if any(folder.glob("tokenizer*")):

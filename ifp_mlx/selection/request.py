@@ -26,17 +26,17 @@ class Request:
         mask_file: use the one in this file.
         task: use that of a named task; who knows its library puts a selection or a
             mask file in its place.
-        keep: kept share of the channels, rounded to the granularity. Default: the
-            checkpoint's own target size, else 0.5.
-        target_size: ``k``, kept channels per layer, instead of ``keep``.
+        keep: kept share of the units (channels, or experts), rounded to the
+            granularity. Default: the checkpoint's own target size, else 0.5.
+        target_size: ``k``, kept units per layer, instead of ``keep``.
         selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``, or
             ``auto``: the first of predictor, blend (if a prior is kept with the
             checkpoint) and activation that is there. ``prior`` and ``blend`` compute
             the prior once if it is missing.
         allocation: ``uniform``, ``first-layer`` or, once measured, ``sensitivity``.
-            Default: uniform for a trained predictor, else first-layer where the budget
-            pays for it.
-        granularity: channels that are selected together. Default: as the checkpoint
+            Default: uniform for a trained predictor and for experts, else first-layer
+            where the budget pays for it.
+        granularity: units that are selected together. Default: as the checkpoint
             says, else 1, for which a quantised ``down_proj`` is quantised again; whole
             groups lose nothing and choose worse.
         compensate: let kept channels make up for dropped ones, as the selection's own
@@ -111,7 +111,7 @@ class Request:
         number = isinstance(self.keep, int | float)
         if self.keep is not None and not (number and 0 < self.keep <= 1):
             raise ValueError(
-                f"keep={self.keep!r} is not a share of the channels; choose a number "
+                f"keep={self.keep!r} is not a share of the units; choose a number "
                 "above 0 and up to 1 (1 keeps them all)."
             )
 
@@ -139,7 +139,7 @@ class Request:
             value = getattr(self, named[0])
             which = value.mask_id if isinstance(value, Selection) else value
             raise ValueError(
-                f"The {named[0].replace('_', ' ')} {which} says which channels are "
+                f"The {named[0].replace('_', ' ')} {which} says which units are "
                 "kept; leave out keep, target_size, selector, allocation and "
                 "granularity."
             )

@@ -1,4 +1,4 @@
-"""Scores to kept channels: soft top-k in training, hard top-k at inference."""
+"""Scores to kept units: soft top-k in training, hard top-k at inference."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -18,15 +18,15 @@ def select(
     temperature: float = 1.0,
     groups: int = 1,
 ) -> Selection:
-    """Keep the highest-scored channels of every layer.
+    """Keep the highest-scored units of every layer.
 
     Equal scores are decided in favour of the lower index, so that the same scores
     give the same selection everywhere.
 
     Args:
         scores: ``[L, F]``.
-        sizes: kept channels ``k_l`` per layer, multiples of ``granularity``.
-        granularity: channels per selectable block; a block's score is its mean.
+        sizes: kept units ``k_l`` per layer, multiples of ``granularity``.
+        granularity: units per selectable block; a block's score is its mean.
         gates: ``"soft"`` keeps λ of :func:`soft_top_k` on the kept channels.
         temperature: of the soft top-k, in units of the scores.
         groups: equal parts of a layer, of each of which equally many are kept.
@@ -38,7 +38,7 @@ def select(
     """
     L, F = scores.shape
     if not mx.all(mx.isfinite(scores)):
-        raise ValueError("The channel scores hold NaN or infinity; check the weights.")
+        raise ValueError("The scores hold NaN or infinity; check the weights.")
     blocks = scores.astype(mx.float32).reshape(L, F // granularity, granularity)
     block_scores = np.array(blocks.mean(axis=-1))
     indices, values = [], []
@@ -81,7 +81,7 @@ def soft_top_k(scores: mx.array, k: int, temperature: float = 1.0) -> mx.array:
     """
     F = scores.shape[-1]
     if not 0 < k <= F:
-        raise ValueError(f"k={k} must be between 1 and the {F} channels.")
+        raise ValueError(f"k={k} must be between 1 and the {F} units.")
     if k == F:
         return mx.ones(scores.shape)
     s = scores.astype(mx.float32) / temperature

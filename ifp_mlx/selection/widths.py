@@ -1,4 +1,4 @@
-"""How many channels each layer keeps."""
+"""How many units each layer keeps."""
 
 from typing import Literal
 
@@ -26,7 +26,7 @@ def target_size(channels: int, keep: float, granularity: int = 1) -> int:
     """
     if not 0 < keep <= 1:
         raise ValueError(
-            f"keep={keep} is not a share of the channels; choose a number above 0 "
+            f"keep={keep} is not a share of the units; choose a number above 0 "
             "and up to 1 (1 keeps them all)."
         )
     return max(1, round(keep * channels / granularity)) * granularity
@@ -107,22 +107,25 @@ def _sizes_by_cost(
     return [int(size) for size in (blocks - whole) * granularity]
 
 
-def check_multiple(k: int, granularity: int, channels: int) -> None:
+def check_multiple(
+    k: int, granularity: int, channels: int, unit: str = "channel"
+) -> None:
     """Raise ``ValueError`` naming the nearest valid ``k`` unless ``k`` fits.
 
     Args:
-        k: kept channels per layer.
-        granularity: channels per selectable block.
+        k: kept units per layer.
+        granularity: units per selectable block.
         channels: ``F``.
+        unit: what they are.
     """
     if not 0 < k <= channels:
         raise ValueError(
-            f"target_size={k} must be between 1 and the {channels} channels of a layer."
+            f"target_size={k} must be between 1 and the {channels} {unit}s of a layer."
         )
     if k % granularity:
         below = k // granularity * granularity
         valid = [v for v in (below, below + granularity) if 0 < v <= channels]
         raise ValueError(
             f"target_size={k} is not a multiple of the group of {granularity} "
-            f"channels; use {' or '.join(map(str, valid))}."
+            f"{unit}s; use {' or '.join(map(str, valid))}."
         )

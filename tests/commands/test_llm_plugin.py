@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from conftest import write_folder
+from conftest import write_family, write_folder
 
 llm = pytest.importorskip("llm", reason="the extra llm is not installed")
 
@@ -62,6 +62,19 @@ def test_the_answer_is_the_engines_and_says_what_was_selected(folder):
     about = response.response_json
     assert (about["kept_channels"], about["total_channels"]) == (96, 192)
     assert response.usage().output == 5
+
+
+def test_experts_that_agree_too_little_are_an_error_of_llms(tmp_path):
+    folder = str(write_family(tmp_path / "mixture", "qwen3_moe"))
+    options = {"model": folder, "keep": 0.25, "max_tokens": 2}
+    response = llm_plugin.IFP().prompt("hello", options=options)
+    assert response.text()
+    about = response.response_json
+    assert (about["unit"], about["kept_channels"]) == ("expert", 6)
+    assert 0 < about["agreement"] < 1 and 0 < about["router_mass"] < 1
+    strict = options | {"min_agreement": 1.0}
+    with pytest.raises(llm.ModelError, match="keep more than 25% of the experts"):
+        llm_plugin.IFP().prompt("hello", options=strict).text()
 
 
 def test_a_conversation_keeps_the_mask_of_its_first_turn(folder):

@@ -7,12 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import run_command, tiny_model, write_folder
+from conftest import run_command, tiny_model, write_family, write_folder
 
 from convert.coreai.graph import Decoder
 from convert.to_coreai import compare
 from convert.to_coreml import main
 from ifp_mlx import load
+from ifp_mlx.model.checkpoint import IFPModel
 
 needs_core_ai = pytest.mark.skipif(find_spec("coreai") is None, reason="no coreai-core")
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
@@ -88,3 +89,32 @@ def test_without_core_ai_the_command_says_what_to_install(tmp_path, capsys):
     status, _, error = run_command(main, capsys, *given, "--output", output)
     assert status == 2 and "pip install 'ifp-mlx[coreai]'" in error
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "needs", "words"),
+    [
+        ("coreml", "coremltools", "qwen3_moe.Model cannot be exported to Core ML"),
+        ("coreai", "json", "(qwen3_moe) is not written for Core AI yet"),
+    ],
+)
+def test_a_mixture_is_refused_before_it_is_read(
+    tmp_path, capsys, monkeypatch, form, needs, words
+):
+    pytest.importorskip(needs)
+    monkeypatch.setattr(IFPModel, "prepare", None)
+    folder = write_family(tmp_path / "m", "qwen3_moe")
+    out = tmp_path / "out"
+    given = [
+        "--model",
+        folder,
+        "--instruction",
+        "Hi",
+        "--format",
+        form,
+        "--output",
+        out,
+    ]
+    status, printed, err = run_command(main, capsys, *given)
+    assert (status, printed) == (2, "") and words in err
+    assert err.count("to_coreml.py: error:") == 1 and not out.exists()

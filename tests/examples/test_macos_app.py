@@ -38,7 +38,7 @@ KEPT = {"Facts": [0, 1, 2, 3], "Code": [2, 3, 4, 5], "Stories": [3, 4, 5, 6]}
 class FakeEngine:
     """Has the methods of an ``Engine`` that the app calls, and answers at once."""
 
-    name, layers, channels = "fake", L, F
+    name, layers, unit, channels = "fake", L, "channel", F
 
     def __init__(self, path="", progress=lambda event: None, words=("Well", ", yes.")):
         if path == "nowhere":

@@ -198,3 +198,13 @@ def test_a_scale_of_each_expert_goes_with_its_expert():
     assert len(scales) == 3 * len(plan.layers)
     for name in scales:
         assert mx.array_equal(after[name], before[name][kept]), name
+
+
+def test_a_memory_limit_leaves_no_fewer_experts_than_the_router_needs(tmp_path):
+    model, _ = load(write_family(tmp_path / "m", "deepseek_v3, groups"))
+    request = Request(selector="random", instruction="Hi")
+    room = Limits(100, model.footprint.total_bytes([5] * model.layers, 100))
+    assert decide(request, model, limits=room).sizes == [4] * model.layers
+    tight = Limits(100, model.footprint.total_bytes([3] * model.layers, 100))
+    with pytest.raises(ValueError, match="are too few.* for 4 experts a layer"):
+        decide(request, model, limits=tight)

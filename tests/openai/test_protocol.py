@@ -88,7 +88,7 @@ def test_openai_names_become_the_engines():
         response_format={"type": "json_object"},
         logprobs=True,
         top_logprobs=2,
-        ifp={"keep": 0.25, "selector": "random"},
+        ifp={"keep": 0.25, "selector": "random", "min_agreement": 0.5},
         user="me",
         n=1,
         tools=[],
@@ -103,6 +103,7 @@ def test_openai_names_become_the_engines():
         "top_logprobs": 2,
         "keep": 0.25,
         "selector": "random",
+        "min_agreement": 0.5,
     }
     assert expected.items() <= asked.options.items()
 

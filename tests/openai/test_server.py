@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import run_command, write_folder
+from conftest import run_command, write_family, write_folder
 
 from ifp_mlx import load
 from ifp_mlx.engine import Engine
@@ -264,6 +264,7 @@ def test_stop_and_logprobs_and_bias_are_honoured(app):
         ({"extra_body": {"colour": 1}}, "colour"),
         ({"extra_body": {"ifp": {"colour": 1}}}, "ifp.colour"),
         ({"extra_body": {"ifp": {"keep": 0}}}, "ifp.keep"),
+        ({"extra_body": {"ifp": {"min_agreement": 0}}}, "ifp.min_agreement"),
         ({"extra_body": {"ifp": {"mask_file": "../x"}}}, "ifp.mask_file"),
         ({"extra_body": {"ifp": {"mask_file": "nobody"}}}, "ifp.mask_file"),
         ({"extra_body": {"ifp": {"task": "a", "instruction": "b"}}}, "ifp.instruction"),
@@ -467,3 +468,61 @@ def test_without_the_extra_the_command_names_it(capsys, folder, monkeypatch):
     status, _, err = run_command(main, capsys, "--model", folder)
     assert status == 2
     assert "pip install 'ifp-mlx[server]'" in err
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder = write_family(tmp_path_factory.mktemp("mixture") / "m", "qwen3_moe")
+    with Engine.open(folder) as engine:
+        engine.prepare(FRENCH, name="french", keep=0.25)
+        yield make_app(engine, Policy("tiny")), engine
+
+
+def test_an_answer_of_a_mixture_says_how_good_its_experts_are(mixture):
+    app, engine = mixture
+    task = engine.task("french")
+    for fields in (
+        {"model": "tiny@french"},
+        {"extra_body": {"ifp": {"instruction": FRENCH, "keep": 0.25}}},
+    ):
+        said = chat(app, **fields).ifp
+        assert (said["unit"], said["kept_channels"]) == ("expert", 6)
+        assert said["agreement"] == pytest.approx(task.agreement)
+        assert said["router_mass"] == pytest.approx(task.router_mass)
+
+
+def test_an_answer_can_be_refused_for_too_little_agreement(mixture):
+    app, engine = mixture
+    asked = {"instruction": FRENCH, "keep": 0.25}
+    assert 0 < engine.task("french").agreement < 1
+    low = asked | {"min_agreement": engine.task("french").agreement}
+    assert chat(app, extra_body={"ifp": low}).choices
+    for fields in (
+        {"extra_body": {"ifp": asked | {"min_agreement": 1}}},
+        {"model": "tiny@french", "extra_body": {"ifp": {"min_agreement": 1}}},
+    ):
+        with pytest.raises(openai.BadRequestError, match="next token at"):
+            chat(app, **fields)
+
+
+def test_requests_with_different_experts_answer_as_each_alone(mixture):
+    texts = ["Add numbers.", "Traduis en français.", "SELECT name FROM people;"] * 2
+
+    async def one(client, text):
+        answer = await client.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            max_tokens=8,
+            extra_body={"ifp": {"instruction": text, "keep": 0.25}},
+        )
+        return answer.choices[0].message.content, answer.ifp["mask_id"]
+
+    async def alone(client):
+        return [await one(client, text) for text in texts]
+
+    async def together(client):
+        return await asyncio.gather(*(one(client, text) for text in texts))
+
+    app, _ = mixture
+    found = ask(app, together)
+    assert found == ask(app, alone) and len({mask for _, mask in found}) > 1

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from ifp_mlx import Selection, load
 from ifp_mlx.evaluation import tasks
 from ifp_mlx.evaluation.rows import Row, read_rows
+from ifp_mlx.pictures.assemble import visualize
+from ifp_mlx.pictures.measured import Point
 from ifp_mlx.pictures.page import page
 from ifp_mlx.pictures.svg import Axis, shade
 from ifp_mlx.pictures.tally import Tally
@@ -254,3 +257,18 @@ def test_an_axis_has_a_few_round_ticks_inside_its_ends(span, low):
     ticks = axis.ticks()
     assert 3 <= len(ticks) <= 10
     assert low - 1e-6 * span <= ticks[0] and ticks[-1] <= low + span * (1 + 1e-6)
+
+
+def test_a_page_of_experts_speaks_of_experts(tmp_path):
+    selections = [
+        replace(random_selection(seed, channels=8, kept=3), unit="expert")
+        for seed in range(3)
+    ]
+    point = Point("activation", 0.5, kl=0.1, agreement=0.9, speed=5, dense_speed=4)
+    tally = Tally(["a", "b", "c"], selections)
+    about = {"quality": [point], "speed": [point], "png_folder": tmp_path / "png"}
+    visualize("m", tally, tmp_path / "page.html", **about)
+    text, _, data = read_page(tmp_path / "page.html")
+    assert data["unit"] == "expert" and "5 layers of 8 experts" in text
+    assert "channel" not in re.sub("<script.*?</script>", "", text, flags=re.S)
+    assert (tmp_path / "png" / "strips.png").exists()

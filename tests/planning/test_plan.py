@@ -2,18 +2,28 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import run_command, tiny_config, tiny_model, write_folder
+from conftest import (
+    families,
+    randomised,
+    run_command,
+    tiny_config,
+    tiny_model,
+    write_family,
+    write_folder,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from ifp_mlx import plan
+from ifp_mlx.model.checkpoint import load
 from ifp_mlx.model.footprint import Footprint, model_bytes
 from ifp_mlx.planning import devices, roofline, rows
 from ifp_mlx.planning.devices import Device, Figure, Runtime
 from ifp_mlx.planning.roofline import Job, Work
 from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.slicing.plan import plan_of
+from ifp_mlx.slicing.stock import build
 
 ROUND = Device(  # figures that can be multiplied by heart
     "round",
@@ -121,6 +131,122 @@ def test_fewer_channels_never_take_longer(one, other, name):
 
 
 COUNTED = counted()
+
+
+def mixture(name="qwen3_moe"):
+    config = families()[name]
+    model = randomised(build(config))
+    slices = plan_of(model, config)
+    return Work.of(model, slices), Footprint.of_module(model, slices)
+
+
+def test_a_token_goes_through_the_experts_it_is_sent_to_alone():
+    work, footprint = mixture()  # 8 experts, 2 a token; the first of 4 layers is dense
+    expert, attention = 3 * 32 * 32, 4 * 32 * (32 + 16 + 16 + 32)
+    assert work.core == attention + 3 * 32 * 64 + 3 * 32 * 8  # one FFN, three routers
+    assert (work.channel, work.slots) == (expert, 2)
+    for kept in (2, 4, 8):
+        assert work.per_token([kept] * 3) == work.core + 3 * 2 * expert
+        read = footprint.core_bytes + 2 * sum(footprint.layer_bytes)
+        seconds = roofline.decode_seconds(ROUND, work, footprint, [kept] * 3, Job(9, 1))
+        moved = read - work.lookup_bytes + footprint.kv_bytes(9)
+        assert seconds == pytest.approx(moved / 1e6 + 0.04)
+
+
+def test_many_tokens_go_through_all_experts_but_no_more():
+    work, _ = mixture()
+    assert work.used([4, 8], 1) == pytest.approx([2, 2])
+    assert work.used([4, 8], 3) == pytest.approx([4 * (1 - 0.5**3), 8 * (1 - 0.75**3)])
+    assert work.used([2, 4, 8], 1000) == pytest.approx([2, 4, 8])
+
+
+def test_loading_a_mixture_reads_its_kept_experts(tmp_path):
+    folder = write_family(tmp_path / "m", "deepseek_v3")  # has a shared expert
+    subject = rows.open_subject(str(folder), channel_store=True)
+    job = Job(8, 8, 8)
+    few, many = (rows.times(subject, ROUND, [k] * 3, job).load for k in (2, 6))
+    assert many - few == pytest.approx(4 * sum(subject.footprint.layer_bytes) / 1e5)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "step"),
+    [("qwen3_moe", 2, 1), ("deepseek_v3, groups", 4, 2), ("gpt_oss", 2, 1)],
+)
+def test_a_keep_is_rounded_to_what_the_router_can_have(
+    name, least, step, tmp_path, capsys
+):
+    folder = write_family(tmp_path / "m", name)
+    arguments = ("--model", folder, "--keep", 0.1, 0.7, "--device", "m4", "--json")
+    status, out, err = run_command(plan.main, capsys, *arguments)
+    assert (status, err) == (0, "")
+    found = json.loads(out.splitlines()[-1])
+    assert (found["unit"], found["smallest"], found["granularity"]) == (
+        "expert",
+        least,
+        step,
+    )
+    assert [row["target_size"] for row in found["rows"]] == [least, 6, 8]
+    assert "experts" in out and "channel" not in out.splitlines()[0]
+    model, _ = load(folder)
+    for row in found["rows"]:
+        model.select("Add.", selector="random", target_size=row["target_size"])
+    with pytest.raises(ValueError, match=r"too few|no multiple"):
+        model.select("Add.", selector="random", target_size=least - 1)
+
+
+def test_a_mixture_that_does_not_fit_is_told_what_its_experts_need(tmp_path, capsys):
+    folder = write_family(tmp_path / "m", "qwen3_moe")
+    footprint = rows.open_subject(str(folder)).footprint
+    memory = footprint.total_bytes([3] * 3, 64) / 1e9
+    about = ("--model", folder, "--context-length", 64, "--memory-gb")
+    status, out, _ = run_command(plan.main, capsys, *about, memory, "--keep", 0.49)
+    assert status == 1 and "It does not fit at keep 0.49" in out
+    assert "--target-size 3" in out
+    status, out, _ = run_command(plan.main, capsys, *about, 1e-4)
+    assert status == 1
+    assert "for everything but the experts" in out and "for 2 experts a layer" in out
+
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "quantization": {"group_size": 64, "bits": 4},
+}
+
+
+def test_a_large_mixture_can_be_planned_from_its_config_alone(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(QWEN3_30B))
+    arguments = ("--model", file, "--device", "m4-pro", "--keep", 0.5, "--json")
+    status, out, _ = run_command(plan.main, capsys, *arguments)
+    assert status == 0
+    found = json.loads(out.splitlines()[-1])
+    half, whole = found["rows"]
+    # 30.5e9 weights of 4 bits, and a scale and a bias of 16 bits for each 64
+    assert whole["compact_bytes"] == pytest.approx(30.5e9 * 4.5 / 8, rel=0.01)
+    experts = 48 * 64 * 3 * 2048 * 768
+    assert whole["compact_bytes"] - half["compact_bytes"] == pytest.approx(
+        experts * 4.5 / 8, rel=0.01
+    )
+    assert half["times"]["decode"] == pytest.approx(whole["times"]["decode"])
+    assert half["times"]["load"] == whole["times"]["load"]  # of a plain folder
 
 
 def test_the_command_says_what_fits(tmp_path, capsys):

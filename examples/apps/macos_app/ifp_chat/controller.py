@@ -177,7 +177,7 @@ class Controller:
             self._open_engine, path, progress=self._reporter()
         )
         self.status = (
-            f"{engine.name}: {engine.layers} layers of {engine.channels} channels. "
+            f"{engine.name}: {engine.layers} layers of {engine.channels} {engine.unit}s. "
             "Choose a task and ask something, or write a task of your own."
         )
         await self._look_at_memory()
@@ -281,7 +281,7 @@ class Controller:
         await self._refresh_tasks()
         self.status = (
             f"{task.name} keeps {task.kept_channels / task.total_channels:.0%} of the "
-            f"channels ({task.bytes / 1e6:.0f} MB): {task.seconds['select']:.1f} s to "
+            f"{task.unit}s ({task.bytes / 1e6:.0f} MB): {task.seconds['select']:.1f} s to "
             f"select, {task.seconds['load']:.1f} s to read."
         )
 
