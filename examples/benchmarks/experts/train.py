@@ -199,10 +199,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--no-pools", action="store_true", help="the ordinary recipe: every expert is "
         "open to every token",
     )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=RECIPE.seed)
     parser.add_argument("--steps", type=int, default=RECIPE.scale.steps)
     parser.add_argument("--per-task", type=int, default=100, help="test questions")
     args = parser.parse_args(arguments)
-    recipe = replace(RECIPE, scale=replace(RECIPE.scale, steps=args.steps))
+    scale = replace(RECIPE.scale, steps=args.steps)
+    recipe = replace(RECIPE, scale=scale, seed=args.seed)
     if args.no_pools:
         recipe = replace(recipe, smallest_pool=0)
     if not args.output.exists():
