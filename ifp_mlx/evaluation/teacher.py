@@ -166,7 +166,8 @@ class Evaluator:
         if name == "blend" and prior is not None:
             if "activation" not in known:
                 known["activation"] = self._scores(row, "activation", known, seed)
-            return scores.blend_scores(known["activation"], prior)
+            unit = self.model.plan.unit
+            return scores.blend_scores(known["activation"], prior, unit=unit)
         return self.model.scores(row.prompt, name, seed=seed, dense=self._dense)
 
 

@@ -290,7 +290,7 @@ class IFPModel:
         def choose(layer: int, scores: mx.array) -> mx.array:
             row = scores[None]
             if prior is not None:
-                row = blend_scores(row, prior[layer : layer + 1])
+                row = self._blended(row, prior[layer : layer + 1])
             rows[layer] = row[0]
             return decision.units_of(layer, row)
 
@@ -431,7 +431,7 @@ class IFPModel:
         if prior is not None and selector == "prior":
             return prior
         local = self.use_scores([(tokens,)], dense=dense, progress=progress)
-        return local if prior is None else blend_scores(local, prior)
+        return local if prior is None else self._blended(local, prior)
 
     def use_scores(
         self,
@@ -450,6 +450,9 @@ class IFPModel:
         if dense is None:
             return sweep.scores(self.source, examples, progress=progress)
         return reading.scores(dense, self.plan, examples, progress=progress)
+
+    def _blended(self, local: mx.array, prior: mx.array) -> mx.array:
+        return blend_scores(local, prior, unit=self.plan.unit)
 
     def known_prior(self, progress: ProgressBar = iter) -> mx.array:
         """Return the prior, float32 ``[L, F]``, computed now if it is not there yet."""

@@ -7,19 +7,30 @@ SELECTORS = ("auto", "predictor", "activation", "prior", "blend", "random")
 READING = ("activation", "blend")  # for which the dense model reads the instruction
 
 
-def blend_scores(local: mx.array, prior: mx.array, weight: float = 0.5) -> mx.array:
-    """Aggregate two rankings of the units, layer by layer.
+def blend_scores(
+    local: mx.array, prior: mx.array, weight: float = 0.5, *, unit: str = "channel"
+) -> mx.array:
+    """Aggregate two scorings of the units, layer by layer.
+
+    Of channels the ranks are averaged. Most experts of a short text were sent no token,
+    and their ranks would say nothing; of experts each scoring counts as what it is:
+    shares of the layer's energy.
 
     Args:
         local: ``[L, F]``, of this instruction.
         prior: ``[L, F]``, of the model.
         weight: share of the prior, 0 to 1.
+        unit: what is scored.
 
     Returns:
-        ``[L, F]`` float32 in [0, 1]: the weighted mean of the two ranks.
+        ``[L, F]`` float32 in [0, 1]: the weighted mean of the two ranks, or the root
+        of that of the two shares.
 
-    Source: GLASS (arXiv:2508.14302).
+    Source: GLASS (arXiv:2508.14302), for ranks.
     """
+    if unit == "expert":
+        parts = (1 - weight) * _shares(local) + weight * _shares(prior)
+        return mx.sqrt(parts)
     return (1 - weight) * _ranks(local) + weight * _ranks(prior)
 
 
@@ -30,12 +41,11 @@ def random_scores(layers: int, channels: int, seed: int = 0) -> mx.array:
 
 
 def _ranks(scores: mx.array) -> mx.array:
-    """Return ranks from 0 to 1; equal scores, as of experts that no token was sent to,
-    have the mean of theirs.
-    """
-    ranks = []
-    for row in np.array(scores):
-        _, value, counts = np.unique(row, return_inverse=True, return_counts=True)
-        middle = np.cumsum(counts) - (counts + 1) / 2
-        ranks.append(middle[value] / (len(row) - 1))
-    return mx.array(np.array(ranks, dtype=np.float32))
+    order = np.argsort(np.array(scores), axis=-1, kind="stable")
+    ranks = np.argsort(order, axis=-1, kind="stable")
+    return mx.array(ranks.astype(np.float32) / (scores.shape[-1] - 1))
+
+
+def _shares(scores: mx.array) -> mx.array:
+    energy = mx.square(scores.astype(mx.float32))
+    return energy / mx.maximum(energy.sum(axis=-1, keepdims=True), 1e-30)

@@ -84,6 +84,12 @@ def test_blend_is_the_mean_of_the_ranks():
     )
 
 
+def test_blended_experts_have_the_mean_of_their_shares():
+    local, prior = mx.array([[3.0, 0, 0, 1]]), mx.array([[1.0, 2, 2, 1]])
+    blended = np.array(blend_scores(local, prior, unit="expert"))[0] ** 2
+    np.testing.assert_allclose(blended, [0.5, 0.2, 0.2, 0.1], rtol=1e-6)
+
+
 def test_random_scores_depend_on_the_seed_alone():
     assert mx.array_equal(random_scores(2, 8, 1), random_scores(2, 8, 1))
     assert not mx.array_equal(random_scores(2, 8, 1), random_scores(2, 8, 2))
