@@ -69,8 +69,8 @@ class ArrivingLayer:
             scratch = np.empty(needed, np.uint8)
         self.scratch = scratch
         arrays = _zeros(layout, layer, len(units))
-        views = _bytes(arrays)
-        olds = None if given_tensors is None else _bytes(given_tensors)
+        views = bytes_of(arrays)
+        olds = None if given_tensors is None else bytes_of(given_tensors)
         self._tensors = []
         for number, (part, offset) in enumerate(layout.fields(layer)):
             view = rows = part.split(views[number], len(units), layout.units)
@@ -140,7 +140,7 @@ def _zeros(layout: Layout, layer: int, units: int) -> list[mx.array]:
     ]
 
 
-def _bytes(arrays: list[mx.array]) -> list[np.ndarray]:
+def bytes_of(arrays: list[mx.array]) -> list[np.ndarray]:
     """View contiguous arrays as uint8; what is written there is written into them."""
     # NumPy has no bfloat16.
     known = [a.view(mx.uint16) if a.dtype == mx.bfloat16 else a for a in arrays]

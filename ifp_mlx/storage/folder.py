@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from .reader import ChannelReader
+    from .units import UnitReader
+
 # The small trained checkpoint inside the package.
 SHIPPED = Path(__file__).parent.parent / "checkpoint"
 
@@ -123,6 +126,7 @@ class Folder:
             index_files(index)
         self._files = _check_headers(path)
         self._absent = self._absent_tensors()
+        self._as_filed: dict[str, str] = {}  # a tensor's name in the model, in the file
         self._built: nn.Module | None = None
         self.skeleton = self._checked()
 
@@ -130,6 +134,19 @@ class Folder:
     def plan(self) -> Plan:
         """What is sliced of the model; see :func:`ifp_mlx.slicing.plan.plan_of`."""
         return plan_of(self.skeleton, self.config)
+
+    @cached_property
+    def reader(self) -> "UnitReader | None":
+        """What reads units from the files, and how much it has read; ``None`` where mlx
+        reads, as it does the channels of a plain folder.
+        """
+        if self.plan.unit != "expert":
+            return None
+        from .stacks import StackReader
+
+        found = weights_of(self.path)
+        tensors = {name: found[filed] for name, filed in self._as_filed.items()}
+        return StackReader(self.plan, self.skeleton, tensors)
 
     def open(self) -> "nn.Module":
         """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
@@ -156,8 +173,11 @@ class Folder:
 
         Raises:
             ValueError: if ``k`` channels do not make whole quantisation groups.
+            OSError: if a file of experts cannot be read, or has changed.
         """
-        if index is not None:
+        if index is not None and self.reader is not None:
+            self.reader.fill(module, layer, index)
+        elif index is not None:
             cut(module, self.plan.layers[layer], index, self.plan.units)
 
     def fill_all(
@@ -172,8 +192,11 @@ class Folder:
             modules: of all layers of a model from :meth:`open`.
             indices: for each layer, as for :meth:`fill`; default: all units.
             donors: for each layer, the same one of another compact model, no gates
-                folded in, whose units need not be read again; here they are.
+                folded in, whose units need not be read again; channels are, here.
         """
+        if indices and self.reader is not None:
+            yield from self.reader.fill_all(modules, indices, donors)
+            return
         for layer, module in enumerate(modules):
             self.fill(module, layer, indices[layer] if indices else None)
             yield layer
@@ -221,20 +244,26 @@ class Folder:
         from mlx_lm.utils import load_model
 
         model_class, args_class = _classes(self.config, self.path)
+        filed: dict[str, mx.array] = {}
 
         def build(args: Any) -> "nn.Module":
             if self._built is None:
                 with unmoved_random_state():
                     self._built = model_class(args)
             model = twin(self._built)
-            own = getattr(model, "sanitize", lambda weights: weights)
-            model.sanitize = lambda weights: own(weights | self._absent)
+            model.sanitize = partial(sanitised, getattr(model, "sanitize", dict))
             if compare is not None:
                 model.load_weights = partial(loaded, model)
             return model
 
+        def sanitised(own: Callable, weights: dict[str, "mx.array"]) -> dict:
+            filed.update(weights)
+            return own(weights | self._absent)
+
         def loaded(model: "nn.Module", weights: list, strict: bool = True) -> None:
             assert compare is not None
+            names = {id(weight): name for name, weight in filed.items()}
+            self._as_filed = {n: names[id(w)] for n, w in weights if id(w) in names}
             compare(model, dict(weights))
             # What does not fit is said by compare's caller.
             model_class.load_weights(model, weights, strict=False)
@@ -250,21 +279,23 @@ class ChannelStore(Folder):
     """A folder whose units are in a channel file, of which :meth:`fill` reads only those
     it is asked for, at once; :meth:`open` has zeros in their place.
 
-    Attributes:
-        reader: the channel file, and how much of it has been read.
     """
 
     def __init__(self, path: Path) -> None:
-        from .reader import ChannelReader
-
         super().__init__(path)
-        self.reader = ChannelReader(path / CHANNEL_FILE, self.plan)
         if digest_of(weights_of(path)) != self.reader.layout.core:
             raise ValueError(
                 f"{path / CHANNEL_FILE} was made for another model than the weights "
                 f"beside it; {AGAIN}."
             )
         self.granularity = self.reader.layout.unit
+
+    @cached_property
+    def reader(self) -> "ChannelReader":
+        """The channel file, and how much of it has been read."""
+        from .reader import ChannelReader
+
+        return ChannelReader(self.path / CHANNEL_FILE, self.plan)
 
     def open_beside(self, other: "nn.Module") -> "nn.Module":
         """See :meth:`Folder.open_beside`; opening the model takes longer than reading

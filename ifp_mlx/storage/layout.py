@@ -25,7 +25,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import mlx.core as mx
 import numpy as np
+
+from ..files.tensors import Tensor
 
 CHANNEL_FILE = "channels.bin"
 MAGIC = b"IFPchan\n"
@@ -43,6 +46,15 @@ DTYPES = {
     "U8": ("uint8", 1),
 }
 WORDS = {4: np.uint32, 2: np.uint16, 1: np.uint8}
+
+
+def lies_as(tensor: Tensor, used: mx.array) -> bool:
+    """Whether a file's tensor has the type and the shape in which a model uses it."""
+    name, _ = DTYPES.get(tensor.dtype, ("", 0))
+    return (name, tensor.shape) == (
+        str(used.dtype).removeprefix("mlx.core."),
+        used.shape,
+    )
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,8 @@ class Layout:
     """What the header says.
 
     Attributes:
-        channels: ``F``.
-        unit: channels in a record.
+        channels: ``F``, or experts ``E``.
+        unit: of those in a record.
         parts: for each of ``L`` layers, what a record is made of.
         files: the header of each safetensors file of the folder it was made from.
         core: :func:`tensors.digest_of` the tensors that stayed there.

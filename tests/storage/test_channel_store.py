@@ -17,6 +17,7 @@ from conftest import (
     run_command,
     tiny_config,
     tiny_model,
+    write_family,
     write_folder,
     write_tokenizer,
 )
@@ -535,6 +536,56 @@ def test_only_channels_that_change_are_read(tmp_path):
     core = tree_flatten(first.model.embed_tokens.parameters())
     assert core[0][1] is second.model.embed_tokens.weight
     assert same_weights(second, store.compact(other))
+
+
+@pytest.fixture(scope="module")
+def expert_store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("experts")
+    folder = write_family(root / "plain", "qwen3_moe", quantised=True)
+    return write_store(folder, root / "store", uses=random_uses(8))
+
+
+def experts(*rows):
+    indices = tuple(mx.array(np.array(row, np.int32)) for row in rows)
+    return Selection(indices, None, 8, unit="expert")
+
+
+@pytest.fixture
+def no_gaps(monkeypatch):
+    """Read over no gap, however small the records of a test are."""
+    exact = Device(latency=1e-12, bandwidth=1.0, sweep=1e-3)
+    monkeypatch.setattr("ifp_mlx.storage.units.CACHED", exact)
+    monkeypatch.setattr("ifp_mlx.storage.units.device_of", lambda *_: exact)
+
+
+def test_only_experts_that_change_are_read(expert_store, no_gaps):
+    store, _ = load(expert_store)
+    one = experts([0, 2, 4, 6], [1, 3, 5, 7], [0, 1, 2, 3])
+    other = experts([0, 2, 3, 4], [1, 3, 5, 7], [0, 1, 2, 3])
+    reader = store.source.reader
+    first = store.compact(one)
+    assert reader.bytes_read == 4 * sum(reader.layout.record_bytes)
+    before = reader.bytes_read
+    second = store.compact(other, beside=(first, one))
+    assert reader.bytes_read - before == reader.layout.record_bytes[0]
+    assert reader.bytes_wanted == reader.bytes_read
+    assert same_weights(second, store.compact(other))
+
+
+def test_a_damaged_expert_is_named_and_hinders_no_other(
+    expert_store, tmp_path, no_gaps
+):
+    copy = shutil.copytree(expert_store, tmp_path / "copy")
+    layout = read_layout(copy / CHANNEL_FILE)
+    place = int(layout.places[1][5])
+    whole = bytearray((copy / CHANNEL_FILE).read_bytes())
+    whole[layout.layer_offsets[1] + place * layout.record_bytes[1] + 7] ^= 1
+    (copy / CHANNEL_FILE).write_bytes(whole)
+    store, _ = load(copy)
+    with pytest.raises(ValueError, match="the record of expert 5 in layer 1 fails"):
+        store.compact(experts([0, 5], [0, 5], [0, 5]))
+    rest = experts([0, 5], [4, 6], [0, 5])
+    assert same_weights(store.compact(rest), load(expert_store)[0].compact(rest))
 
 
 def test_gates_and_cut_groups_are_not_taken_over(pair, quantised_pair):

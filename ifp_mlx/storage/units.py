@@ -1,0 +1,146 @@
+"""What puts units from files into a model's layers has in common: layer after layer is
+filled, and while one is put in place the next is read.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..slicing.shapes import Plan, at
+from ..slicing.sliced import Donor
+from .device import CACHED, Device, device_of
+from .ranges import OpenFile
+
+PIECE_BYTES = 2 << 20  # read at a time: what still stays in the processor's cache
+THREADS = 4
+
+
+class Wanted(NamedTuple):
+    """What is to be put where.
+
+    Attributes:
+        module: of the layer.
+        layer: its number.
+        units: int32 ``[k]``, sorted; ``None`` is all of them.
+        donor: of the same layer, whose units are copied.
+    """
+
+    module: nn.Module
+    layer: int
+    units: mx.array | None
+    donor: Donor | None = None
+
+
+class UnitReader(ABC):
+    """Reads chosen units from files into a model.
+
+    Attributes:
+        plan: of the model.
+        bytes_read: bytes asked of the system so far, gaps between units included.
+        bytes_wanted: bytes of the units that were needed.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.bytes_read = self.bytes_wanted = 0
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="units")
+        self._own = threading.local()
+        self._disk: Device | None = None
+
+    def fill(
+        self, module: nn.Module, layer: int, index: mx.array | None = None
+    ) -> None:
+        """Put a layer's units into its module, in place, once all of them are read.
+
+        Args:
+            module: the layer's.
+            layer: its number.
+            index: int32 ``[k]``, sorted; ``None`` is all units.
+
+        Raises:
+            ValueError: if a record is damaged, or a quantised ``down_proj`` would be
+                cut inside a group.
+            OSError: if a file cannot be read.
+        """
+        for _ in self._fill([Wanted(module, layer, index)]):
+            pass
+
+    def fill_all(
+        self,
+        modules: Sequence[nn.Module],
+        indices: Sequence[mx.array] | None = None,
+        donors: Sequence[Donor] | None = None,
+    ) -> Iterator[int]:
+        """Fill layer after layer as :meth:`fill` does, and yield the number of each;
+        while one is put in place, the next is read.
+
+        Args:
+            modules: of all layers.
+            indices: for each layer, as for :meth:`fill`.
+            donors: for each layer, the same one filled before; the units it has are
+                copied.
+        """
+        none = [None] * len(modules)
+        layers = range(len(modules))
+        rows = zip(modules, layers, indices or none, donors or none, strict=True)
+        return self._fill([Wanted(*row) for row in rows])
+
+    def _fill(self, work: Sequence[Wanted]) -> Iterator[int]:
+        begun = self._begin(work[0])
+        try:
+            for number, wanted in enumerate(work):
+                current = begun
+                if number + 1 < len(work):
+                    begun = self._begin(work[number + 1])
+                tensors = current.result()
+                for name, array in tensors.items():
+                    home, tensor = self._home(wanted.module, wanted.layer, name)
+                    home[tensor] = array
+                self._cut(wanted)
+                yield wanted.layer
+        finally:
+            wait([begun])  # or it would write on after an error
+
+    @abstractmethod
+    def _begin(self, wanted: Wanted) -> Future[dict[str, mx.array]]:
+        """Start reading; what comes of it are tensors, by their names in the model."""
+
+    @abstractmethod
+    def _cut(self, wanted: Wanted) -> None:
+        """Do the rest, now that the tensors are in place."""
+
+    def _home(self, module: nn.Module, layer: int, name: str) -> tuple[nn.Module, str]:
+        """Return where in a layer's module a tensor is, and as what."""
+        inside = name.removeprefix(f"{self.plan.layers[layer].path}.")
+        path, _, tensor = inside.rpartition(".")
+        return at(module, path), tensor
+
+    def _device(self, file: OpenFile, offsets: np.ndarray) -> Device:
+        """Return what reading costs: a disk, or the cache if what lies there is in it."""
+        if file.is_cached(offsets):
+            return CACHED
+        if self._disk is None:
+            self._disk = device_of(file.ranges, partial(self._read_anywhere, file))
+        return self._disk
+
+    def _read_anywhere(self, file: OpenFile, ranges: list[tuple[int, int]]) -> None:
+        """Read ranges, offset and bytes each, for the time it takes."""
+
+        def read(offset: int, nbytes: int) -> None:
+            file.read(file.ranges, [np.empty(nbytes, np.uint8)], offset)
+
+        file.announce(ranges)
+        wait([self._threads.submit(read, *item) for item in ranges])
+
+    def _buffer(self, nbytes: int) -> np.ndarray:
+        """Return a buffer that the calling thread uses again for its next piece."""
+        if getattr(self._own, "buffer", np.empty(0)).size < nbytes:
+            self._own.buffer = np.empty(nbytes, np.uint8)
+        return self._own.buffer[:nbytes]
