@@ -27,7 +27,7 @@ from ..slicing.reading import (
     visits_of,
 )
 from ..slicing.shapes import at
-from ..slicing.sliced import cut, note_units, sliced_names
+from ..slicing.sliced import cut, note_units, settle, sliced_names
 from ..slicing.stock import log_softmax, logits_at, steps_of
 from ..storage.folder import Folder
 
@@ -206,7 +206,7 @@ class _Sweep:
             cut_compensated(module, plan, index, mx.concatenate(seen))
         else:
             cut(module, plan, index, self.plan.units)
-        mx.eval(module.parameters())
+        settle(module)
 
     def _let_go(self, module: nn.Module, layer: int) -> None:
         """Forget the weights of a layer that has been read."""

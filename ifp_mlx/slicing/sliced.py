@@ -136,8 +136,16 @@ def fill_model(
         next(fills)
         if gate is not None:
             scale_units(module, layer, gate)
-        mx.eval(module.parameters())
+        settle(module)
     note_units(model, plan)
+
+
+def settle(module: nn.Module) -> None:
+    """Compute a module's weights, one after another: what one was cut out of can go
+    before the next is read.
+    """
+    for _, weight in tree_flatten(module.parameters()):
+        mx.eval(weight)
 
 
 def slice_model(model: nn.Module, plan: Plan, selection: Selection) -> None:
