@@ -220,8 +220,7 @@ def page(verdicts: dict[str, Verdict]) -> str:
         "masked and cut, and refused if the two differ. gemma3n as released keeps the",
         "largest channels of its first layers, which depends on all of them.",
         "",
-        "Of mixtures the experts are masked, cut and written by a mask file or at random;",
-        "choosing them by a text is not there yet.",
+        "How experts are chosen by a text: [experts](../../guides/experts.md).",
     ]
     return "\n".join(lines) + "\n"
 
