@@ -35,7 +35,7 @@ class Subject:
         work: its multiplications.
         predictor: the multiplications per token and the layers of its predictor.
         selective: whether only the selected units are read from storage, as from a
-            channel store; of a plain folder all are read, and most let go.
+            channel store; of channels in a plain folder all are, and most let go.
     """
 
     name: str
@@ -93,7 +93,7 @@ def open_subject(name: str, *, channel_store: bool = False) -> Subject:
         model.footprint,
         Work.of(model.source.skeleton, model.plan),
         _predictor(model.path / PREDICTOR_FOLDER),
-        channel_store or hasattr(model.source, "reader"),
+        channel_store or model.source.reader is not None,
     )
 
 

@@ -278,7 +278,6 @@ class Folder:
 class ChannelStore(Folder):
     """A folder whose units are in a channel file, of which :meth:`fill` reads only those
     it is asked for, at once; :meth:`open` has zeros in their place.
-
     """
 
     def __init__(self, path: Path) -> None:
