@@ -231,7 +231,7 @@ def say_agreement(selection: Selection) -> None:
         f"model's next token at {origin.agreement:.0%} (KL {origin.kl:.2f} nats).",
         file=sys.stderr,
     )
-    if origin.agreement < LOW_AGREEMENT:
+    if origin.agreement < LOW_AGREEMENT - 1e-6:  # float32
         print(
             f"Warning: below {LOW_AGREEMENT:.0%} expect an answer unlike the dense "
             f"model's; keep more {selection.unit}s, or use a task mask made from "

@@ -36,8 +36,8 @@ def check_number(plan: Plan, config: dict[str, Any], count: int) -> None:
         )
     if not _runs(plan, config, count):
         raise ValueError(
-            f"{count} experts a layer are too few for this model's router; keep at "
-            f"least {fewest(plan, config, count)}."
+            f"A layer with {count} of its {plan.units} experts has too few for this model's "
+            f"router; keep at least {fewest(plan, config, count)}."
         )
 
 

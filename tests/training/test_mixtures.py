@@ -287,7 +287,7 @@ def test_recovery_brings_a_mask_of_experts_nearer_to_the_dense_model(
     [
         ("qwen3_moe", ("--gates", "soft"), "experts have gates: binary"),
         ("qwen3_moe", ("--granularity", 2), "experts are chosen one by one"),
-        ("qwen3_moe", ("--target-size", 1), "1 experts a layer are too few"),
+        ("qwen3_moe", ("--target-size", 1), "with 1 of its 8 experts has too few"),
         ("qwen3_moe", ("--target-size", 9), "between 1 and the 8 experts"),
         ("qwen3_moe", ("--shared", 5), "shared=5 must be between 0 and the 4 experts"),
         ("qwen3_moe", ("--train", "dora"), "use train: lora"),
