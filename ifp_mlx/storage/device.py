@@ -86,7 +86,9 @@ def _measure(
     sweep = [(start + n * 4 * LARGE, 4 * LARGE) for n in range(16)]
     per_small = min(seconds(small[n::3]) for n in range(3)) / 64
     per_large = min(seconds(large[n::2]) for n in range(2)) / 16
-    bandwidth = LARGE / per_large
+    # Two sizes tell what a range costs and what a byte does, so that records of an expert,
+    # larger than both, cost what they do. Noise must not make bytes free.
+    bandwidth = (LARGE - SMALL) / max(per_large - per_small, per_large / 4)
     latency = max(per_small - SMALL / bandwidth, 1e-6)
     return Device(latency, bandwidth, 64 * LARGE / seconds(sweep))
 

@@ -667,6 +667,30 @@ def test_a_disk_is_measured_once(tmp_path, monkeypatch):
     os.close(fd)
 
 
+@pytest.mark.parametrize(
+    ("latency", "bandwidth"), [(8e-3, 1e8), (3e-4, 5e8), (15e-6, 3e9)]
+)
+def test_what_large_records_cost_follows_from_what_was_measured(
+    tmp_path, monkeypatch, latency, bandwidth
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    clock = [0.0]
+    monkeypatch.setattr("ifp_mlx.storage.device.time.perf_counter", lambda: clock[0])
+
+    def read(ranges):
+        clock[0] += sum(latency + nbytes / bandwidth for _, nbytes in ranges)
+
+    file = tmp_path / "sparse"
+    with file.open("wb") as stream:
+        stream.truncate(300 << 20)
+    with file.open("rb") as stream:
+        device = device_of(stream.fileno(), read)
+    expert, half = 3_000_000, np.arange(0, 128, 2)
+    cost = device.seconds(len(half), len(half) * expert)
+    assert cost == pytest.approx(len(half) * (latency + expert / bandwidth), rel=0.02)
+    assert len(plan(half, expert, 128, device)) == len(half)
+
+
 def as_version_2(file):
     """Write a channel file's header as version 0.1 of the package did."""
     data = file.read_bytes()

@@ -170,6 +170,27 @@ def test_experts_that_lie_apart_are_stacked_and_cut_in_memory(tmp_path, exact):
     assert same_weights(second, cut_in_memory(folder, other))
 
 
+def test_experts_that_mlx_lm_changes_or_renames_while_loading_are_as_it_made_them(
+    tmp_path, monkeypatch, exact
+):
+    path = write_family(tmp_path / "model", "qwen3_moe")
+    up, down = "switch_mlp.up_proj", "switch_mlp.down_proj"
+    change_weights(path, lambda w: {n.replace(up, "x.up"): v for n, v in w.items()})
+
+    def sanitize(_, weights):
+        weights = {name.replace("x.up", up): w for name, w in weights.items()}
+        return {n: w * 2 if down in n else w for n, w in weights.items()}
+
+    monkeypatch.setattr("mlx_lm.models.qwen3_moe.Model.sanitize", sanitize)
+    folder = Folder(path)
+    selection = some(folder.plan, 1)
+    model, nbytes = compact(folder, selection)
+    assert same_weights(model, cut_in_memory(folder, selection))
+    found = weights_of(model)
+    doubled = sum(weight.nbytes for name, weight in found.items() if down in name)
+    assert nbytes == expert_bytes(folder, model) - doubled
+
+
 def test_no_more_of_a_stack_is_in_memory_than_its_chosen_experts(folder):
     selection = some(folder.plan, 1, 2)
     mx.reset_peak_memory()

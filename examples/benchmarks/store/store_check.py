@@ -174,7 +174,7 @@ def in_turns(turns: int, *jobs: Callable[[], Any]) -> list[float]:
 
 def cold(store: IFPModel, folder: Path, mask: Selection, turns: int) -> dict[str, Any]:
     file = store.path / CHANNEL_FILE
-    reader: Any = store.source.reader  # type: ignore[attr-defined]
+    reader: Any = store.source.reader
     ffns = store.plan.modules(store.source.open())
     everything = mask.mask() * 0 + 1
     all_of_it = select(everything, [store.channels] * store.layers)
@@ -335,7 +335,7 @@ def grouped(folder: Path, scratch: Path) -> dict[str, Any]:
     store, _ = load(scratch / "grouped")
     mask = made_up_masks(store)[0]
     drop_cache(store.path / CHANNEL_FILE)
-    reader: Any = store.source.reader  # type: ignore[attr-defined]
+    reader: Any = store.source.reader
     store.compact(mask)
     return {
         "grouped by 64: bytes read / selected": reader.bytes_read / reader.bytes_wanted
