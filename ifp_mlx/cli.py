@@ -233,9 +233,9 @@ def say_agreement(selection: Selection) -> None:
     )
     if origin.agreement < LOW_AGREEMENT - 1e-6:  # float32
         print(
-            f"Warning: below {LOW_AGREEMENT:.0%} expect an answer unlike the dense "
-            f"model's; keep more {selection.unit}s, or use a task mask made from "
-            "examples.",
+            f"Warning: below {LOW_AGREEMENT:.0%} the compact model is another than the "
+            f"dense one on the very text that selected; keep more {selection.unit}s, or "
+            "measure a task mask on examples.",
             file=sys.stderr,
         )
 
