@@ -19,7 +19,6 @@ from .shapes import LayerPlan, Plan, at
 
 # Statistics of an expert: what it contributed, its gate weights, and its tokens.
 CONTRIBUTION, MASS, COUNT = range(3)
-STATISTICS = 3
 
 See = Callable[[mx.array, mx.array, mx.array], None]
 

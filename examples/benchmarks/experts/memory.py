@@ -93,7 +93,7 @@ QUARTER = Setup(
     limit_bytes=3_400_000_000,
     kept=48,
     tokens=16,
-    turns=5,
+    turns=2,
 )
 
 
