@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -15,6 +15,7 @@ from .model.compact_cache import CompactCache
 from .model.generation import stream_generate
 from .model.responses import GenerationResponse, report
 from .selection.prompts import as_messages
+from .selection.request import MOST_DRAFTED, RESELECTS, Check
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,6 +51,29 @@ def build_parser() -> cli.Parser:
         "meanwhile, unless it reads the prompt to select; auto is dense as far as that "
         "goes, else compact; default: %(default)s",
     )
+    add(
+        "--check",
+        default="off",
+        metavar="exact|T|off",
+        help="the whole model checks what the compact one drafts, its dropped channels "
+        "read layer by layer: exact says what the whole model says, T from 0 to 1 lets a "
+        "token stand that has so much of the probability of the whole model's best; "
+        "default: %(default)s",
+    )
+    add(
+        "--draft-tokens",
+        type=int,
+        default=MOST_DRAFTED,
+        metavar="N",
+        help="drafted for one check at most; default: %(default)s",
+    )
+    add(
+        "--reselect",
+        choices=RESELECTS,
+        default="off",
+        help="drift: choose other channels in a check when those kept fit the latest "
+        "tokens badly; default: %(default)s",
+    )
     add("--cache-folder", type=Path, help="where that is; default: ~/.cache/ifp_mlx")
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
@@ -70,9 +94,14 @@ def _command(args: Any) -> None:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
     as_messages(prompt)  # an empty prompt is refused before anything is loaded
     memory = _bytes(args.memory_gb)
-    request = cli.request_of(args, prefill=args.prefill, memory_bytes=memory)
+    how: dict[str, Any] = {"check": _check(args.check), "reselect": args.reselect}
+    how |= {"draft_tokens": args.draft_tokens, "memory_bytes": memory}
+    request = cli.request_of(args, prefill=args.prefill, **how)
     model, tokenizer = load(args.model)
     mx.random.seed(args.seed)
+    chosen: dict[str, Any] = {"temp": args.temp, "top_p": args.top_p}
+    chosen |= {"min_p": args.min_p, "top_k": args.top_k}
+    decoding = chosen if request.checks else {"sampler": make_sampler(**chosen)}
     steps = stream_generate(
         model,
         tokenizer,
@@ -83,18 +112,40 @@ def _command(args: Any) -> None:
         chat_template=not args.ignore_chat_template,
         progress=SHOWN,
         max_tokens=args.max_tokens,
-        sampler=make_sampler(args.temp, args.top_p, args.min_p, top_k=args.top_k),
+        **decoding,
     )
     text, last = _print_stream(steps)
     if args.save_mask:
         last.selection.save(args.save_mask)
     print(_summary(last), file=sys.stderr)
+    _say_checks(last)
     cli.say_agreement(last.selection)
     cli.warn_of_low_keep(last.selection)
     slicing = model.slicing(last.selection)
     cli.say_slicing(slicing, last.selection)
     if args.json:
         print(json.dumps({"text": text} | report(last) | {"down_proj": slicing}))
+
+
+def _check(text: str) -> Check:
+    try:
+        return float(text)
+    except ValueError:  # a word, which the request knows or refuses
+        return cast(Check, text)
+
+
+def _say_checks(last: GenerationResponse) -> None:
+    """Say on stderr what checking took."""
+    if (check := last.check) is None:
+        return
+    answer = last.generation_tokens / max(check.checks, 1)
+    print(
+        f"Checked ({check.mode}): {check.accepted} of {check.drafted} drafted tokens "
+        f"stood, {answer:.2f} tokens a check, "
+        f"{(check.bytes_read - check.prompt_bytes_read) / last.generation_tokens / 1e6:.1f} "
+        "MB of dropped channels read a token.",
+        file=sys.stderr,
+    )
 
 
 def _bytes(gigabytes: float | None) -> int | None:

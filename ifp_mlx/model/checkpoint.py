@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checking.whole import Whole
 from ..files.atomic import new_file
 from ..files.progress import ProgressBar
 from ..selection.calibration import calibration_chats
@@ -32,6 +33,7 @@ from ..selection.scores import blend_scores, random_scores
 from ..selection.top_k import select
 from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
+from ..slicing.apart import set_apart_all
 from ..slicing.reading import Example
 from ..slicing.routing import mass_share
 from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
@@ -55,6 +57,8 @@ class Compact(NamedTuple):
     Attributes:
         selection: what is kept.
         model: an ordinary mlx-lm model, its weights in memory.
+        whole: the dense model beside it, where that checks it; ``model`` then has its
+            parts apart (:mod:`ifp_mlx.slicing.apart`).
         kv: the instruction's KV cache of the dense model, if that read it.
         select: seconds to the selection; of a sweep, which loads too.
         load: seconds of reading and slicing.
@@ -67,6 +71,7 @@ class Compact(NamedTuple):
     select: float = 0.0
     load: float = 0.0
     cache: str | None = None
+    whole: Whole | None = None
 
 
 class IFPModel:
@@ -258,15 +263,18 @@ class IFPModel:
         if not decision.reads:
             selection = self.selected(decision, progress=progress)
             chosen = time.perf_counter()
-            model = self.compact(selection, progress=progress)
+            load = self.apart if decision.checks else self.compact
+            made = Compact(selection, load(selection, progress=progress))
+            made = self._beside_whole(decision, made)
             spent = time.perf_counter() - chosen
-            return Compact(selection, model, None, chosen - start, spent)
+            return made._replace(select=chosen - start, load=spent)
         rows, tokens = [mx.array(0.0)] * self.layers, decision.tokens
         swept = sweep.compact_model(
             self.source,
             tokens,
             self._chooser(decision, rows, progress),
             compensate=decision.compensate,
+            apart=decision.checks,
             places=places_of(tokens) if decision.compares else None,
             progress=progress,
         )
@@ -278,7 +286,14 @@ class IFPModel:
         if swept.said is not None:
             selection = compared(selection, swept.model, swept.said, tokens)
             check_agreement(selection, decision.request.min_agreement)
-        return Compact(selection, swept.model, swept.kv, time.perf_counter() - start)
+        made = self._beside_whole(decision, Compact(selection, swept.model, swept.kv))
+        return made._replace(select=time.perf_counter() - start)
+
+    def _beside_whole(self, decision: Decision, made: Compact) -> Compact:
+        """Put the whole model beside a compact one, if that is to check it."""
+        if not decision.checks:
+            return made
+        return made._replace(whole=Whole(self.source, made.model, decision.room))
 
     def _chooser(
         self, decision: Decision, rows: list[mx.array], progress: ProgressBar
@@ -337,6 +352,29 @@ class IFPModel:
             self.plan.modules(model), selection.indices, donors
         )
         fill_model(model, self.plan, fills, selection, progress=progress)
+        mx.eval(model.parameters())
+        return model
+
+    def apart(self, selection: Selection, *, progress: ProgressBar = iter) -> nn.Module:
+        """Load the selected channels with their own weights, for the whole model to be
+        computed beside them.
+
+        Args:
+            selection: see :meth:`compact`.
+            progress: wraps the iteration over layers.
+
+        Returns:
+            A compact model that gates and corrects what comes into its inlets
+            (:mod:`ifp_mlx.slicing.apart`), instead of having that in its weights.
+        """
+        self.check_fits(selection)
+        selection.check_reproducible()
+        if selection.compensates:
+            how: dict[str, Any] = {"apart": True, "progress": progress}
+            return sweep.compensated_model(self.source, selection, **how)
+        model = self.source.open()
+        fills = partial(self.source.fill_all, self.plan.modules(model))
+        set_apart_all(model, self.plan, fills, selection, progress=progress)
         mx.eval(model.parameters())
         return model
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from ..selection.masks import Selection
 from ..selection.prompts import Prompt
@@ -16,7 +17,7 @@ from ..selection.widths import (
 from .agreement import check_agreement
 from .decision import Checkpoint, Decision
 from .experts import check_number, groups_of
-from .fit import Limits, check_fits, fitting_size
+from .fit import Limits, check_fits, fitting_size, room_beside
 
 DEFAULT_KEEP = 0.5
 
@@ -39,6 +40,7 @@ def decide(
     Raises:
         ValueError: on a choice that cannot be had, or that does not fit.
     """
+    check_checkable(request, model)
     given = _given(request, model)
     if given is not None:
         return _of_given(request, model, given, limits, lasting)
@@ -58,7 +60,8 @@ def decide(
         how = {"reads": reads, "lasting": lasting}
         compensate = can_compensate(request, model, None, **how)
         about = (sizes, k, allocation, granularity, tokens, compensate)
-        return Decision(request, name, *about, unit=model.plan.unit, groups=router)
+        what: dict[str, Any] = {"unit": model.plan.unit, "channels": model.plan.units}
+        return Decision(request, name, *about, **what, groups=router)
 
     decision = decided(_size(model, request, block, step))
     free = request.keep is None and request.target_size is None
@@ -67,6 +70,8 @@ def decide(
         decision = decided(k)
     elif limits is not None:
         check_fits(model, decision, limits)
+    if limits is not None:
+        decision = replace(decision, room=room_beside(model, decision, limits))
     if request.min_agreement is not None and decision.selector not in (*READING, "all"):
         raise ValueError(
             f"min_agreement={request.min_agreement} needs the dense model to read the "
@@ -118,9 +123,11 @@ def _of_given(
     about = (sizes, size, allocation, 1, text, compensate)
     check_agreement(given, request.min_agreement)
     unit = model.plan.unit
-    decision = Decision(request, "given", *about, unit=unit, selection=given)
+    what: dict[str, Any] = {"unit": unit, "channels": model.plan.units}
+    decision = Decision(request, "given", *about, **what, selection=given)
     if limits is not None:
         check_fits(model, decision, limits)
+        decision = replace(decision, room=room_beside(model, decision, limits))
     return decision
 
 
@@ -141,6 +148,20 @@ def can_compensate(
             "out."
         )
     return False
+
+
+def check_checkable(request: Request, model: Checkpoint) -> None:
+    """Refuse to check the compact models of a mixture.
+
+    Raises:
+        ValueError: if a request asks for it.
+    """
+    if request.checks and model.plan.unit == "expert":
+        raise ValueError(
+            f"check={request.check} does not go with the experts of {model.path}: the "
+            "tokens of one check together need nearly all experts, so that nothing would "
+            "be saved; leave check out."
+        )
 
 
 def _granularity(model: Checkpoint, wanted: int | None) -> int:

@@ -61,8 +61,10 @@ class Decision:
         tokens: of what selects, or shows how to compensate; none if nothing reads it.
         compensate: whether kept channels make up for dropped ones.
         unit: what is kept.
+        channels: how many there are in a layer.
         groups: equal parts of a layer, of each of which equally many units are kept.
         selection: the one that was given, compensated as decided.
+        room: bytes left for dropped channels to stay in memory, where they are needed.
     """
 
     request: Request
@@ -74,8 +76,10 @@ class Decision:
     tokens: list[int] = field(default_factory=list)
     compensate: bool = False
     unit: Unit = "channel"
+    channels: int = 0
     groups: int = 1
     selection: Selection | None = None
+    room: int = 0
 
     @property
     def reads(self) -> bool:
@@ -89,6 +93,13 @@ class Decision:
         """
         asked = self.unit == "expert" or self.request.min_agreement is not None
         return self.reads and asked
+
+    @property
+    def checks(self) -> bool:
+        """Whether the whole model checks what the compact one drafts; where every unit is
+        kept there is nothing to check.
+        """
+        return self.request.checks and any(k < self.channels for k in self.sizes)
 
     def units_of(self, layer: int, scores: mx.array) -> mx.array:
         """Return what one layer keeps for its scores ``[1, F]``: int32 ``[k_l]``."""

@@ -1,11 +1,14 @@
 """What fits into the memory there is, before anything is loaded."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from ..slicing.compensation import RANK
 from ..slicing.reading import FFN_STEP
 from ..slicing.stock import PREFILL_STEP
 from .agreement import PLACES
@@ -75,7 +78,49 @@ def fitting_size(
     return footprint.largest_size(limits.memory_bytes, limits.context, sizes)
 
 
+def room_beside(model: Any, decision: Decision, limits: Limits) -> int:
+    """Return the bytes that a limit of memory leaves for dropped channels to stay."""
+    if limits.memory_bytes is None or not decision.checks:
+        return 0
+    footprint = _in_passing(model, decision, limits)
+    needed = footprint.total_bytes(decision.sizes, limits.context)
+    return max(0, limits.memory_bytes - needed)
+
+
 def _in_passing(model: Any, decision: Decision, limits: Limits) -> Footprint:
+    """Return the model's footprint with what it has in memory for a while."""
+    swept = _in_sweep(model, decision, limits)
+    return _in_checks(model, decision, swept) if decision.request.checks else swept
+
+
+def _in_checks(model: Any, decision: Decision, swept: Footprint) -> Footprint:
+    """Return a footprint with what checking has in memory: dropped channels of the layer
+    that is computed and of the next, corrections, inlets that stay whole.
+    """
+    units, width = swept.channels, swept.hidden_size
+    floats = swept.reading_floats * FFN_STEP
+    passing = 2 * round(max(swept.layer_bytes) * units) + floats * mx.float32.size
+    swept = replace(swept, passing_bytes=max(swept.passing_bytes, passing))
+    if decision.compensate:
+        factors = RANK * (units + width) * swept.layers * mx.float32.size
+        swept = replace(swept, core_bytes=swept.core_bytes + factors)
+    if not cuts_inlets(model, decision):
+        return swept
+    inlets = model.plan.inlets(model.source.skeleton)
+    sizes = [sum(t.nbytes for _, t in tree_flatten(i.parameters())) for i in inlets]
+    pairs = zip(swept.layer_bytes, sizes, strict=True)
+    left = tuple(layer - size / units for layer, size in pairs)
+    return replace(swept, core_bytes=swept.core_bytes + sum(sizes), layer_bytes=left)
+
+
+def cuts_inlets(model: Any, decision: Decision) -> bool:
+    """Whether a decision cuts quantisation groups of ``down_proj``."""
+    if decision.selection is not None:
+        return bool(model.cut_layers(decision.selection))
+    return decision.granularity % math.lcm(*model.groups) != 0
+
+
+def _in_sweep(model: Any, decision: Decision, limits: Limits) -> Footprint:
     """Return the model's footprint with what a sweep has in memory for a while."""
     footprint: Footprint = model.footprint
     reading, channels = len(decision.tokens), footprint.channels

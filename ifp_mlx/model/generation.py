@@ -5,6 +5,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checking.answer import CheckedResponse, answered
+from ..checking.loop import CheckedRun, DraftLength
+from ..checking.rule import Decoding, Rule
 from ..files.progress import ProgressBar
 from ..selection.prompts import (
     Prompt,
@@ -17,6 +20,7 @@ from ..selection.request import Request
 from .checkpoint import Compact, IFPModel
 from .compact_cache import CompactCache, prepare_once
 from .decide import decide, with_instruction
+from .decision import Decision
 from .dense_prefill import Reading, read_densely
 from .fit import Limits
 from .responses import GenerationResponse, Seconds
@@ -49,9 +53,10 @@ def stream_generate(
         cache: where a compact model that had to fit is kept for the next time.
         progress: wraps iterations over calibration texts and over layers.
         options: the fields of :class:`ifp_mlx.selection.request.Request`
-            (``instruction``, ``keep``, ``selector``, ...); by default the prompt's
-            messages up to the first user message select. The others go to
-            ``mlx_lm.stream_generate`` (``max_tokens``, ...).
+            (``instruction``, ``keep``, ``selector``, ``check``, ...); by default the
+            prompt's messages up to the first user message select. The others go to
+            ``mlx_lm.stream_generate`` (``max_tokens``, ...); with ``check`` to
+            :func:`stream_checked`.
 
     Yields:
         The text as it comes, with what it took.
@@ -59,8 +64,6 @@ def stream_generate(
     Raises:
         ValueError: on an empty prompt or a choice that cannot be had.
     """
-    from mlx_lm import stream_generate as stock_stream_generate
-
     asked, rest = Request.split(options)
     request = request or asked
     tokens, selecting = _read_prompt(
@@ -69,19 +72,82 @@ def stream_generate(
     context = len(tokens) + rest.get("max_tokens", STOCK_MAX_TOKENS)
     limits = Limits(context, request.memory_bytes)
     decision = decide(with_instruction(request, selecting), model, limits=limits)
-    if request.memory_bytes is None or decision.selection is not None:
-        compact = model.prepare(decision, progress=progress)
-    else:
+    kept = request.memory_bytes is not None and decision.selection is None
+    if kept and not decision.checks:
         compact = prepare_once(model, decision, cache or CompactCache(), progress)
-    reading = Reading(None, 0)
-    if request.prefill != "compact":
-        dense = model if request.prefill == "dense" else None
-        reading = read_densely(compact.kv, decision.tokens, tokens, dense)
-    if reading.tokens:
-        rest["prompt_cache"] = reading.kv
-    left = tokens[reading.tokens :]
-    for step in stock_stream_generate(compact.model, tokenizer, left, **rest):
+    else:
+        compact = model.prepare(decision, progress=progress)
+    reading = _read_densely(model, decision, compact, tokens)
+    make = stream_checked if compact.whole is not None else _stream_unchecked
+    for step in make(compact, tokenizer, tokens, request, reading, **rest):
         yield _response(step, compact, reading)
+
+
+def _read_densely(
+    model: IFPModel, decision: Decision, compact: Compact, tokens: list[int]
+) -> Reading:
+    """Return what the dense model reads of the prompt before the answer begins."""
+    if decision.request.prefill == "compact":
+        return Reading(None, 0)
+    dense = model if decision.request.prefill == "dense" else None
+    if compact.whole is not None:  # which reads the rest, a layer at a time
+        dense = None
+    return read_densely(compact.kv, decision.tokens, tokens, dense)
+
+
+def _stream_unchecked(
+    compact: Compact,
+    tokenizer: Any,
+    tokens: list[int],
+    request: Request,
+    reading: Reading,
+    **options: Any,
+) -> Iterator[Any]:
+    """Generate from a compact model alone, as mlx-lm does."""
+    from mlx_lm import stream_generate as stock_stream_generate
+
+    if request.checks:  # and every unit is kept, so that there is nothing to check
+        own = {name: options.pop(name) for name in options.keys() & Decoding.names()}
+        options |= Decoding.of(own | {"seed": request.seed}).for_mlx_lm()
+    if reading.tokens:
+        options["prompt_cache"] = reading.kv
+    left = tokens[reading.tokens :]
+    yield from stock_stream_generate(compact.model, tokenizer, left, **options)
+
+
+def stream_checked(
+    compact: Compact,
+    tokenizer: Any,
+    tokens: list[int],
+    request: Request,
+    reading: Reading,
+    *,
+    max_tokens: int = STOCK_MAX_TOKENS,
+    prefill_step_size: int = 0,
+    **decoding: Any,
+) -> Iterator[CheckedResponse]:
+    """Generate from a compact model that the whole one checks.
+
+    Args:
+        compact: both.
+        tokenizer: mlx-lm's.
+        tokens: the prompt's ids.
+        request: says how to check.
+        reading: what the dense model has read of the prompt.
+        max_tokens: of the answer, at most.
+        prefill_step_size: tokens of the prompt that are read at once; default: mlx-lm's.
+        decoding: the fields of :class:`ifp_mlx.checking.rule.Decoding`: ``temp``,
+            ``top_p``, ``min_p``, ``top_k``, ``processors``; the seed is the request's.
+
+    Raises:
+        ValueError: on an option that there is not, or if the model's KV cache cannot go
+            back.
+    """
+    assert compact.whole is not None and request.check != "off"
+    rule = Rule(request.check, Decoding.of(decoding | {"seed": request.seed}))
+    length = DraftLength(request.draft_tokens)
+    about = compact.whole, tokens, rule, length, reading.kv, reading.tokens
+    yield from answered(CheckedRun(*about), tokenizer, max_tokens, prefill_step_size)
 
 
 def generate(
@@ -118,6 +184,7 @@ def _response(step: Any, compact: Compact, reading: Reading) -> GenerationRespon
         generation_tokens=step.generation_tokens,
         generation_tps=step.generation_tps,
         peak_memory_bytes=mx.get_peak_memory(),
+        check=getattr(step, "check", None),
         cache=compact.cache,
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..checking.loop import Checks
 from ..selection.masks import Selection
 
 
@@ -41,6 +42,7 @@ class GenerationResponse:
         generation_tokens: tokens generated so far.
         generation_tps: decode speed, tokens per second.
         peak_memory_bytes: MLX's peak since the process started, in bytes.
+        check: what checking took so far, where the whole model checks.
         cache: with a memory limit, ``hit`` if the compact model was there already,
             ``miss`` if it was swept and kept (``select`` is the whole sweep then).
     """
@@ -56,6 +58,7 @@ class GenerationResponse:
     generation_tps: float
     peak_memory_bytes: int
     cache: str | None = None
+    check: Checks | None = None
 
 
 def report(last: GenerationResponse) -> dict[str, Any]:
@@ -84,4 +87,5 @@ def report(last: GenerationResponse) -> dict[str, Any]:
         "prompt_tps": last.prompt_tps,
         "peak_memory_bytes": last.peak_memory_bytes,
         "cache": last.cache,
+        "check": None if last.check is None else asdict(last.check),
     }

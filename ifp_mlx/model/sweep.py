@@ -16,15 +16,16 @@ import mlx.nn as nn
 
 from ..files.progress import ProgressBar
 from ..selection.masks import Selection
-from ..slicing.compensation import cut_compensated
+from ..slicing.apart import cut_apart
+from ..slicing.compensation import correction_of, cut_compensated
 from ..slicing.reading import (
     Example,
     Texts,
     batches_of,
+    order_of,
     read_layer,
     read_text,
     scores_of,
-    visits_of,
 )
 from ..slicing.shapes import at
 from ..slicing.sliced import cut, note_units, settle, sliced_names
@@ -82,6 +83,7 @@ def compact_model(
     choose: Choose,
     *,
     compensate: bool = False,
+    apart: bool = False,
     places: mx.array | None = None,
     progress: ProgressBar = iter,
 ) -> Swept:
@@ -97,13 +99,16 @@ def compact_model(
         compensate: let the kept channels make up for the dropped ones, as the text
             shows (:mod:`ifp_mlx.slicing.compensation`); else the model is equal to slicing the
             same units out of the dense one.
+        apart: leave the kept channels' weights as they are, and what makes up for
+            others apart (:mod:`ifp_mlx.slicing.apart`).
         places: int32 ``[n]``, of the text's last step, where it is kept what the dense
             model says.
         progress: wraps the iteration over layers.
     """
     texts = batches_of([(tokens,)])[0]
     ticks = iter(progress(range(sum(_visits_of(source, texts)))))
-    sweep = _Sweep(source, texts, ticks, choose, compensate, places)
+    sweep = _Sweep(source, texts, ticks, choose, places)
+    sweep.compensate, sweep.apart = compensate, apart
     cache = sweep.run()
     next(ticks, None)
     note_units(sweep.model, source.plan)
@@ -112,13 +117,18 @@ def compact_model(
 
 
 def compensated_model(
-    source: Folder, selection: Selection, *, progress: ProgressBar = iter
+    source: Folder,
+    selection: Selection,
+    *,
+    apart: bool = False,
+    progress: ProgressBar = iter,
 ) -> nn.Module:
     """Make the compact model of channels that are chosen already, compensated.
 
     Args:
         source: where the weights are.
         selection: made for the source's model; its text shows how.
+        apart: see :func:`compact_model`.
         progress: wraps the iteration over layers.
 
     Raises:
@@ -130,9 +140,8 @@ def compensated_model(
         return selection.indices[layer]
 
     tokens = selection.text or ()
-    return compact_model(
-        source, tokens, choose, compensate=True, progress=progress
-    ).model
+    how: dict[str, Any] = {"compensate": True, "apart": apart}
+    return compact_model(source, tokens, choose, **how, progress=progress).model
 
 
 class _Sweep:
@@ -148,11 +157,11 @@ class _Sweep:
         texts: Texts,
         ticks: Iterator,
         choose: Choose | None = None,
-        compensate: bool = False,
         places: mx.array | None = None,
     ) -> None:
         self.source, self.plan, self.texts = source, source.plan, texts
-        self.choose, self.compensate, self.places = choose, compensate, places
+        self.choose, self.places = choose, places
+        self.compensate = self.apart = False
         self.model = source.open()
         self.modules = self.plan.modules(self.model)
         self.uses = [mx.array(0.0)] * len(self.modules)
@@ -201,11 +210,18 @@ class _Sweep:
         seen: list[mx.array] | None,
     ) -> None:
         """Keep some units of a layer, compensated by what was seen of all channels."""
-        plan = self.plan.layers[layer]
-        if seen is not None:
-            cut_compensated(module, plan, index, mx.concatenate(seen))
+        plan, units = self.plan.layers[layer], self.plan.units
+        channels = None if seen is None else mx.concatenate(seen)
+        if self.apart:
+            correction = None
+            if channels is not None and index.size < units:
+                correction = correction_of(at(module, plan.inlet), channels, index)
+                mx.eval(correction)
+            cut_apart(module, plan, index, units, correction=correction)
+        elif channels is not None:
+            cut_compensated(module, plan, index, channels)
         else:
-            cut(module, plan, index, self.plan.units)
+            cut(module, plan, index, units)
         settle(module)
 
     def _let_go(self, module: nn.Module, layer: int) -> None:
@@ -225,4 +241,5 @@ class _Sweep:
 def _visits_of(source: Folder, texts: Texts) -> list[int]:
     """Return how often each layer is gone through, in all steps together."""
     steps = len(steps_of(range(texts.tokens.shape[1])))
-    return [count * steps for count in visits_of(source.skeleton, source.plan)]
+    order = order_of(source.skeleton, source.plan)
+    return [steps * order.count(layer) for layer in range(len(source.plan.layers))]

@@ -93,7 +93,7 @@ def open_subject(name: str, *, channel_store: bool = False) -> Subject:
         model.footprint,
         Work.of(model.source.skeleton, model.plan),
         _predictor(model.path / PREDICTOR_FOLDER),
-        channel_store or model.source.reader is not None,
+        channel_store or model.source.reads_units,
     )
 
 

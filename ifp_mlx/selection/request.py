@@ -10,6 +10,10 @@ from .scores import SELECTORS
 from .widths import ALLOCATIONS, Allocation
 
 Prefill = Literal["auto", "compact", "dense"]
+Check = Literal["off", "exact"] | float
+Reselect = Literal["off", "drift"]
+RESELECTS: tuple[Reselect, ...] = ("off", "drift")
+MOST_DRAFTED = 16  # tokens a check, where nothing else is said
 PREFILLS: tuple[Prefill, ...] = ("auto", "compact", "dense")
 SOURCES = ("instruction", "selection", "mask_file", "task")
 
@@ -46,6 +50,13 @@ class Request:
             ``auto``: dense as far as that has read it to select, else compact.
         min_agreement: refuse a selection whose compact model chooses the dense model's
             next token at a smaller share of the instruction's tokens.
+        check: whether the whole model checks what the compact one drafts
+            (:mod:`ifp_mlx.checking`): ``off``; ``exact``, every token is the whole
+            model's; or a tolerance above 0 and below 1, a token stands if the whole model
+            gives it at least so much of the probability of its best token.
+        draft_tokens: drafted at most for one check; how many are follows how many stood.
+        reselect: ``drift`` chooses other channels in a check when those that are kept
+            fit the latest tokens much less than others would; or ``off``.
         memory_bytes: that compact model, KV cache and predictor may take; chooses the
             largest ``keep`` that fits, or refuses the one that does not.
 
@@ -66,6 +77,9 @@ class Request:
     seed: int = 0
     prefill: Prefill = "auto"
     min_agreement: float | None = None
+    check: Check = "off"
+    draft_tokens: int = MOST_DRAFTED
+    reselect: Reselect = "off"
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +91,7 @@ class Request:
                 f"min_agreement={self.min_agreement} is not a share of tokens; choose a "
                 "number above 0 and up to 1."
             )
+        self._check_checks()
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be 0 or more; choose another.")
         if self.memory_bytes is not None and self.memory_bytes <= 0:
@@ -89,6 +104,34 @@ class Request:
                 "A dense prefill has the whole model in memory, and a memory limit is "
                 "there to avoid that; leave one of them out."
             )
+
+    def _check_checks(self) -> None:
+        share = 0.0 if isinstance(self.check, str) else float(self.check)
+        if self.check not in ("off", "exact") and not 0 < share < 1:
+            raise ValueError(
+                f"check={self.check!r} is not a way of checking; choose exact, off, or a "
+                "tolerance above 0 and below 1."
+            )
+        if self.draft_tokens < 1:
+            raise ValueError(
+                f"draft_tokens={self.draft_tokens} must be 1 or more, for there to be "
+                "anything to check."
+            )
+        if self.checks and self.prefill == "compact":
+            raise ValueError(
+                f"check={self.check} has the whole model read the prompt, and prefill="
+                "compact the compact one; leave one of them out."
+            )
+        if self.reselect != "off" and not self.checks:
+            raise ValueError(
+                f"reselect={self.reselect} chooses by what a check has computed; it goes "
+                "with check=exact or a tolerance."
+            )
+
+    @property
+    def checks(self) -> bool:
+        """Whether the whole model checks what the compact one drafts."""
+        return self.check != "off"
 
     @property
     def given(self) -> bool:
@@ -118,6 +161,7 @@ class Request:
     def _check_names(self) -> None:
         choices: dict[str, tuple[Any, ...]] = {"selector": SELECTORS}
         choices |= {"allocation": (None, *ALLOCATIONS), "prefill": PREFILLS}
+        choices["reselect"] = RESELECTS
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:

@@ -8,6 +8,7 @@ alone, needs no training and no stored statistic, and costs nothing afterwards.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,19 @@ from .sliced import count_units, cut_rows, dequantised, put_down
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
 TOKENS = 1024  # of a text that are looked at, at most
 TEXT_TOKENS = 1000  # of a task's examples, which make one text
+RANK = 128  # of a correction that stays a matrix of its own
+
+
+class Correction(NamedTuple):
+    """What to add to the kept columns of ``down_proj``, as two factors.
+
+    Attributes:
+        reads: ``[k, r]``, from the kept channels.
+        writes: ``[r, D]``, to the FFN's output.
+    """
+
+    reads: mx.array
+    writes: mx.array
 
 
 def cut_compensated(
@@ -115,6 +129,36 @@ def down_correction(
     missing = (h * dropped) @ down.astype(mx.float32).T
     with mx.stream(mx.cpu):  # where linear systems are solved
         return _ridge(kept, missing, strength)
+
+
+def correction_of(
+    inlet: nn.Module, channels: mx.array, index: mx.array, rank: int = RANK
+) -> Correction:
+    """Return :func:`down_correction` as two factors of a limited rank.
+
+    Of the text's outputs, the factors keep the ``r`` directions in which the correction
+    does most: reduced-rank regression (Izenman 1975).
+
+    Args:
+        inlet: ``down_proj`` of the dense layer, quantised or not.
+        channels: what comes into it for a text, ``[T, F]``.
+        index: int32 ``[k]``, sorted, what is kept.
+        rank: at most so many directions.
+    """
+    down = dequantised(inlet)
+    some = channels[:: -(-len(channels) // TOKENS)].astype(mx.float32)
+    full = down_correction(down, some, index)
+    with mx.stream(mx.cpu):
+        does = some[:, index] @ full
+        does = does / mx.maximum(mx.linalg.norm(some, axis=1, keepdims=True), 1e-6)
+        _, sides = mx.linalg.eigh(does @ does.T)
+        writes = sides[:, ::-1][:, :rank].T @ does
+        writes = writes / mx.maximum(
+            mx.linalg.norm(writes, axis=1, keepdims=True), 1e-6
+        )
+    found = Correction(full @ writes.T, writes)
+    dtype = channels.dtype
+    return Correction(*(factor.astype(dtype) for factor in found))
 
 
 def _ridge(kept: mx.array, missing: mx.array, strength: float) -> mx.array:

@@ -150,7 +150,7 @@ def read_text(
         texts: they go through in :func:`steps_of`.
         visit: computes what the module of a layer does, by number, with the weights
             of the step's tokens, ``[W, B, T]``, and the arguments of the module. It is
-            called layer after layer, :func:`visits_of` times in every step.
+            called in :func:`order_of`.
 
     Returns:
         The texts' KV cache, as mlx-lm makes it, and the logits of the last step, not
@@ -161,33 +161,42 @@ def read_text(
     cache = make_prompt_cache(model)
     for part in steps_of(range(texts.tokens.shape[1])):
         now = slice(part[0], part[-1] + 1)
-        with _computed_by(model, plan, visit, texts.weights[..., now]):
+        with computed_by(model, plan, visit, texts.weights[..., now]):
             logits = model(texts.tokens[:, now], cache=cache)
             mx.eval([layer.state for layer in cache])
     return cache, logits
 
 
-def visits_of(model: nn.Module, plan: Plan) -> list[int]:
-    """Return how often each layer is gone through in one forward pass: once, but for
-    model types that loop over their layers. No weight is read to find out.
+def order_of(model: nn.Module, plan: Plan) -> list[int]:
+    """Return the layers in the order in which one forward pass goes through them: each
+    once, but for model types that loop over their layers. No weight is read to find out.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    visits, modules = [0] * len(plan.layers), plan.modules(model)
+    order: list[int] = []
+    modules = plan.modules(model)
 
-    def count(layer: int, *args: Any, **kwargs: Any) -> Any:
-        visits[layer] += 1
+    def note(layer: int, *args: Any, **kwargs: Any) -> Any:
+        order.append(layer)
         return modules[layer](*args, **kwargs)
 
-    with _computed_by(model, plan, count):
+    with computed_by(model, plan, note):
         model(mx.array([[0]]), cache=make_prompt_cache(model))
-    return visits
+    return order
 
 
 @contextmanager
-def _computed_by(
+def computed_by(
     model: nn.Module, plan: Plan, visit: Visit, *first: mx.array
 ) -> Iterator[None]:
+    """Let ``visit`` compute the modules of a model's layers, meanwhile.
+
+    Args:
+        model: in memory or not.
+        plan: its plan.
+        visit: gets the number of a layer, ``first``, and the module's arguments.
+        first: the same in every call.
+    """
     modules = plan.modules(model)
     try:
         for number, (layer, module) in enumerate(

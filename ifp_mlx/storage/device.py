@@ -39,6 +39,9 @@ class Device:
 # What is in the system's cache: a call each, and memory's bandwidth.
 CACHED = Device(latency=4e-6, bandwidth=3e9, sweep=3e9)
 
+# Where no byte is to be read that is not wanted, whatever a call costs.
+FEWEST_BYTES = Device(latency=0.0, bandwidth=1.0, sweep=1.0)
+
 
 def device_of(fd: int, read: Callable[[list[tuple[int, int]]], None]) -> Device:
     """Return what reading costs on the disk that holds an open file.

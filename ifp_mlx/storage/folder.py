@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from ..files.tensors import digest_of, weights_of
 from ..slicing.plan import plan_of
 from ..slicing.shapes import Plan
-from ..slicing.sliced import Donor, cut, forget_units, share_core, twin
+from ..slicing.sliced import Donor, forget_units, share_core, twin
 from ..slicing.stock import unmoved_random_state
 from .layout import AGAIN, CHANNEL_FILE, DTYPES, read_layout
+from .units import Wanted
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from .device import Device
     from .reader import ChannelReader
     from .units import UnitReader
 
@@ -136,17 +138,29 @@ class Folder:
         return plan_of(self.skeleton, self.config)
 
     @cached_property
-    def reader(self) -> "UnitReader | None":
-        """What reads units from the files, and how much it has read; ``None`` where mlx
-        reads, as it does the channels of a plain folder.
+    def reader(self) -> "UnitReader":
+        """What reads units from the files, and how much it has read."""
+        return self.reader_of(self.plan)
+
+    def reader_of(self, plan: Plan, device: "Device | None" = None) -> "UnitReader":
+        """Return another reader.
+
+        Args:
+            plan: of this model, or a part of it.
+            device: what reading is taken to cost; default: what is measured.
         """
-        if self.plan.unit != "expert":
-            return None
-        from .stacks import StackReader
+        from .plain import PlainReader
 
         found = weights_of(self.path)
         tensors = {name: found[filed] for name, filed in self._as_filed.items()}
-        return StackReader(self.plan, self.skeleton, tensors)
+        return PlainReader(plan, self.skeleton, tensors, device)
+
+    @property
+    def reads_units(self) -> bool:
+        """Whether nothing of the units that are not chosen is read; a channel's columns
+        are no piece of a plain folder.
+        """
+        return self.plan.unit == "expert"
 
     def open(self) -> "nn.Module":
         """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
@@ -173,17 +187,15 @@ class Folder:
 
         Raises:
             ValueError: if ``k`` channels do not make whole quantisation groups.
-            OSError: if a file of experts cannot be read, or has changed.
+            OSError: if a file cannot be read, or has changed.
         """
-        if index is not None and self.reader is not None:
+        if index is not None:
             self.reader.fill(module, layer, index)
-        elif index is not None:
-            cut(module, self.plan.layers[layer], index, self.plan.units)
 
     def fill_all(
         self,
         modules: Sequence["nn.Module"],
-        indices: "Sequence[mx.array] | None" = None,
+        indices: "Sequence[mx.array | None] | None" = None,
         donors: "Sequence[Donor] | None" = None,
     ) -> Iterator[int]:
         """Fill layer after layer as :meth:`fill` does, and yield the number of each.
@@ -192,14 +204,17 @@ class Folder:
             modules: of all layers of a model from :meth:`open`.
             indices: for each layer, as for :meth:`fill`; default: all units.
             donors: for each layer, the same one of another compact model, no gates
-                folded in, whose units need not be read again; channels are, here.
+                folded in, whose units need not be read again where they are rows.
         """
-        if indices and self.reader is not None:
-            yield from self.reader.fill_all(modules, indices, donors)
+        if not indices:
+            yield from range(len(modules))
             return
-        for layer, module in enumerate(modules):
-            self.fill(module, layer, indices[layer] if indices else None)
-            yield layer
+        some = [n for n, index in enumerate(indices) if index is not None]
+        gives: Sequence[Donor | None] = donors or [None] * len(modules)
+        wanted = [Wanted(modules[n], n, indices[n], gives[n]) for n in some]
+        filled = self.reader.fill_each(wanted)
+        for n, index in enumerate(indices):
+            yield n if index is None else next(filled)
 
     def dense(self) -> "nn.Module":
         """Return the whole stock mlx-lm model; its weights stay on disk till used
@@ -292,9 +307,18 @@ class ChannelStore(Folder):
     @cached_property
     def reader(self) -> "ChannelReader":
         """The channel file, and how much of it has been read."""
+        return self.reader_of(self.plan)
+
+    def reader_of(self, plan: Plan, device: "Device | None" = None) -> "ChannelReader":
+        """See :meth:`Folder.reader_of`; whole records are read."""
         from .reader import ChannelReader
 
-        return ChannelReader(self.path / CHANNEL_FILE, self.plan)
+        return ChannelReader(self.path / CHANNEL_FILE, plan, device)
+
+    @property
+    def reads_units(self) -> bool:
+        """See :attr:`Folder.reads_units`."""
+        return True
 
     def open_beside(self, other: "nn.Module") -> "nn.Module":
         """See :meth:`Folder.open_beside`; opening the model takes longer than reading
@@ -313,7 +337,7 @@ class ChannelStore(Folder):
     def fill_all(
         self,
         modules: Sequence["nn.Module"],
-        indices: "Sequence[mx.array] | None" = None,
+        indices: "Sequence[mx.array | None] | None" = None,
         donors: "Sequence[Donor] | None" = None,
     ) -> Iterator[int]:
         """See :meth:`Folder.fill_all`; while a layer is put in place, the next is read."""

@@ -11,7 +11,7 @@ import numpy as np
 from ..slicing.shapes import Plan
 from ..slicing.sliced import Donor, cut, follow
 from .arriving import ArrivingLayer
-from .device import Range, pieces, plan
+from .device import Device, Range, pieces, plan
 from .layout import AGAIN, Layout, read_layout, units_of
 from .ranges import OpenFile
 from .units import PIECE_BYTES, UnitReader, Wanted
@@ -26,6 +26,7 @@ class ChannelReader(UnitReader):
     Args:
         path: the channel file.
         plan: of the model whose units it holds.
+        device: see :class:`UnitReader`.
 
     Attributes:
         layout: its header.
@@ -34,8 +35,8 @@ class ChannelReader(UnitReader):
         ValueError: as :func:`read_layout`.
     """
 
-    def __init__(self, path: Path, plan: Plan) -> None:
-        super().__init__(plan)
+    def __init__(self, path: Path, plan: Plan, device: Device | None = None) -> None:
+        super().__init__(plan, device)
         self.path = path
         self.layout: Layout = read_layout(path)
         if (self.layout.layers, self.layout.channels) != plan.shape:
@@ -50,9 +51,10 @@ class ChannelReader(UnitReader):
         """Return a layer's dense tensors by name."""
         return self._read(layer).result()
 
-    def _fill(self, work: Sequence[Wanted]) -> Iterator[int]:
+    def fill_each(self, work: Sequence[Wanted]) -> Iterator[int]:
+        """See :meth:`UnitReader.fill_each`."""
         try:
-            yield from super()._fill(work)
+            yield from super().fill_each(work)
         finally:
             self._spare.clear()  # up to two layers' worth of memory
 

@@ -41,14 +41,19 @@ class Wanted(NamedTuple):
 class UnitReader(ABC):
     """Reads chosen units from files into a model.
 
+    Args:
+        plan: of the model.
+        device: what reading is taken to cost; default: what is measured.
+
     Attributes:
         plan: of the model.
         bytes_read: bytes asked of the system so far, gaps between units included.
         bytes_wanted: bytes of the units that were needed.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, device: Device | None = None) -> None:
         self.plan = plan
+        self._given = device
         self.bytes_read = self.bytes_wanted = 0
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="units")
         self._own = threading.local()
@@ -69,13 +74,13 @@ class UnitReader(ABC):
                 cut inside a group.
             OSError: if a file cannot be read.
         """
-        for _ in self._fill([Wanted(module, layer, index)]):
+        for _ in self.fill_each([Wanted(module, layer, index)]):
             pass
 
     def fill_all(
         self,
         modules: Sequence[nn.Module],
-        indices: Sequence[mx.array] | None = None,
+        indices: Sequence[mx.array | None] | None = None,
         donors: Sequence[Donor] | None = None,
     ) -> Iterator[int]:
         """Fill layer after layer as :meth:`fill` does, and yield the number of each;
@@ -90,9 +95,14 @@ class UnitReader(ABC):
         none = [None] * len(modules)
         layers = range(len(modules))
         rows = zip(modules, layers, indices or none, donors or none, strict=True)
-        return self._fill([Wanted(*row) for row in rows])
+        return self.fill_each([Wanted(*row) for row in rows])
 
-    def _fill(self, work: Sequence[Wanted]) -> Iterator[int]:
+    def fill_each(self, work: Sequence[Wanted]) -> Iterator[int]:
+        """Do one thing after the other, and yield the layer of each; while one is put in
+        place, the next is read.
+        """
+        if not work:
+            return
         begun = self._begin(work[0])
         try:
             for number, wanted in enumerate(work):
@@ -124,6 +134,8 @@ class UnitReader(ABC):
 
     def _device(self, file: OpenFile, offsets: np.ndarray) -> Device:
         """Return what reading costs: a disk, or the cache if what lies there is in it."""
+        if self._given is not None:
+            return self._given
         if file.is_cached(offsets):
             return CACHED
         if self._disk is None:

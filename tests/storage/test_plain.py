@@ -164,8 +164,12 @@ def test_experts_that_lie_apart_are_stacked_and_cut_in_memory(tmp_path, exact):
     first, nbytes = compact(folder, one)
     assert same_weights(first, cut_in_memory(folder, one))
     found = weights_of(first)
+    # Every expert is read for it, and of the router the rows of those that are kept.
     routers = [f"{layer.path}.gate.weight" for layer in folder.plan.layers]
-    assert nbytes == sum(found[name].nbytes for name in routers)
+    whole = weights_of(folder.dense())
+    stacks = {*sum(sliced_names(folder.skeleton, folder.plan), [])} - {*routers}
+    expected = sum(found[name].nbytes for name in routers)
+    assert nbytes == expected + sum(whole[name].nbytes for name in stacks)
     second, _ = compact(folder, other, beside=(first, one))
     assert same_weights(second, cut_in_memory(folder, other))
 
@@ -188,7 +192,8 @@ def test_experts_that_mlx_lm_changes_or_renames_while_loading_are_as_it_made_the
     assert same_weights(model, cut_in_memory(folder, selection))
     found = weights_of(model)
     doubled = sum(weight.nbytes for name, weight in found.items() if down in name)
-    assert nbytes == expert_bytes(folder, model) - doubled
+    # mlx reads all of them for half of them.
+    assert nbytes == expert_bytes(folder, model) + doubled
 
 
 def test_no_more_of_a_stack_is_in_memory_than_its_chosen_experts(folder):

@@ -1,0 +1,1 @@
+"""The compact model drafts, the whole model checks."""

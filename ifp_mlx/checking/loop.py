@@ -1,0 +1,208 @@
+"""Draft some tokens, check them together, go on from what stands.
+
+One KV cache serves both models: what is drafted is forgotten before the dense model reads
+it, and only its keys and values stay. So every run of drafted tokens goes on from a past
+that lacks nothing.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..selection.request import MOST_DRAFTED
+from ..slicing.stock import steps_of
+from .rollback import Rollback
+from .rule import Check, Rule
+from .whole import Whole
+
+WORTH_DRAFTING = 0.05  # the least chance that a token is reached
+MEMORY = 0.8  # of what stood in earlier checks, from one to the next
+GUESS = (4.0, 6.0)  # tokens that stood, and that were judged, before the first check
+
+
+@dataclass
+class Checks:
+    """What checking took so far.
+
+    Attributes:
+        mode: ``exact``, or the tolerance.
+        checks: passes of the dense model, that over the prompt not counted.
+        drafted: tokens of the compact model.
+        accepted: how many of them stood.
+        bytes_read: of dropped channels, that over the prompt included.
+        prompt_bytes_read: of them, for the prompt.
+    """
+
+    mode: Check
+    checks: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    bytes_read: int = 0
+    prompt_bytes_read: int = 0
+
+
+class Checked(NamedTuple):
+    """A token that stands.
+
+    Attributes:
+        token: its id.
+        logprobs: the dense model's log-probabilities there, ``[V]``, not computed.
+        from_draft: whether the compact model said it first.
+    """
+
+    token: int
+    logprobs: mx.array
+    from_draft: bool
+
+
+@dataclass
+class DraftLength:
+    """How many tokens to draft: as far as the next one is likely to be reached, as the
+    share of tokens that stood lately shows.
+
+    Attributes:
+        most: at most so many.
+        least: at least so many.
+    """
+
+    most: int = MOST_DRAFTED
+    least: int = 1
+    _stood: float = field(default=GUESS[0], repr=False)
+    _judged: float = field(default=GUESS[1], repr=False)
+
+    def __call__(self) -> int:
+        """Return how many tokens to draft now."""
+        share = self._stood / self._judged
+        worth = self.most
+        if share < 1:
+            worth = int(math.log(WORTH_DRAFTING) / math.log(max(share, 1e-6)))
+        return min(self.most, max(self.least, worth))
+
+    def note(self, stood: int, drafted: int) -> None:
+        """Note how many tokens stood in a check; those after the first that did not were
+        not judged.
+        """
+        self._stood = MEMORY * self._stood + stood
+        self._judged = MEMORY * self._judged + min(stood + 1, drafted)
+
+
+class CheckedRun:
+    """One answer of the compact model, checked by the whole one.
+
+    Args:
+        whole: both of them.
+        prompt: token ids, one at least.
+        rule: drafts and judges.
+        length: says how many tokens to draft.
+        cache: mlx-lm's KV cache of the dense model, or ``None``; it is changed.
+        known: tokens of the prompt that it has.
+
+    Attributes:
+        tokens: prompt and answer so far.
+        figures: what checking took so far.
+
+    Raises:
+        ValueError: if the model's KV cache cannot go back.
+    """
+
+    def __init__(
+        self,
+        whole: Whole,
+        prompt: Sequence[int],
+        rule: Rule,
+        length: DraftLength | None = None,
+        cache: list[Any] | None = None,
+        known: int = 0,
+    ) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self.whole, self.rule = whole, rule
+        self.length = length or DraftLength()
+        self.cache = make_prompt_cache(whole.model) if cache is None else cache
+        self._past = Rollback(self.cache)
+        self.tokens, self.known = list(prompt), known
+        self.figures = Checks(rule.check)
+        self._bytes_before = whole.bytes_read
+
+    def prefill(self, step: int = 0) -> Iterator[int]:
+        """Let the dense model read the prompt but for its last token, and yield how many
+        tokens it has read after each step.
+
+        Args:
+            step: tokens at a time; default: mlx-lm's. Each takes reading all there is of
+                the dropped channels once.
+        """
+        left = self.tokens[self.known : -1]
+        parts = steps_of(left)
+        if step:
+            parts = [left[n : n + step] for n in range(0, len(left), step)]
+        for part in parts:
+            self.whole(mx.array([part]), self.cache, last=0)
+            self.known += len(part)
+            self._note_bytes()
+            yield self.known
+        self.figures.prompt_bytes_read = self.figures.bytes_read
+
+    def check(self, most: int, ends: Collection[int] = ()) -> list[Checked]:
+        """Draft and check once, and return the tokens that stand.
+
+        Args:
+            most: tokens that are wanted at most, 1 at least.
+            ends: tokens after which nothing follows.
+        """
+        last = self.tokens[-1]
+        self._past.mark()
+        drafted = self._drafted(last, min(self.length(), most - 1), ends)
+        read = mx.array([[last, *drafted]])
+        logits = self.whole(read, self._past.noting(), last=read.size)[0]
+        logits = self.rule.decoding.processed(logits, self.tokens + drafted)
+        stand, following = self.rule.judge(drafted, logits)
+        self._past.keep(stand + 1, read.size)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        said = [*drafted[:stand], following]
+        if stand and drafted[stand - 1] in ends:
+            said.pop()
+        self.known += stand + 1
+        self.tokens += said
+        self.figures.checks += 1
+        self.figures.drafted += len(drafted)
+        self.figures.accepted += stand
+        self._note_bytes()
+        if drafted:
+            self.length.note(stand, len(drafted))
+        return [Checked(t, logprobs[n], n < stand) for n, t in enumerate(said)]
+
+    def _drafted(self, last: int, most: int, ends: Collection[int]) -> list[int]:
+        """Return what the compact model says next, and leave no trace of it."""
+        self.rule.begin()
+        drafted: list[int] = []
+        read, token = 0, mx.array([last])
+        lazily = self.rule.greedy and not self.rule.decoding.processors
+        said = []
+        while read < most:
+            logits = self.whole.model(token[None], cache=self.cache)[0]
+            read += 1
+            if lazily:  # the next step need not wait for this one
+                token = self.rule.draft(logits)
+                mx.async_eval(token)
+                said.append(token)
+                continue
+            logits = self.rule.decoding.processed(logits, self.tokens + drafted)
+            token = self.rule.draft(logits)
+            drafted.append(int(np.array(token)[0]))
+            if drafted[-1] in ends:
+                break
+        if lazily and said:
+            drafted = np.array(mx.concatenate(said)).tolist()
+            end = next((n for n, t in enumerate(drafted) if t in ends), len(drafted))
+            drafted = drafted[: end + 1]
+        if read:
+            self._past.back(read)
+        return drafted
+
+    def _note_bytes(self) -> None:
+        self.figures.bytes_read = self.whole.bytes_read - self._bytes_before

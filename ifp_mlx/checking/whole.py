@@ -1,0 +1,215 @@
+"""The whole model computed with a part of it in memory: the rest passes through.
+
+The kept channels of every layer are in memory, in the compact model. When the whole one
+is to read some tokens, the dropped channels of one layer after the other are read from
+where they are, used for all the tokens, and let go; the next layer's are read meanwhile.
+What an FFN returns is the sum of what both parts make of it, up to the order of the sum
+the dense model's own.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..slicing.apart import Apart
+from ..slicing.reading import FFN_STEP, computed_by, order_of
+from ..slicing.shapes import LayerPlan, Plan, at, put_at
+from ..slicing.sliced import sliced_names, tensors_along
+from ..slicing.stock import StandIn, logits_at
+from ..storage.device import FEWEST_BYTES
+from ..storage.folder import Folder
+from ..storage.units import Wanted
+
+
+class Whole:
+    """The whole model, beside the compact one it is made of.
+
+    Args:
+        source: where the weights are.
+        model: the compact model, its parts apart (:mod:`ifp_mlx.slicing.apart`).
+        room: bytes that dropped channels may take for good: whole layers of them, the
+            first ones, for which nothing can be read ahead.
+
+    Attributes:
+        model: the compact model.
+        plan: of both.
+        parts: of every layer.
+        held: the modules of layers whose dropped channels are in memory for good.
+        throttle: is told how many bytes were read, after each layer that was.
+    """
+
+    def __init__(self, source: Folder, model: nn.Module, room: int = 0) -> None:
+        self.source, self.model, self.plan = source, model, source.plan
+        self.parts = parts_of(model, self.plan)
+        self.throttle: Callable[[int], None] = lambda nbytes: None
+        self._passing_plan = _without_whole_inlets(self.plan, self.parts)
+        self._reader = source.reader_of(self._passing_plan, FEWEST_BYTES)
+        self._kept = self.plan.modules(model)
+        self._order = order_of(source.skeleton, self.plan)
+        self._shells = self.plan.modules(source.open())
+        self.held: dict[int, nn.Module] = {}
+        self._hold(room)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that were asked of the system so far, for dropped channels."""
+        return self._reader.bytes_read
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all channels of all layers: what streaming reads for each token."""
+        names = sum(sliced_names(self.source.skeleton, self.plan), [])
+        weights = tree_flatten(self.source.skeleton.parameters(), destination={})
+        return sum(weights[name].nbytes for name in names)
+
+    def __call__(
+        self, tokens: mx.array, cache: Sequence[Any], last: int = 1
+    ) -> mx.array:
+        """Return the dense model's logits, ``[B, last, V]``, computed.
+
+        Args:
+            tokens: ``[B, T]``.
+            cache: mlx-lm's KV cache; the tokens' keys and values are put in.
+            last: at how many of the last tokens.
+
+        Raises:
+            OSError: if the dropped channels cannot be read.
+            ValueError: if a record of them is damaged.
+        """
+        places = mx.arange(tokens.shape[1] - last, tokens.shape[1])
+        passing = computed_by(self.model, self.plan, self._visits())
+        with passing, logits_at(self.model, places) as some:
+            logits = some(self.model(tokens, cache=cache))
+            mx.eval(logits, [layer.state for layer in cache])
+        return logits
+
+    def _visits(self) -> Callable[..., Any]:
+        """Return what computes the layers' modules in one forward pass."""
+        passing = [layer for layer in self._order if self._passes(layer)]
+        arriving = self._arrivals(passing)
+
+        def visit(layer: int, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+            mx.eval(x)
+            if not self._passes(layer):
+                return self._computed(layer, self.held.get(layer), x, *args, **kwargs)
+            before = self.bytes_read
+            came = next(arriving)
+            assert came == layer
+            output = self._computed(layer, self._shells[layer], x, *args, **kwargs)
+            self._let_go(layer)
+            self.throttle(self.bytes_read - before)
+            return output
+
+        return visit
+
+    def _passes(self, layer: int) -> bool:
+        """Whether dropped channels of a layer have to be read."""
+        return layer not in self.held and self.parts[layer].drops
+
+    def _arrivals(self, layers: Sequence[int]) -> Iterator[int]:
+        """Read the dropped channels of layers into their shells, one after the other."""
+        if layers and not getattr(self._reader, "reads_all", True):
+            self._shells = self.plan.modules(self.source.open())
+        work = [
+            Wanted(self._shells[layer], layer, self.parts[layer].dropped_index)
+            for layer in layers
+        ]
+        return self._reader.fill_each(work)
+
+    def _hold(self, room: int) -> None:
+        """Read dropped channels for good, layer by layer while there is room."""
+        dense = self._passing_plan.modules(self.source.skeleton)
+        for layer, part in enumerate(self.parts):
+            tensors = _tensors(dense[layer], self._passing_plan.layers[layer])
+            share = 1 - part.index.size / part.units
+            room -= round(share * sum(home[name].nbytes for home, name in tensors))
+            if room < 0:
+                return
+            for _ in self._arrivals([layer] if part.drops else []):
+                self.held[layer] = self._shells[layer]
+
+    def _let_go(self, layer: int) -> None:
+        """Forget the dropped channels of a layer."""
+        plan = self._passing_plan.layers[layer]
+        for home, name in _tensors(self._shells[layer], plan):
+            home[name] = mx.zeros(0)
+
+    def _computed(
+        self,
+        layer: int,
+        other: nn.Module | None,
+        x: mx.array,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Return what the dense layer's module does, computed; some tokens go through it
+        at a time.
+
+        Args:
+            layer: its number.
+            other: the module with the dropped channels, or ``None``.
+            x, args, kwargs: what the module gets.
+        """
+        step = x.shape[1] if args or kwargs else FFN_STEP
+        outputs = []
+        for start in range(0, x.shape[1], step):
+            some = x[:, start : start + step]
+            with self._beside(layer, other, some, *args, **kwargs):
+                outputs.append(self._kept[layer](some, *args, **kwargs))
+            mx.eval(outputs[-1])
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+    @contextmanager
+    def _beside(
+        self, layer: int, other: nn.Module | None, *args: Any, **kwargs: Any
+    ) -> Iterator[None]:
+        """Let the inlet of the kept channels add what the dropped ones do, meanwhile."""
+        part, plan = self.parts[layer], self.plan.layers[layer]
+        if other is None:
+            yield
+            return
+        inlet = at(other, plan.inlet)
+        width = at(self._kept[layer], plan.inlet).weight.shape[0]
+
+        def catch(h: mx.array) -> mx.array:
+            if part.whole:
+                made = mx.zeros((*h.shape[:-1], width), h.dtype)
+            else:
+                made = inlet(h) - inlet.bias if "bias" in inlet else inlet(h)
+            part.dropped = h, made
+            return made
+
+        try:
+            put_at(other, plan.inlet, StandIn(inlet, catch))
+            other(*args, **kwargs)
+            yield
+        finally:
+            put_at(other, plan.inlet, inlet)
+            part.dropped = None
+
+
+def parts_of(model: nn.Module, plan: Plan) -> list[Apart]:
+    """Return the parts of every layer of a compact model that has them apart."""
+    return [inlet._apart for inlet in plan.inlets(model)]
+
+
+def _without_whole_inlets(plan: Plan, parts: Sequence[Apart]) -> Plan:
+    """Return the plan of what is read of dropped channels."""
+    layers = []
+    for layer, part in zip(plan.layers, parts, strict=True):
+        own = [s for s in layer.slices if not (part.whole and s.module == layer.inlet)]
+        layers.append(replace(layer, slices=tuple(own)))
+    return replace(plan, layers=tuple(layers))
+
+
+def _tensors(module: nn.Module, layer: LayerPlan) -> list[tuple[nn.Module, str]]:
+    """Return where the tensors of a layer are along which its units lie."""
+    homes = [(at(module, piece.module), piece) for piece in layer.slices]
+    return [
+        (home, name) for home, piece in homes for name in tensors_along(home, piece)
+    ]
