@@ -210,8 +210,10 @@ class Folder:
             yield from range(len(modules))
             return
         some = [n for n, index in enumerate(indices) if index is not None]
-        gives: Sequence[Donor | None] = donors or [None] * len(modules)
-        wanted = [Wanted(modules[n], n, indices[n], gives[n]) for n in some]
+        wanted = [
+            Wanted(modules[n], n, indices[n], donors[n] if donors else None)
+            for n in some
+        ]
         filled = self.reader.fill_each(wanted)
         for n, index in enumerate(indices):
             yield n if index is None else next(filled)
