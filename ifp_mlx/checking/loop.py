@@ -126,7 +126,6 @@ class CheckedRun:
         self._past = Rollback(self.cache)
         self.tokens, self.known = list(prompt), known
         self.figures = Checks(rule.check)
-        self._bytes_before = whole.bytes_read
 
     def prefill(self, step: int = 0) -> Iterator[int]:
         """Let the dense model read the prompt but for its last token, and yield how many
@@ -141,9 +140,8 @@ class CheckedRun:
         if step:
             parts = [left[n : n + step] for n in range(0, len(left), step)]
         for part in parts:
-            self.whole(mx.array([part]), self.cache, last=0)
+            self._read(part, self.cache, last=0)
             self.known += len(part)
-            self._note_bytes()
             yield self.known
         self.figures.prompt_bytes_read = self.figures.bytes_read
 
@@ -157,11 +155,11 @@ class CheckedRun:
         last = self.tokens[-1]
         self._past.mark()
         drafted = self._drafted(last, min(self.length(), most - 1), ends)
-        read = mx.array([[last, *drafted]])
-        logits = self.whole(read, self._past.noting(), last=read.size)[0]
+        read = [last, *drafted]
+        logits = self._read(read, self._past.noting(), last=len(read))
         logits = self.rule.decoding.processed(logits, self.tokens + drafted)
         stand, following = self.rule.judge(drafted, logits)
-        self._past.keep(stand + 1, read.size)
+        self._past.keep(stand + 1, len(read))
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         said = [*drafted[:stand], following]
         if stand and drafted[stand - 1] in ends:
@@ -171,7 +169,6 @@ class CheckedRun:
         self.figures.checks += 1
         self.figures.drafted += len(drafted)
         self.figures.accepted += stand
-        self._note_bytes()
         if drafted:
             self.length.note(stand, len(drafted))
         return [Checked(t, logprobs[n], n < stand) for n, t in enumerate(said)]
@@ -204,5 +201,11 @@ class CheckedRun:
             self._past.back(read)
         return drafted
 
-    def _note_bytes(self) -> None:
-        self.figures.bytes_read = self.whole.bytes_read - self._bytes_before
+    def _read(self, tokens: list[int], cache: list[Any], last: int) -> mx.array:
+        """Return the dense model's logits at the last of some tokens, ``[last, V]``, and
+        note the bytes: other runs may read with the same model in between.
+        """
+        before = self.whole.bytes_read
+        logits = self.whole(mx.array([tokens]), cache, last=last)[0]
+        self.figures.bytes_read += self.whole.bytes_read - before
+        return logits
