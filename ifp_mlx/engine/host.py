@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -171,6 +171,8 @@ class Host:
         try:
             with typed_errors(InvalidRequest):
                 self._check_length(ticket)
+                if ticket.sampling.top_k >= self.vocabulary:  # mlx-lm refuses that
+                    ticket.sampling = replace(ticket.sampling, top_k=0)
                 start = time.perf_counter()
                 ticket.selection = self.shelf.select(
                     ticket.request, self._selecting(ticket), ticket.emit, ticket.stop

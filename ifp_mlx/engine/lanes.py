@@ -103,7 +103,7 @@ class Ticket:
     def _logprobs(self, response: Any) -> tuple[TokenLogprob, ...]:
         if not self.sampling.logprobs:
             return ()
-        logprobs = np.array(response.logprobs, dtype=np.float32)
+        logprobs = np.array(response.logprobs.astype(mx.float32))
         best = np.argsort(-logprobs, kind="stable")[: self.sampling.top_logprobs]
         return tuple(
             TokenLogprob(int(token), self.text.spell(token), float(logprobs[token]))

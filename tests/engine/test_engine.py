@@ -9,6 +9,7 @@ import time
 import mlx.core as mx
 import pytest
 from conftest import write_folder
+from damage import change_weights
 
 from ifp_mlx import Selection, generate, load
 from ifp_mlx.engine import (
@@ -385,6 +386,26 @@ def test_logprobs_are_those_of_the_greedy_choice(engine):
         own, best, second = token.logprobs
         assert own == best and own.id == token.id
         assert second.logprob <= own.logprob <= 0
+
+
+def test_a_model_in_bfloat16_gives_logprobs(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    halves = lambda weights: {n: w.astype(mx.bfloat16) for n, w in weights.items()}  # noqa: E731
+    change_weights(folder, halves)
+    with Engine.open(folder) as engine:
+        [token] = [
+            event
+            for event in engine.stream("Hi", max_tokens=1, logprobs=True)
+            if isinstance(event, Token)
+        ]
+    assert token.logprobs[0].id == token.id and token.logprobs[0].logprob < 0
+
+
+def test_more_best_tokens_than_there_are_leave_all(engine):
+    options = {"temp": 1.0, "seed": 3, "max_tokens": 4}
+    assert engine.generate("Hi", top_k=5000, **options) == engine.generate(
+        "Hi", **options
+    )
 
 
 def test_unload_gives_memory_back_and_tasks_stay(folder):
