@@ -15,6 +15,7 @@ import numpy as np
 
 from ..selection.request import MOST_DRAFTED
 from ..slicing.stock import steps_of
+from .drift import Drift, Move
 from .rollback import Rollback
 from .rule import Check, Rule
 from .whole import Whole
@@ -35,6 +36,7 @@ class Checks:
         accepted: how many of them stood.
         bytes_read: of dropped channels, that over the prompt included.
         prompt_bytes_read: of them, for the prompt.
+        moves: when other channels were chosen, and what that gained.
     """
 
     mode: Check
@@ -43,6 +45,7 @@ class Checks:
     accepted: int = 0
     bytes_read: int = 0
     prompt_bytes_read: int = 0
+    moves: list[Move] = field(default_factory=list)
 
 
 class Checked(NamedTuple):
@@ -100,6 +103,8 @@ class CheckedRun:
         length: says how many tokens to draft.
         cache: mlx-lm's KV cache of the dense model, or ``None``; it is changed.
         known: tokens of the prompt that it has.
+        follow: whether the kept channels follow what the answer uses
+            (:mod:`ifp_mlx.checking.drift`): then the compact model changes.
 
     Attributes:
         tokens: prompt and answer so far.
@@ -117,6 +122,7 @@ class CheckedRun:
         length: DraftLength | None = None,
         cache: list[Any] | None = None,
         known: int = 0,
+        follow: bool = False,
     ) -> None:
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -126,6 +132,8 @@ class CheckedRun:
         self._past = Rollback(self.cache)
         self.tokens, self.known = list(prompt), known
         self.figures = Checks(rule.check)
+        self._drift = Drift(whole) if follow else None
+        self._asked = len(self.tokens)
 
     def prefill(self, step: int = 0) -> Iterator[int]:
         """Let the dense model read the prompt but for its last token, and yield how many
@@ -142,6 +150,8 @@ class CheckedRun:
         for part in parts:
             self._read(part, self.cache, last=0)
             self.known += len(part)
+            if self._drift is not None:
+                self._drift.prefilled()
             yield self.known
         self.figures.prompt_bytes_read = self.figures.bytes_read
 
@@ -155,6 +165,8 @@ class CheckedRun:
         last = self.tokens[-1]
         self._past.mark()
         drafted = self._drafted(last, min(self.length(), most - 1), ends)
+        if self._drift is not None:
+            self._drift.decide(len(self.tokens) - self._asked)
         read = [last, *drafted]
         logits = self._read(read, self._past.noting(), last=len(read))
         logits = self.rule.decoding.processed(logits, self.tokens + drafted)
@@ -169,6 +181,9 @@ class CheckedRun:
         self.figures.checks += 1
         self.figures.drafted += len(drafted)
         self.figures.accepted += stand
+        if self._drift is not None:
+            self._drift.note(stand + 1, len(drafted) - stand)
+            self.figures.moves = self._drift.moves
         if drafted:
             self.length.note(stand, len(drafted))
         return [Checked(t, logprobs[n], n < stand) for n, t in enumerate(said)]

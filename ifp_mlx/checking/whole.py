@@ -17,9 +17,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..slicing.apart import Apart
+from ..slicing.compensation import learned
 from ..slicing.reading import FFN_STEP, computed_by, order_of
 from ..slicing.shapes import LayerPlan, Plan, at, put_at
-from ..slicing.sliced import sliced_names, tensors_along
+from ..slicing.sliced import elements, sliced_names, tensors_along
 from ..slicing.stock import StandIn, logits_at
 from ..storage.device import FEWEST_BYTES
 from ..storage.folder import Folder
@@ -39,6 +40,7 @@ class Whole:
         model: the compact model.
         plan: of both.
         parts: of every layer.
+        visits_once: whether a forward pass goes through each layer once.
         held: the modules of layers whose dropped channels are in memory for good.
         throttle: is told how many bytes were read, after each layer that was.
     """
@@ -51,7 +53,9 @@ class Whole:
         self._reader = source.reader_of(self._passing_plan, FEWEST_BYTES)
         self._kept = self.plan.modules(model)
         self._order = order_of(source.skeleton, self.plan)
+        self.visits_once = len({*self._order}) == len(self._order)
         self._shells = self.plan.modules(source.open())
+        self._coming: list[mx.array] | None = None
         self.held: dict[int, nn.Module] = {}
         self._hold(room)
 
@@ -86,9 +90,21 @@ class Whole:
         with passing, logits_at(self.model, places) as some:
             logits = some(self.model(tokens, cache=cache))
             states = [layer.state for layer in cache]
-            # MLX dies of a quantised product with no rows (0.31, CPU).
+            # MLX dies of a quantised product with no rows (0.32, CPU).
             mx.eval(states, logits if last else [])
+        self._coming = None
         return logits
+
+    def exchange(self, indices: Sequence[mx.array]) -> None:
+        """Let the next call leave the compact model with other channels.
+
+        They are at hand then, all of a layer at a time. How the new ones make up for those
+        that are dropped now is learned from the tokens that :class:`Apart` remembers.
+
+        Args:
+            indices: of every layer, int32 ``[k_l]``, sorted, as many as it has now.
+        """
+        self._coming = list(indices)
 
     def _visits(self) -> Callable[..., Any]:
         """Return what computes the layers' modules in one forward pass."""
@@ -98,16 +114,48 @@ class Whole:
         def visit(layer: int, x: mx.array, *args: Any, **kwargs: Any) -> Any:
             mx.eval(x)
             if not self._passes(layer):
-                return self._computed(layer, self.held.get(layer), x, *args, **kwargs)
+                other = self.held.get(layer)
+                output = self._computed(layer, other, x, *args, **kwargs)
+                self._exchange(layer, other)
+                return output
             before = self.bytes_read
             came = next(arriving)
             assert came == layer
             output = self._computed(layer, self._shells[layer], x, *args, **kwargs)
+            self._exchange(layer, self._shells[layer])
             self._let_go(layer)
             self.throttle(self.bytes_read - before)
             return output
 
         return visit
+
+    def _exchange(self, layer: int, other: nn.Module | None) -> None:
+        """Give a layer the channels that were asked for, if any were."""
+        if self._coming is None or other is None:
+            return
+        part, kept = self.parts[layer], self._kept[layer]
+        new = Apart(self._coming[layer], part.units, whole=part.whole)
+        new.recent = part.recent
+        plan = self._passing_plan.layers[layer]
+        exchange(kept, other, plan, part, new)
+        if new.recent is not None and len(new.recent):
+            missing = self._made_of_dropped(layer, other, new)
+            new.correction = learned(new.recent, new.index, missing)
+        at(kept, plan.inlet)._apart = self.parts[layer] = new
+        mx.eval(kept.parameters(), new.correction)
+
+    def _made_of_dropped(self, layer: int, other: nn.Module, part: Apart) -> mx.array:
+        """Return what the dropped channels of the tokens that are remembered do, [n, D]."""
+        assert part.recent is not None
+        inlet = at(other, self.plan.layers[layer].inlet)
+        if not part.whole:
+            return _without_bias(inlet, part.recent[:, part.dropped_index])
+        dropped = mx.ones(part.units, part.recent.dtype)
+        dropped[part.index] = 0
+        own = at(self._kept[layer], self.plan.layers[layer].inlet)
+        stock = type(own).__mro__[1]
+        made: mx.array = stock.__call__(own, part.recent * dropped)
+        return made - own.bias if "bias" in own else made
 
     def _passes(self, layer: int) -> bool:
         """Whether dropped channels of a layer have to be read."""
@@ -182,7 +230,7 @@ class Whole:
             if part.whole:
                 made = mx.zeros((*h.shape[:-1], width), h.dtype)
             else:
-                made = inlet(h) - inlet.bias if "bias" in inlet else inlet(h)
+                made = _without_bias(inlet, h)
             part.dropped = h, made
             return made
 
@@ -193,6 +241,36 @@ class Whole:
         finally:
             put_at(other, plan.inlet, inlet)
             part.dropped = None
+
+
+def exchange(
+    kept: nn.Module, other: nn.Module, layer: LayerPlan, old: Apart, new: Apart
+) -> None:
+    """Exchange channels between the two modules of a layer, in place.
+
+    Args:
+        kept: has those of ``old.index``, then of ``new.index``.
+        other: has the rest.
+        layer: the plan of what both have.
+        old, new: say which.
+    """
+    for piece in layer.slices:
+        homes = [at(module, piece.module) for module in (kept, other)]
+        there = [old.index, old.dropped_index]
+        rows = mx.concatenate([elements(piece, index, old.units) for index in there])
+        order = mx.argsort(rows)  # where each of all is
+        for name in tensors_along(homes[1], piece):
+            both = mx.concatenate([home[name] for home in homes], axis=piece.axis)
+            for home, index in zip(homes, (new.index, new.dropped_index), strict=True):
+                places = order[elements(piece, index, old.units)]
+                home[name] = mx.take(both, places, axis=piece.axis)
+            mx.eval([home[name] for home in homes])
+
+
+def _without_bias(linear: nn.Module, h: mx.array) -> mx.array:
+    """Return what a linear makes of something, but for its bias."""
+    made: mx.array = linear(h)
+    return made - linear.bias if "bias" in linear else made
 
 
 def parts_of(model: nn.Module, plan: Plan) -> list[Apart]:

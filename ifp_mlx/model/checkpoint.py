@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checking.drift import RECENT
 from ..checking.whole import Whole
 from ..files.atomic import new_file
 from ..files.progress import ProgressBar
@@ -275,6 +276,7 @@ class IFPModel:
             self._chooser(decision, rows, progress),
             compensate=decision.compensate,
             apart=decision.checks,
+            remember=RECENT if decision.request.reselect == "drift" else 0,
             places=places_of(tokens) if decision.compares else None,
             progress=progress,
         )

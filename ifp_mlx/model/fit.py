@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..checking.drift import RECENT
 from ..slicing.compensation import RANK
 from ..slicing.reading import FFN_STEP
 from ..slicing.stock import PREFILL_STEP
@@ -101,7 +102,10 @@ def _in_checks(model: Any, decision: Decision, swept: Footprint) -> Footprint:
     floats = swept.reading_floats * FFN_STEP
     passing = 2 * round(max(swept.layer_bytes) * units) + floats * mx.float32.size
     swept = replace(swept, passing_bytes=max(swept.passing_bytes, passing))
-    if decision.compensate:
+    if decision.request.reselect == "drift":
+        remembered = RECENT * units * swept.layers * mx.float32.size
+        swept = replace(swept, core_bytes=swept.core_bytes + remembered)
+    if decision.compensate or decision.request.reselect == "drift":
         factors = RANK * (units + width) * swept.layers * mx.float32.size
         swept = replace(swept, core_bytes=swept.core_bytes + factors)
     if not cuts_inlets(model, decision):

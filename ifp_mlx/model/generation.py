@@ -147,7 +147,8 @@ def stream_checked(
     rule = Rule(request.check, Decoding.of(decoding | {"seed": request.seed}))
     length = DraftLength(request.draft_tokens)
     about = compact.whole, tokens, rule, length, reading.kv, reading.tokens
-    yield from answered(CheckedRun(*about), tokenizer, max_tokens, prefill_step_size)
+    run = CheckedRun(*about, follow=request.reselect == "drift")
+    yield from answered(run, tokenizer, max_tokens, prefill_step_size)
 
 
 def generate(

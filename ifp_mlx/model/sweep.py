@@ -84,6 +84,7 @@ def compact_model(
     *,
     compensate: bool = False,
     apart: bool = False,
+    remember: int = 0,
     places: mx.array | None = None,
     progress: ProgressBar = iter,
 ) -> Swept:
@@ -101,6 +102,8 @@ def compact_model(
             same units out of the dense one.
         apart: leave the kept channels' weights as they are, and what makes up for
             others apart (:mod:`ifp_mlx.slicing.apart`).
+        remember: of how many of the last tokens the channels are remembered, where they
+            are apart and compensated.
         places: int32 ``[n]``, of the text's last step, where it is kept what the dense
             model says.
         progress: wraps the iteration over layers.
@@ -108,7 +111,7 @@ def compact_model(
     texts = batches_of([(tokens,)])[0]
     ticks = iter(progress(range(sum(_visits_of(source, texts)))))
     sweep = _Sweep(source, texts, ticks, choose, places)
-    sweep.compensate, sweep.apart = compensate, apart
+    sweep.compensate, sweep.apart, sweep.remember = compensate, apart, remember
     cache = sweep.run()
     next(ticks, None)
     note_units(sweep.model, source.plan)
@@ -162,6 +165,7 @@ class _Sweep:
         self.source, self.plan, self.texts = source, source.plan, texts
         self.choose, self.places = choose, places
         self.compensate = self.apart = False
+        self.remember = 0
         self.model = source.open()
         self.modules = self.plan.modules(self.model)
         self.uses = [mx.array(0.0)] * len(self.modules)
@@ -217,7 +221,9 @@ class _Sweep:
             if channels is not None and index.size < units:
                 correction = correction_of(at(module, plan.inlet), channels, index)
                 mx.eval(correction)
-            cut_apart(module, plan, index, units, correction=correction)
+            part = cut_apart(module, plan, index, units, correction=correction)
+            if self.remember and channels is not None:
+                part.recent = mx.array(channels[-self.remember :])
         elif channels is not None:
             cut_compensated(module, plan, index, channels)
         else:

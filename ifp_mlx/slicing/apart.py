@@ -37,7 +37,8 @@ class Apart:
         dropped: while the dense layer is computed: the channels that are not kept, as
             they come into the inlet, ``[..., F - k]``, and what the inlet makes of them,
             ``[..., D]`` (0 if the inlet is whole).
-        seen: then gets the channels, kept and dropped, of every call.
+        recent: channels of the latest tokens that the dense layer has read, ``[n, F]``,
+            where they are remembered; grows with each.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Apart:
         places[left] = np.arange(kept.size, units)
         self._places = mx.array(places)
         self.dropped: tuple[mx.array, mx.array] | None = None
-        self.seen: Callable[[mx.array], None] | None = None
+        self.recent: mx.array | None = None
 
     def __call__(self, linear: Linear, h: mx.array) -> mx.array:
         """Return what comes out of the inlet.
@@ -83,10 +84,11 @@ class Apart:
     def _dense(
         self, linear: Linear, h: mx.array, others: mx.array, made: mx.array
     ) -> mx.array:
-        if self.whole or self.seen is not None:
+        if self.whole or self.recent is not None:
             channels = self._spread(h, others)
-            if self.seen is not None:
-                self.seen(channels)
+            if self.recent is not None:
+                rows = channels.reshape(-1, self.units).astype(self.recent.dtype)
+                self.recent = mx.concatenate([self.recent, rows])
             if self.whole:
                 return linear(channels)
         return linear(h) + made

@@ -145,12 +145,30 @@ def correction_of(
         index: int32 ``[k]``, sorted, what is kept.
         rank: at most so many directions.
     """
-    down = dequantised(inlet)
-    some = channels[:: -(-len(channels) // TOKENS)].astype(mx.float32)
-    full = down_correction(down, some, index)
+    some = channels[:: -(-len(channels) // TOKENS)]
+    dropped = mx.ones(channels.shape[1], channels.dtype)
+    dropped[index] = 0
+    missing = (some * dropped) @ dequantised(inlet).astype(channels.dtype).T
+    return learned(some, index, missing, rank)
+
+
+def learned(
+    channels: mx.array, index: mx.array, missing: mx.array, rank: int = RANK
+) -> Correction:
+    """Return what makes the kept channels do what is missing, as two factors.
+
+    Args:
+        channels: what comes into ``down_proj`` for a text, ``[T, F]``.
+        index: int32 ``[k]``, sorted, what is kept.
+        missing: what it makes of the others, ``[T, D]``.
+        rank: at most so many directions.
+    """
+    size = mx.linalg.norm(channels.astype(mx.float32), axis=1, keepdims=True)
+    size = mx.maximum(size, 1e-6)
     with mx.stream(mx.cpu):
-        does = some[:, index] @ full
-        does = does / mx.maximum(mx.linalg.norm(some, axis=1, keepdims=True), 1e-6)
+        kept = channels[:, index].astype(mx.float32) / size
+        full = _ridge(kept, missing.astype(mx.float32) / size, STRENGTH)
+        does = kept @ full
         _, sides = mx.linalg.eigh(does @ does.T)
         writes = sides[:, ::-1][:, :rank].T @ does
         writes = writes / mx.maximum(
