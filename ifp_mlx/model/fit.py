@@ -91,10 +91,10 @@ def room_beside(model: Any, decision: Decision, limits: Limits) -> int:
 def _in_passing(model: Any, decision: Decision, limits: Limits) -> Footprint:
     """Return the model's footprint with what it has in memory for a while."""
     swept = _in_sweep(model, decision, limits)
-    return _in_checks(model, decision, swept) if decision.request.checks else swept
+    return in_checks(model, decision, swept) if decision.request.checks else swept
 
 
-def _in_checks(model: Any, decision: Decision, swept: Footprint) -> Footprint:
+def in_checks(model: Any, decision: Decision, swept: Footprint) -> Footprint:
     """Return a footprint with what checking has in memory: dropped channels of the layer
     that is computed and of the next, corrections, inlets that stay whole.
     """

@@ -106,7 +106,8 @@ class Request:
             )
 
     def _check_checks(self) -> None:
-        share = 0.0 if isinstance(self.check, str) else float(self.check)
+        number = isinstance(self.check, int | float)
+        share = float(self.check) if number else 0.0
         if self.check not in ("off", "exact") and not 0 < share < 1:
             raise ValueError(
                 f"check={self.check!r} is not a way of checking; choose exact, off, or a "

@@ -191,3 +191,13 @@ def _apart_call(stock: type) -> Any:
         return self._apart(partial(stock.__call__, self), h)
 
     return call
+
+
+def put_together(inlet: nn.Module) -> Apart:
+    """Undo :func:`set_apart`: let an inlet do its stock class's work again, and return
+    what it saw to.
+    """
+    parts: Apart = inlet._apart
+    inlet.__class__ = type(inlet).__bases__[0]
+    del inlet._apart
+    return parts

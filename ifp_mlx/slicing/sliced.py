@@ -279,7 +279,7 @@ def cuts_groups(index: mx.array, group: int, units: int) -> bool:
     """Whether keeping ``index``, int32 ``[k]``, of ``units`` takes a quantisation group
     of the inlet apart, so that it must be quantised again.
     """
-    return index.size < units and not _is_whole_blocks(index, group)
+    return index.size < units and group > 1 and not _is_whole_blocks(index, group)
 
 
 def pad(module: nn.Module, layer: LayerPlan, count: int) -> None:
