@@ -6,6 +6,7 @@ from .engine import Engine
 from .errors import (
     Busy,
     Cancelled,
+    CheckFailed,
     ContextTooLong,
     EngineClosed,
     IFPError,
@@ -23,6 +24,7 @@ __all__ = [
     "CancelToken",
     "Cancelled",
     "Chat",
+    "CheckFailed",
     "ContextTooLong",
     "Done",
     "Engine",

@@ -39,7 +39,9 @@ class Chat:
         options: dict[str, Any],
     ) -> None:
         if reselect not in (None, "turn"):
-            raise InvalidRequest(f"reselect={reselect!r} is unknown; use 'turn'.")
+            raise InvalidRequest(
+                f"reselect={reselect!r} is unknown; use 'turn', 'drift' or 'off'."
+            )
         if reselect and options.keys() & {"task", "mask_file", "instruction"}:
             raise InvalidRequest("reselect='turn' goes with no fixed task or mask.")
         self._engine, self._options, self._reselect = engine, options, reselect

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..selection.prompts import Prompt
-from ..selection.request import Request
+from ..selection.request import RESELECTS, Request
 from .chat import Chat, text_of
+from .checked import Tally
 from .errors import (
     EngineClosed,
     InvalidRequest,
@@ -40,6 +41,9 @@ CHOOSING = (
     "compensate",
     "min_agreement",
     "seed",
+    "check",
+    "draft_tokens",
+    "reselect",
 )
 
 OnProgress = Callable[[Progress], None]
@@ -54,7 +58,9 @@ class Engine:
 
     Requests with one mask decode in one batch; several masks take turns, step by
     step. KV caches are kept for the next turn of a conversation, each for the mask
-    that made it and no other.
+    that made it and no other. A request with ``check`` is answered by the whole model,
+    or as nearly as it asks: the compact one drafts, and dropped channels are read in
+    passing, for each check anew. Its KV cache is the whole model's and serves any mask.
 
     Attributes:
         name: the hub id it was opened by, else the folder's name.
@@ -72,6 +78,7 @@ class Engine:
         self.unit: str = about["unit"]
         self.channels: int = about["channels"]
         self.context_length: int = about["context_length"]
+        self._tally: Tally = about["tally"]
         self._max_queue: int = about["max_queue"]
 
     @staticmethod
@@ -167,7 +174,9 @@ class Engine:
             load: ``False`` leaves the loading to the first request.
             progress: called with ``select`` and ``channels``, on the worker thread.
             stop: cancels at the next layer or calibration text.
-            options: the fields of :class:`Request` that are in ``CHOOSING``.
+            options: the fields of :class:`Request` that are in ``CHOOSING``. A task
+                serves requests with and without ``check``; here it says which of them
+                the model is loaded for now.
 
         Raises:
             InvalidRequest: on a choice that cannot be had.
@@ -217,12 +226,12 @@ class Engine:
         Args:
             messages: a user's text, the messages of a conversation, or token ids,
                 taken as they are.
-            stop: cancels within one prefill step or one token; the stream then ends
-                with ``Done("cancelled")``.
+            stop: cancels within one prefill step or one token, or check; the stream
+                then ends with ``Done("cancelled")``.
             chat_template: ``False`` leaves the chat template out.
             options: the fields of :class:`Request` (``task``,
-                ``instruction``, ``mask_file``, ``keep``, ...; by default the messages
-                up to the first user message select) and of
+                ``instruction``, ``mask_file``, ``keep``, ``check``, ...; by default
+                the messages up to the first user message select) and of
                 :class:`Sampling` (``max_tokens``, ``temp``, ...).
 
         Yields:
@@ -232,6 +241,7 @@ class Engine:
             InvalidRequest: on a choice that cannot be had; `UnknownTask` and
                 `ContextTooLong` are of that kind.
             Busy: if ``max_queue`` requests are waiting.
+            CheckFailed: if the whole model cannot be read any more to check.
             EngineClosed: if the worker has ended, also in the midst of a stream.
         """
         options |= {"stop": stop, "chat_template": chat_template}
@@ -256,10 +266,14 @@ class Engine:
         self,
         *,
         system: str | None = None,
-        reselect: Literal["turn"] | None = None,
+        reselect: Literal["turn", "drift", "off"] | None = None,
         **options: Any,
     ) -> "Chat":
-        """Begin a conversation; see :class:`Chat`."""
+        """Begin a conversation; see :class:`Chat`, and for other ways of selecting again
+        than with each ``turn`` :class:`Request`.
+        """
+        if reselect in RESELECTS:
+            options, reselect = options | {"reselect": reselect}, None
         split_options(options)
         return Chat(self, system, reselect, options)
 
@@ -268,6 +282,13 @@ class Engine:
         the process), and of them ``compact_models``, ``prompt_cache``, ``kv_in_use``.
         """
         return self._call(lambda host: host.memory()).result()
+
+    def checking(self) -> dict[str, Any]:
+        """Report what checking took since the engine was opened: ``checks``, tokens
+        ``drafted`` and ``accepted``, their share ``acceptance`` (``None`` so far), and
+        ``bytes_read`` of dropped channels. It waits for nobody.
+        """
+        return self._tally.report()
 
     def unload(self) -> None:
         """Cancel what runs and give all weights and caches back.
@@ -352,6 +373,7 @@ def _about(host: Host) -> dict[str, Any]:
         "unit": host.model.plan.unit,
         "channels": host.model.channels,
         "context_length": host.context_length,
+        "tally": host.tally,
     }
 
 

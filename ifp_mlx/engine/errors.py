@@ -7,6 +7,7 @@
     │   ├── UnknownTask                     no task of that name is prepared
     │   └── ContextTooLong                  prompt and answer do not fit the context
     ├── OutOfMemory (MemoryError)           would exceed the engine's memory limit
+    ├── CheckFailed (OSError)               the whole model could not be read to check
     ├── Busy                                too many requests are waiting
     ├── Cancelled                           stopped by its CancelToken
     └── EngineClosed (RuntimeError)         closed, or its worker has died
@@ -43,6 +44,10 @@ class ContextTooLong(InvalidRequest):
 
 class OutOfMemory(IFPError, MemoryError):
     """What was asked for would exceed the engine's memory limit."""
+
+
+class CheckFailed(IFPError, OSError):
+    """The whole model could not be read in the midst of an answer that it checks."""
 
 
 class Busy(IFPError):

@@ -2,7 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Stage = Literal["download", "load", "select", "channels", "prefill", "decode"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -76,6 +76,8 @@ class Done:
         seconds: ``select``, ``load``, ``wait`` (for its turn), ``prefill``,
             ``decode`` and ``ttft`` (from the request to the first token).
         tokens_per_second: of decoding, as this request saw it.
+        check: where the whole model checked, what that took: the fields of
+            :class:`ifp_mlx.checking.loop.Checks`.
     """
 
     finish_reason: FinishReason
@@ -91,6 +93,7 @@ class Done:
     generation_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     tokens_per_second: float = 0.0
+    check: dict[str, Any] | None = None
 
 
 Event = Progress | Token | Done

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from ..model.checkpoint import load
 from ..model.footprint import physical_memory
 from ..selection.prompts import Prompt, as_messages, instruction_of, is_tokens, tokenize
 from ..storage.folder import resolve
+from .checked import CheckedLane, Tally
 from .errors import (
     Busy,
     Cancelled,
@@ -27,7 +28,8 @@ from .errors import (
 )
 from .events import Progress
 from .grammar import Grammar
-from .lanes import Lane, Schedule, Ticket
+from .lanes import Lane, Schedule, Seats, Ticket
+from .prompts import WHOLE_MODEL, Prompts
 from .residents import Shelf, clear_memory
 from .sampling import DEFAULT_MAX_TOKENS
 from .worker import detached
@@ -59,7 +61,6 @@ class Host:
     def __init__(
         self, settings: Settings, progress: Callable[[Progress], None]
     ) -> None:
-        from mlx_lm.models.cache import LRUPromptCache
         from mlx_lm.utils import maybe_set_recommended_wired_limit
 
         self.settings = settings
@@ -74,9 +75,10 @@ class Host:
         if budget is None:
             budget = limit or half_the_memory()
         self.shelf = Shelf(self.model, budget, limit)
-        self.prompts = LRUPromptCache(max_bytes=settings.prompt_cache_bytes)
+        self.prompts, self.tally = Prompts(settings.prompt_cache_bytes), Tally()
         self.schedule = Schedule(self._open_lane, self.shelf.weigh, budget, limit)
-        self.shelf.in_use = self.schedule.selections
+        self.shelf.in_use = self.schedule.uses
+        self.shelf.read = partial(self.prompts.keep, WHOLE_MODEL)
         self.arrivals: deque[Ticket] = deque()
         # As mlx-lm does while it generates; each batch restores what it found.
         self._old_wired_limit = maybe_set_recommended_wired_limit()
@@ -147,7 +149,7 @@ class Host:
         while self.arrivals:
             self._take_in(self.arrivals.popleft())
         self.schedule.cancel()
-        self.prompts.trim_to(n_sequences=0)
+        self.prompts.clear()
         self.shelf.unload()
         clear_memory()
 
@@ -174,12 +176,14 @@ class Host:
                 if ticket.sampling.top_k >= self.vocabulary:  # mlx-lm refuses that
                     ticket.sampling = replace(ticket.sampling, top_k=0)
                 start = time.perf_counter()
-                ticket.selection = self.shelf.select(
+                ticket.use = self.shelf.select(
                     ticket.request, self._selecting(ticket), ticket.emit, ticket.stop
                 )
                 ticket.seconds["select"] = time.perf_counter() - start
                 ticket.kv_bytes = self.shelf.check_limit(
-                    ticket.selection, len(ticket.tokens) + ticket.max_tokens
+                    ticket.use,
+                    len(ticket.tokens) + ticket.max_tokens,
+                    moving=ticket.request.reselect == "drift",
                 )
                 ticket.processors = self._processors(ticket)
         except Cancelled:
@@ -225,6 +229,11 @@ class Host:
         )
         processors = list(processors)
         if sampling.json_schema is not None:
+            if ticket.use.checked:
+                raise InvalidRequest(
+                    f"check={ticket.request.check} takes tokens back, and a JSON schema "
+                    "is followed token by token, never back; leave one of them out."
+                )
             processors.append(self.grammar.processor(sampling.json_schema))
         return processors
 
@@ -238,19 +247,16 @@ class Host:
         """How many tokens the model knows."""
         return self.model.vocabulary
 
-    def _open_lane(self, ticket: Ticket) -> Lane:
+    def _open_lane(self, ticket: Ticket) -> Seats:
         start = time.perf_counter()
         with typed_errors(InvalidRequest):
-            model = self.shelf.load(ticket.selection, ticket.emit, ticket.stop)
+            held = self.shelf.load(ticket.use, ticket.emit, ticket.stop)
         ticket.seconds["load"] = time.perf_counter() - start
-        return Lane(
-            model,
-            ticket.selection,
-            self.tokenizer,
-            self.prompts,
-            batch=self.settings.batch,
-            prefill_step=self.settings.prefill_step,
-        )
+        settings, about = self.settings, (ticket.use, self.tokenizer, self.prompts)
+        how: Any = {"batch": settings.batch, "prefill_step": settings.prefill_step}
+        if held.whole is None:
+            return Lane(held.model, *about, **how)
+        return CheckedLane(held.whole, *about, self.tally, **how)
 
 
 @contextmanager

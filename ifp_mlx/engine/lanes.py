@@ -3,16 +3,19 @@
 import itertools
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..checking.loop import Checks
 from ..selection.masks import Selection
 from ..selection.request import Request
-from .errors import Cancelled, IFPError
+from .errors import Cancelled
 from .events import (
     CancelToken,
     Done,
@@ -22,6 +25,8 @@ from .events import (
     Token,
     TokenLogprob,
 )
+from .forms import Use
+from .prompts import Prompts
 from .sampling import Sampling
 from .worker import detached
 
@@ -37,16 +42,17 @@ class Ticket:
         messages: the conversation or text, as the caller gave it.
         request: which selection.
         sampling: how to decode.
-        selection: once there is one.
+        use: what it needs in memory, once there is a selection.
         tokens: the prompt's ids, once tokenised.
         max_tokens: what ``sampling`` and the context leave.
-        kv_bytes: of its KV cache at its longest.
+        kv_bytes: of its KV cache at its longest, and of what else it has for itself.
         processors: mlx-lm logits processors.
         cached: tokens of the prompt that came from the prompt cache.
         seconds: the time spent so far.
+        check: what checking took so far.
     """
 
-    selection: Selection
+    use: Use
     tokens: list[int]
     max_tokens: int
     kv_bytes: int
@@ -68,6 +74,7 @@ class Ticket:
         self.seconds: dict[str, float] = {}
         self.arrived = self.ready = self.admitted = time.perf_counter()
         self.first: float | None = None
+        self.check: Checks | None = None
 
     def start(self, text: "Text", cached: int) -> None:
         """Note that the request has its place in a batch."""
@@ -120,15 +127,14 @@ class Ticket:
             generation_tokens=self.number,
             seconds=self.seconds,
             tokens_per_second=(self.number - 1) / decode if decode else 0.0,
-            **mask_figures(getattr(self, "selection", None)),
+            check=None if self.check is None else asdict(self.check),
+            **(mask_figures(self.use.selection) if hasattr(self, "use") else {}),
         )
         self.emit(done)
 
 
-def mask_figures(selection: Selection | None) -> dict[str, Any]:
+def mask_figures(selection: Selection) -> dict[str, Any]:
     """Return what tells a selection from others, how much it keeps, and how good it is."""
-    if selection is None:
-        return {}
     sizes, origin = selection.sizes, selection.origin
     return {
         "mask_id": selection.mask_id,
@@ -185,15 +191,65 @@ class Text:
         return text[:cut]
 
 
-class Lane:
+class Seats(ABC):
+    """The requests that are served now with one use of a selection.
+
+    Args:
+        use: what all of them need in memory.
+        seats: how many there can be.
+
+    Attributes:
+        running: the requests, by number.
+        draining: whether no more are let in.
+    """
+
+    def __init__(self, use: Use, seats: int) -> None:
+        self.use, self._seats = use, seats
+        self.running: dict[int, Ticket] = {}
+        self.draining = False
+
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more requests now."""
+        return self.draining or len(self.running) >= self._seats
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV caches if every answer comes to its full length."""
+        return sum(ticket.kv_bytes for ticket in self.running.values())
+
+    def fail(self, error: BaseException) -> None:
+        """End every request with ``error``."""
+        for ticket in self.running.values():
+            ticket.emit(error)
+        self.running.clear()
+
+    @abstractmethod
+    def admit(self, ticket: Ticket) -> None:
+        """Give a request a seat, with what is cached of its prompt."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Take every request a bit further."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what is not the requests'."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes of the KV caches in use."""
+
+
+class Lane(Seats):
     """The requests of one mask, decoded together by mlx-lm's ``BatchGenerator``.
 
     Args:
         model: the mask's compact model.
-        selection: the mask; its identity is the key of every KV cache that comes from
-            it.
+        use: the mask; its identity is the key of every KV cache that comes from it.
         tokenizer: mlx-lm's.
-        prompts: mlx-lm's ``LRUPromptCache``.
+        prompts: KV caches.
         batch: requests decoded together at most.
         prefill_step: prompt tokens between two chances to stop.
     """
@@ -201,19 +257,17 @@ class Lane:
     def __init__(
         self,
         model: nn.Module,
-        selection: Selection,
+        use: Use,
         tokenizer: Any,
-        prompts: Any,
+        prompts: Prompts,
         *,
         batch: int,
         prefill_step: int,
     ) -> None:
         from mlx_lm.generate import BatchGenerator
 
-        self.selection, self.identity = selection, selection.identity
-        self._batch = batch
-        self.running: dict[int, Ticket] = {}
-        self.draining = False
+        super().__init__(use, batch)
+        self._identity = use.selection.identity
         self._tokenizer, self._prompts = tokenizer, prompts
         self._generator = BatchGenerator(
             model,
@@ -224,11 +278,10 @@ class Lane:
         )
 
     def admit(self, ticket: Ticket) -> None:
-        """Give a request a place in the batch, with what is cached of its prompt."""
-        cache, rest = self._cached(ticket.tokens)
-        cached = len(ticket.tokens) - len(rest)
+        """See :meth:`Seats.admit`."""
+        cache, cached = self._prompts.find(self._identity, ticket.tokens)
         [uid] = self._generator.insert(
-            [rest],
+            [ticket.tokens[cached:]],
             [ticket.max_tokens],
             caches=None if cache is None else [cache],
             all_tokens=[ticket.tokens[:cached]],
@@ -253,17 +306,13 @@ class Lane:
             ticket = self.running[response.uid]
             reason = ticket.token(response)
             if response.finish_reason is not None:
-                self._keep(response.prompt_cache, response.all_tokens)
+                self._prompts.keep(
+                    self._identity, response.all_tokens, response.prompt_cache
+                )
                 del self.running[response.uid]
                 ticket.finish(reason or response.finish_reason)
             elif reason is not None:
                 self._end(response.uid, reason)
-
-    def fail(self, error: BaseException) -> None:
-        """End every request with ``error``."""
-        for ticket in self.running.values():
-            ticket.emit(error)
-        self.running.clear()
 
     def close(self) -> None:
         """Let the batch go."""
@@ -271,18 +320,8 @@ class Lane:
         del self._generator
 
     @property
-    def full(self) -> bool:
-        """Whether it takes no more requests now."""
-        return self.draining or len(self.running) >= self._batch
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the KV caches if every answer comes to its full length."""
-        return sum(ticket.kv_bytes for ticket in self.running.values())
-
-    @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV caches in use."""
+        """See :attr:`Seats.cache_bytes`."""
         return int(self._generator.prompt_cache_nbytes)
 
     def _end(self, uid: int, reason: FinishReason) -> None:
@@ -290,25 +329,14 @@ class Lane:
         decoding = ticket.number > 0
         kept = self._generator.remove([uid], return_prompt_caches=decoding)
         if decoding:
-            self._keep(*kept[uid])
+            cache, tokens = kept[uid]
+            self._prompts.keep(self._identity, tokens, cache)
         ticket.finish(reason)
 
-    def _cached(self, tokens: list[int]) -> tuple[Any, list[int]]:
-        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-        cache, rest = self._prompts.fetch_nearest_cache(self.identity, tokens)
-        if cache is not None and not rest:  # one token must be left to start from
-            if not can_trim_prompt_cache(cache):
-                return None, list(tokens)
-            trim_prompt_cache(cache, 1)
-            rest = tokens[-1:]
-        return cache, list(rest)
-
-    def _keep(self, cache: Any, tokens: list[int]) -> None:
-        size = sum(layer.nbytes for layer in cache)
-        if size <= self._prompts.max_bytes:
-            mx.eval([layer.state for layer in cache])  # let go of the batch it was in
-            self._prompts.insert_cache(self.identity, list(tokens), cache)
+def seed_of(sampling: Sampling) -> int:
+    """Return the seed of one request's draws, whatever comes if it names none."""
+    return secrets.randbits(32) if sampling.seed is None else sampling.seed
 
 
 def sampler_of(sampling: Sampling) -> Any:
@@ -320,7 +348,7 @@ def sampler_of(sampling: Sampling) -> Any:
     )
     if sampling.temp == 0:
         return sampler
-    seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+    seed = seed_of(sampling)
     numbers = itertools.count()
 
     def seeded(logprobs: mx.array) -> mx.array:
@@ -332,7 +360,8 @@ def sampler_of(sampling: Sampling) -> Any:
 
 
 class Schedule:
-    """Who decodes when: a lane per mask, one step of each in turn.
+    """Who decodes when: a lane per mask, and one more for those of its requests that
+    are checked; one step of each lane in turn.
 
     A new lane opens while its model fits into the budget beside those of the other
     lanes. When it does not, the oldest lane takes no new requests, and so ends, and
@@ -340,14 +369,14 @@ class Schedule:
 
     Args:
         open_lane: makes the lane of a request, loading its model if need be.
-        weigh: bytes of the compact models of selections together.
+        weigh: bytes of the compact models of several uses together.
         budget: bytes of the models of all lanes together.
         limit: bytes of models and KV caches together, or ``None``.
     """
 
     def __init__(
         self,
-        open_lane: Callable[[Ticket], Lane],
+        open_lane: Callable[[Ticket], Seats],
         weigh: Callable[..., int],
         budget: int,
         limit: int | None = None,
@@ -355,11 +384,11 @@ class Schedule:
         self._open, self._weigh = open_lane, weigh
         self._budget, self._limit = budget, limit
         self.waiting: list[Ticket] = []
-        self.lanes: dict[str, Lane] = {}
+        self.lanes: dict[tuple[str, bool], Seats] = {}
 
-    def selections(self) -> list[Selection]:
-        """Return the selections that are decoded with."""
-        return [lane.selection for lane in self.lanes.values()]
+    def uses(self) -> list[Use]:
+        """Return what is decoded with."""
+        return [lane.use for lane in self.lanes.values()]
 
     @property
     def busy(self) -> bool:
@@ -374,13 +403,13 @@ class Schedule:
     def turn(self) -> None:
         """Admit what fits, then one step of every lane."""
         self._admit()
-        for identity, lane in list(self.lanes.items()):
+        for key, lane in list(self.lanes.items()):
             try:
                 lane.step()
             except Exception as error:  # of one batch; the others go on
                 lane.fail(detached(error))
             if not lane.running:
-                self.lanes.pop(identity).close()
+                self.lanes.pop(key).close()
 
     def cancel(self) -> None:
         """End everything as cancelled."""
@@ -402,15 +431,15 @@ class Schedule:
         self.waiting, self.lanes = [], {}
 
     def _admit(self) -> None:
-        crowded: dict[str, None] = {}
+        crowded: dict[tuple[str, bool], None] = {}
         still_waiting = []
         held = False  # for want of memory: then nobody may pass by
         for ticket in self.waiting:
-            identity = ticket.selection.identity
+            key = ticket.use.key
             if ticket.stop.cancelled:
                 ticket.finish("cancelled")
-            elif identity in self.lanes:
-                lane = self.lanes[identity]
+            elif key in self.lanes:
+                lane = self.lanes[key]
                 held = held or not self._fits(ticket)
                 if held or lane.full:
                     still_waiting.append(ticket)
@@ -419,7 +448,7 @@ class Schedule:
             elif not (held or crowded) and self._fits(ticket, opening=True):
                 self._open_for(ticket)
             else:
-                crowded[identity] = None
+                crowded[key] = None
                 still_waiting.append(ticket)
         self.waiting = still_waiting
         for lane in list(self.lanes.values())[: len(crowded)]:
@@ -427,8 +456,8 @@ class Schedule:
 
     def _fits(self, ticket: Ticket, *, opening: bool = False) -> bool:
         """Whether there is room for a request; alone, there always is."""
-        opened = [ticket.selection] if opening else []
-        models = self._weigh(*self.selections(), *opened)
+        opened = [ticket.use] if opening else []
+        models = self._weigh(*self.uses(), *opened)
         caches = ticket.kv_bytes + sum(lane.kv_bytes for lane in self.lanes.values())
         fits = self._limit is None or models + caches <= self._limit
         return not self.lanes or (fits and not (opening and models > self._budget))
@@ -438,8 +467,8 @@ class Schedule:
             lane = self._open(ticket)
         except Cancelled:
             ticket.finish("cancelled")
-        except (IFPError, ValueError, OSError) as error:
+        except Exception as error:  # of this request; the others go on
             ticket.emit(detached(error))
         else:
-            self.lanes[lane.identity] = lane
+            self.lanes[lane.use.key] = lane
             lane.admit(ticket)

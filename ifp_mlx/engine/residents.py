@@ -12,8 +12,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..checking.whole import Whole
 from ..model.agreement import check_agreement
-from ..model.checkpoint import IFPModel
+from ..model.checkpoint import Compact, IFPModel
 from ..model.decide import decide, with_instruction
 from ..model.decision import Decision
 from ..selection.masks import Selection
@@ -22,6 +23,7 @@ from ..selection.request import Request
 from ..slicing.sliced import share_core
 from .errors import Cancelled, OutOfMemory, UnknownTask
 from .events import CancelToken, Progress, Stage, Task
+from .forms import Held, Use, apart_of, moving_bytes, plain_of, share, use_of, weigh
 from .lanes import mask_figures
 
 Emit = Callable[[Progress], None]
@@ -37,16 +39,19 @@ class Shelf:
         limit: bytes that no request may exceed, or ``None``.
 
     Attributes:
-        in_use: returns the selections that are being decoded with, whose models are
-            the last to be let go.
+        in_use: returns what is being decoded with, whose models are the last to be let
+            go.
+        read: gets the KV cache of what the dense model read for a request that it
+            checks, and the tokens.
     """
 
-    in_use: Callable[[], Iterable[Selection]] = staticmethod(lambda: ())
+    in_use: Callable[[], Iterable[Use]] = staticmethod(lambda: ())
+    read: Callable[[Sequence[int], list[Any]], None] = staticmethod(lambda *_: None)
 
     def __init__(self, model: IFPModel, budget: int, limit: int | None) -> None:
         self.model, self._limit = model, limit
         self.footprint = model.footprint
-        self.residents = Residents(model, budget, self.footprint.channel_bytes)
+        self.residents = Residents(model, budget)
         self.named: dict[str, Selection] = {}
         self._remembered: OrderedDict[Any, Selection] = OrderedDict()
 
@@ -57,8 +62,8 @@ class Shelf:
         emit: Emit,
         stop: CancelToken,
         load: bool = True,
-    ) -> Selection:
-        """Return the selection of a request, made once for each instruction.
+    ) -> Use:
+        """Return what a request needs; its selection is made once for each instruction.
 
         Where the dense model reads that, the compact model is made on the way, unless
         it is not to be loaded.
@@ -69,9 +74,11 @@ class Shelf:
                 raise UnknownTask(f"There is no task {request.task!r} ({known}).")
             named = self.named[request.task]
             request = replace(request, task=None, selection=named)
-        decision = decide(with_instruction(request, messages), self.model)
+        # Channels that follow an answer are that answer's own.
+        asked = with_instruction(replace(request, reselect="off"), messages)
+        decision = decide(asked, self.model)
         if decision.selection is not None:
-            return decision.selection
+            return self.use(decision.selection, decision.checks)
         key = self._key(decision)
         if key not in self._remembered:
             emit(Progress("select", 0, 0))
@@ -84,31 +91,40 @@ class Shelf:
         selection = self._remembered[key]
         if decision.compares:
             check_agreement(selection, decision.request.min_agreement)
-        return selection
+        return self.use(selection, decision.checks)
+
+    def use(self, selection: Selection, checked: bool = False) -> Use:
+        """Return what a selection needs in memory."""
+        return use_of(self.model, selection, checked)
 
     def _key(self, decision: Decision) -> tuple:
         """Return what tells a selection from those of other requests."""
         seed = decision.request.seed if decision.selector == "random" else None
         chosen = decision.selector, tuple(decision.sizes), decision.granularity
-        how = decision.compensate, decision.compares, seed
+        form = decision.compares and decision.checks  # which is what is compared
+        how = decision.compensate, decision.compares, form, seed
         return tuple(decision.tokens), *chosen, *how
 
     def _choose(self, decision: Decision, progress: Any, load: bool) -> Selection:
         if decision.reads and load:
-            self.check_limit(decision.sizes)
+            self._check_limit(sum(weigh(self.model, decision)))
             self._touch_used()
-            return self.residents.sweep(decision, progress)
+            made = self.residents.sweep(decision, progress)
+            if decision.checks and made.kv is not None:
+                self.read(decision.tokens, made.kv)
+            return made.selection
         return self.model.selected(decision, progress=progress)
 
     def _touch_used(self) -> None:
         for used in self.in_use():
-            self.residents.get(used)
+            if used in self.residents:
+                self.residents.get(used)
 
-    def load(self, selection: Selection, emit: Emit, stop: CancelToken) -> nn.Module:
-        """Return the compact model of a selection, reading it if it is not there."""
-        self.check_limit(selection)
+    def load(self, use: Use, emit: Emit, stop: CancelToken) -> Held:
+        """Return the compact model for a use, reading it if it is not there."""
+        self.check_limit(use)
         self._touch_used()
-        return self.residents.get(selection, progress=reporting("channels", emit, stop))
+        return self.residents.get(use, progress=reporting("channels", emit, stop))
 
     def prepare(
         self,
@@ -120,13 +136,13 @@ class Shelf:
     ) -> Task:
         """Select and load under a name (default: the identity); see ``Engine``."""
         start = time.perf_counter()
-        selection = self.select(request, request.instruction or "", emit, stop, load)
+        use = self.select(request, request.instruction or "", emit, stop, load)
         selected = time.perf_counter()
         if load:
-            self.load(selection, emit, stop)
+            self.load(use, emit, stop)
         loaded = time.perf_counter()
-        name = name or selection.identity
-        self.named[name] = selection
+        name = name or use.selection.identity
+        self.named[name] = use.selection
         return self.task(name, select=selected - start, load=loaded - selected)
 
     def task(self, name: str, **seconds: float) -> Task:
@@ -134,12 +150,13 @@ class Shelf:
         if name not in self.named:
             raise UnknownTask(f"There is no task {name!r}; prepare it first.")
         selection = self.named[name]
+        forms = [Use(selection, checked) for checked in (False, True)]
         return Task(
             name=name,
             channels=selection.channels,
             widths=tuple(selection.sizes),
-            bytes=self.weigh(selection),
-            resident=selection.identity in self.residents,
+            bytes=self.footprint.compact_bytes(selection),
+            resident=any(form in self.residents for form in forms),
             info=selection.as_text(),
             seconds=seconds,
             **mask_figures(selection),
@@ -164,34 +181,47 @@ class Shelf:
         self.task(name)
         return np.array(self.named[name].mask())
 
-    def weigh(self, *selections: Selection | Sequence[int]) -> int:
-        """Return the bytes of the compact models of selections, or of so many units
-        in each layer, without loading them.
+    def weigh(self, *uses: Use) -> int:
+        """Return the bytes of the compact models for some uses, without loading them, and
+        of what passes through while one of them is checked.
 
-        They share all but their units.
+        They share all but their units, and two forms of one selection most of these.
         """
-        channels = sum(map(self.footprint.channel_bytes, selections))
-        return self.footprint.core_bytes + channels
+        shared = {use.selection.identity: use.shared for use in uses}
+        own = {use.key: use.own for use in uses}
+        passing = max((use.passing for use in uses), default=0)
+        channels = sum(shared.values()) + sum(own.values())
+        return self.footprint.core_bytes + channels + passing
 
-    def check_limit(self, selection: Selection | Sequence[int], tokens: int = 0) -> int:
-        """Return the bytes of the KV cache of a request.
+    def check_limit(self, use: Use, tokens: int = 0, moving: bool = False) -> int:
+        """Return the bytes that a request has for itself: of its KV cache, and of channels
+        that follow its answer.
 
         Args:
-            selection: of the request, or what it keeps of each layer.
+            use: of the request.
             tokens: of its prompt and its answer.
+            moving: whether channels follow.
 
         Raises:
             OutOfMemory: if they and the compact model exceed the limit.
         """
-        kv_bytes = self.footprint.kv_bytes(tokens)
-        needed = self.weigh(selection) + kv_bytes
+        own = self.footprint.kv_bytes(tokens)
+        if use.checked:  # which copies what goes round, to be able to go back
+            own += sum(c.bytes(tokens) for c in self.footprint.caches if c.window)
+        if moving and use.checked:
+            own += moving_bytes(self.model, use.selection)
+        self._check_limit(self.weigh(use) - self.footprint.core_bytes + own)
+        return own
+
+    def _check_limit(self, more: int) -> None:
+        """Refuse what exceeds the limit, beside the core."""
+        needed = self.footprint.core_bytes + more
         if self._limit is not None and needed > self._limit:
             raise OutOfMemory(
                 f"This needs {needed / 1e6:.0f} MB, more than the memory limit of "
                 f"{self._limit / 1e6:.0f} MB; keep fewer {self.model.plan.unit}s, shorten "
                 "the conversation, or raise the limit."
             )
-        return kv_bytes
 
     def unload(self) -> None:
         """Let all weights go; the selections stay."""
@@ -203,73 +233,96 @@ class Shelf:
 class Residents:
     """Compact models in memory, the least recently used let go first.
 
-    Only their units differ: all else is one set of arrays.
+    Only their units differ: all else is one set of arrays; and the two forms of one
+    selection share what they can.
 
     Args:
         model: the large model.
         budget: bytes of all of them together.
-        channel_bytes: returns the bytes that a selection adds, or that so many units
-            of each layer do.
     """
 
-    def __init__(
-        self, model: IFPModel, budget: int, channel_bytes: Callable[[Any], int]
-    ) -> None:
-        self._model, self._budget, self._adds = model, budget, channel_bytes
-        self._models: OrderedDict[str, tuple[nn.Module, Selection]] = OrderedDict()
+    def __init__(self, model: IFPModel, budget: int) -> None:
+        self._model, self._budget = model, budget
+        self._held: OrderedDict[tuple[str, bool], Held] = OrderedDict()
 
-    def __contains__(self, identity: str) -> bool:
-        return identity in self._models
+    def __contains__(self, use: Use) -> bool:
+        return use.key in self._held
 
-    def get(self, selection: Selection, *, progress: Any = iter) -> nn.Module:
-        """Return the selection's compact model."""
-        if selection.identity not in self._models:
-            self._make_room(self._adds(selection))
-            compact = self._model.compact(
-                selection, beside=self._nearest(selection), progress=progress
-            )
-            self._models[selection.identity] = compact, selection
-        self._models.move_to_end(selection.identity)
+    def get(self, use: Use, *, progress: Any = iter) -> Held:
+        """Return the compact model for a use."""
+        if use.key not in self._held:
+            twin = self._twin(use)
+            self._make_room(use.own + (0 if twin else use.shared))
+            self._held[use.key] = self._made(use, twin, progress)
+        self._held.move_to_end(use.key)
         self._make_room()
-        return self._models[selection.identity][0]
+        return self._held[use.key]
 
-    def sweep(self, decision: Decision, progress: Any) -> Selection:
+    def sweep(self, decision: Decision, progress: Any) -> Compact:
         """Select and make the compact model in one pass, and keep it.
 
-        The dense model's KV cache is not kept: answers would depend on which of two
-        prompts that begin alike came first.
+        Where nobody checks, nobody goes on from the dense model's KV cache: answers would
+        depend on which of two prompts that begin alike came first.
         """
-        self._make_room(self._adds(decision.sizes))
+        self._make_room(weigh(self._model, decision)[0])
         made = self._model.prepare(decision, progress=progress)
-        other = next(iter(self._models.values()), None)
-        if other is not None:
-            share_core(made.model, other[0], self._model.plan)
-        self._models[made.selection.identity] = made.model, made.selection
+        use = use_of(self._model, made.selection, made.whole is not None)
+        if twin := self._twin(use):
+            share(self._model, made.model, twin.model, use.selection)
+        self._share_core(made.model)
+        self._held[use.key] = Held(use, made.model, made.whole)
         self._make_room()
-        return made.selection
+        return made
+
+    def _made(self, use: Use, twin: Held | None, progress: Any) -> Held:
+        model, selection = self._model, use.selection
+        if twin is not None:
+            other = apart_of if use.checked else plain_of
+            made = other(model, selection, twin.model, progress=progress)
+        elif use.checked:
+            made = model.apart(selection, progress=progress)
+        else:
+            beside = self._nearest(selection)
+            made = model.compact(selection, beside=beside, progress=progress)
+        self._share_core(made)
+        whole = Whole(model.source, made) if use.checked else None
+        return Held(use, made, whole)
+
+    def _share_core(self, made: nn.Module) -> None:
+        """Let a model use what is not its units' of those that are there already."""
+        if other := next(iter(self._held.values()), None):
+            share_core(made, other.model, self._model.plan)
+
+    def _twin(self, use: Use) -> Held | None:
+        """Return the other form of a selection."""
+        return self._held.get((use.selection.identity, not use.checked))
 
     def _nearest(self, selection: Selection) -> tuple[nn.Module, Selection] | None:
-        """Return the resident that has most of a selection's units already."""
+        """Return the plain resident that has most of a selection's units already."""
+        plain = (held for held in self._held.values() if not held.use.checked)
         return max(
-            self._models.values(),
+            ((held.model, held.use.selection) for held in plain),
             key=lambda one: common_units(one[1], selection),
             default=None,
         )
 
     def _make_room(self, more: int = 0) -> None:
         """Let models go until ``more`` bytes fit; the newest stays, for its core."""
-        while len(self._models) > 1 and self.nbytes + more > self._budget:
-            self._models.popitem(last=False)
+        while len(self._held) > 1 and self.nbytes + more > self._budget:
+            self._held.popitem(last=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all the models' weights, each array counted once."""
-        models = [model.parameters() for model, _ in self._models.values()]
-        return sum({id(w): w.nbytes for _, w in tree_flatten(models)}.values())
+        models = [held.model.parameters() for held in self._held.values()]
+        wholes = [held.whole for held in self._held.values() if held.whole is not None]
+        learned = [part.correction for whole in wholes for part in whole.parts]
+        found = [w for _, w in tree_flatten([models, learned]) if w is not None]
+        return sum({id(array): array.nbytes for array in found}.values())
 
     def clear(self) -> None:
         """Let all of them go."""
-        self._models.clear()
+        self._held.clear()
 
 
 def common_units(one: Selection, other: Selection) -> int:

@@ -1,6 +1,7 @@
 """The engine, with callers on every kind of thread."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -304,11 +305,13 @@ def test_models_in_use_are_the_last_to_be_let_go(engine, folder):
 
     model, _ = load(folder)
     masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
-    shelf = Shelf(model, Shelf(model, 1, None).weigh(*masks[:2]), None)
-    shelf.in_use = lambda: masks[:1]
-    for mask in masks:
-        shelf.load(mask, lambda event: None, CancelToken())
-    there = [mask.identity in shelf.residents for mask in masks]
+    budget = Shelf(model, 1, None)
+    shelf = Shelf(model, budget.weigh(*map(budget.use, masks[:2])), None)
+    uses = [shelf.use(mask) for mask in masks]
+    shelf.in_use = lambda: uses[:1]
+    for use in uses:
+        shelf.load(use, lambda event: None, CancelToken())
+    there = [use in shelf.residents for use in uses]
     assert there == [True, False, True]
 
 
@@ -320,10 +323,11 @@ def test_resident_models_share_everything_but_their_channels(tmp_path, family):
     masks = [model.select(f"Task {n}.", keep=0.5) for n in range(3)]
     shelf = Shelf(model, 1 << 30, None)
     tokens = mx.array([[5, 6, 7]])
-    for mask in masks:
-        shared = shelf.load(mask, lambda event: None, CancelToken())
-        assert mx.array_equal(shared(tokens), model.compact(mask)(tokens))
-    assert shelf.residents.nbytes == shelf.weigh(*masks)
+    uses = [shelf.use(mask) for mask in masks]
+    for use in uses:
+        shared = shelf.load(use, lambda event: None, CancelToken()).model
+        assert mx.array_equal(shared(tokens), model.compact(use.selection)(tokens))
+    assert shelf.residents.nbytes == shelf.weigh(*uses)
     core = shelf.footprint.core_bytes
     alone = sum(map(shelf.footprint.compact_bytes, masks))
     assert shelf.residents.nbytes == alone - 2 * core and core > 0
@@ -548,12 +552,25 @@ def test_an_error_in_one_batch_leaves_the_others(folder, monkeypatch):
         assert engine.generate("Hi", max_tokens=3) == good
 
 
+def test_weights_that_cannot_be_read_fail_their_request_alone(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    with Engine.open(folder) as engine:
+        good = engine.generate("Hi", max_tokens=3)
+        file = folder / "model.safetensors"
+        os.truncate(file, file.stat().st_size // 2)
+        for options in ({"selector": "random"}, {"instruction": "Something else."}):
+            with pytest.raises((RuntimeError, OSError)):
+                engine.generate("Hi", **options)
+        assert engine.generate("Hi", max_tokens=3) == good
+
+
 EXIT = """
 import sys
 from ifp_mlx.engine import Engine, Token
 how, folder = sys.argv[1:]
 engine = Engine.open(folder, prefill_step=16)
-events = engine.stream("Hello there, how are you?", max_tokens=200)
+check = "exact" if how == "checking" else "off"
+events = engine.stream("Hello there, how are you?", max_tokens=200, check=check)
 for event in events:
     if isinstance(event, Token):
         break
@@ -562,7 +579,7 @@ if how == "closed":
 """
 
 
-@pytest.mark.parametrize("how", ["closed", "forgotten"])
+@pytest.mark.parametrize("how", ["closed", "forgotten", "checking"])
 def test_a_process_ends_cleanly_however_it_leaves(large_folder, how):
     done = subprocess.run(
         [sys.executable, "-c", EXIT, how, str(large_folder)],

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ifp_mlx.engine.errors import OutOfMemory
 from ifp_mlx.engine.events import CancelToken, Done
+from ifp_mlx.engine.forms import Use
 from ifp_mlx.engine.lanes import Schedule, Text, Ticket
 from ifp_mlx.engine.sampling import Sampling
 from ifp_mlx.selection.masks import Selection
@@ -53,8 +54,8 @@ def test_text_ends_before_a_stop_and_is_whole_without(pieces, stops):
 class CountingLane:
     """A lane whose requests need so many steps."""
 
-    def __init__(self, selection, batch):
-        self.selection, self.identity = selection, selection.identity
+    def __init__(self, use, batch):
+        self.use = use
         self.running, self.draining, self._batch = {}, False, batch
         self.steps = 0
 
@@ -91,7 +92,7 @@ def crowd(*, budget=2, batch=2, limit=None):
     opened = []
 
     def open_lane(request):
-        lane = CountingLane(request.selection, batch)
+        lane = CountingLane(request.use, batch)
         opened.append(lane)
         return lane
 
@@ -101,7 +102,7 @@ def crowd(*, budget=2, batch=2, limit=None):
 def request_of(mask, steps, events, kv_bytes=0):
     selection = Selection((mx.array([mask], dtype=mx.int32),), None, 100)
     request = Ticket("x", Request(), Sampling(), CancelToken(), events.append)
-    request.selection, request.tokens, request.kv_bytes = selection, [1], kv_bytes
+    request.use, request.tokens, request.kv_bytes = Use(selection), [1], kv_bytes
     request.left = steps
     return request
 
@@ -179,7 +180,7 @@ def test_a_lane_that_cannot_open_fails_its_request_alone():
     opening, events, others = schedule._open, [], []
 
     def refuse(request):
-        if request.selection.indices[0].item() == 1:
+        if request.use.selection.indices[0].item() == 1:
             raise OutOfMemory("too large")
         return opening(request)
 

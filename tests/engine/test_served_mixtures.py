@@ -31,7 +31,8 @@ def engine(folder):
 
 
 def load_all(shelf, masks):
-    return [shelf.load(mask, lambda event: None, CancelToken()) for mask in masks]
+    uses = [shelf.use(mask) for mask in masks]
+    return [shelf.load(use, lambda event: None, CancelToken()).model for use in uses]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -46,7 +47,11 @@ def test_tasks_share_everything_but_their_experts(tmp_path, name):
         assert mx.array_equal(shared(tokens), model.compact(mask)(tokens))
     core = shelf.footprint.core_bytes
     experts = sum(4 * layer for layer in shelf.footprint.layer_bytes)
-    assert shelf.residents.nbytes == shelf.weigh(*masks) == core + 3 * experts
+    assert (
+        shelf.residents.nbytes
+        == shelf.weigh(*map(shelf.use, masks))
+        == core + 3 * experts
+    )
 
 
 def test_a_sweep_shares_with_the_tasks_that_are_there(engine, folder):
@@ -56,7 +61,9 @@ def test_a_sweep_shares_with_the_tasks_that_are_there(engine, folder):
     masks = [model.select(text, keep=0.25) for text in TEXTS]
     different = {mask.identity: mask for mask in masks}
     assert {task.identity for task in tasks} == {*different} and len(different) > 1
-    assert engine.memory()["compact_models"] == shelf.weigh(*different.values())
+    assert engine.memory()["compact_models"] == shelf.weigh(
+        *map(shelf.use, different.values())
+    )
 
 
 def test_a_switch_of_tasks_reads_only_the_experts_that_are_new(folder, tmp_path):
