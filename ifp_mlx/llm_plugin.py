@@ -38,6 +38,12 @@ class Options(llm.Options):
     min_agreement: float | None = Field(
         None, description="refuse what agrees less with the whole model, 0 to 1"
     )
+    check: float | str | None = Field(
+        None,
+        union_mode="left_to_right",
+        description="exact, or T from 0 to 1: the whole model checks",
+    )
+    draft_tokens: int | None = Field(None, description="of one check, at most")
     max_tokens: int | None = Field(None, description="longest answer, in tokens")
     temp: float = Field(0.0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(1.0, description="sampling top-p")
@@ -95,6 +101,7 @@ def _heard(event: Event, response: Any) -> str:
             "finish_reason": event.finish_reason,
             "seconds": event.seconds,
             "tokens_per_second": event.tokens_per_second,
+            "check": event.check,
         }
     return event.text if isinstance(event, Token) else ""
 

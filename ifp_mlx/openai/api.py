@@ -129,10 +129,13 @@ class Service:
         self._running = 0
 
     async def health(self, request: "Request") -> "Response":
-        """``GET /health``: 200 while the worker serves, 503 once it has died."""
+        """``GET /health``: 200 while the worker serves, 503 once it has died; with what
+        checking took so far.
+        """
         alive = self._engine.alive
         status = "ok" if alive else "the engine's worker has ended; restart the server"
-        body = {"status": status, "model": self._policy.name, "running": self._running}
+        body: dict[str, Any] = {"status": status, "model": self._policy.name}
+        body |= {"running": self._running, "check": self._engine.checking()}
         return _json(body, 200 if alive else 503)
 
     async def models(self, request: "Request") -> "Response":

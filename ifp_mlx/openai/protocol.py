@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..engine.errors import InvalidRequest
+from ..selection.request import RESELECTS
 from ..selection.scores import SELECTORS
 from ..selection.widths import ALLOCATIONS
 
@@ -31,6 +32,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "modalities": (["text"],),
 }
+
+
+# A check has the logits of all drafted tokens in memory.
+MOST_DRAFT_TOKENS = 256
 
 
 class FieldError(InvalidRequest):
@@ -174,6 +179,9 @@ def _selecting(fields: dict[str, Any]) -> dict[str, Any]:
         "selector": _one_of(SELECTORS),
         "allocation": _one_of(ALLOCATIONS),
         "min_agreement": _number(0, 1),
+        "check": _check,
+        "draft_tokens": _whole(1, MOST_DRAFT_TOKENS),
+        "reselect": _one_of(RESELECTS),
     }
     if unknown := given.keys() - checks.keys():
         raise FieldError(f"ifp.{min(unknown)}", "is not supported by this server.")
@@ -181,6 +189,8 @@ def _selecting(fields: dict[str, Any]) -> dict[str, Any]:
     for share in ("keep", "min_agreement"):
         if options.get(share) == 0:
             raise FieldError(f"ifp.{share}", "must be above 0.")
+    if options.get("reselect") == "drift" and options.get("check", "off") == "off":
+        raise FieldError("ifp.reselect", "drift only goes with ifp.check.")
     sources = [n for n in ("task", "instruction", "mask_file") if n in options]
     if len(sources) > 1:
         raise FieldError(f"ifp.{sources[1]}", f"does not go with ifp.{sources[0]}.")
@@ -288,6 +298,14 @@ def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
             raise FieldError(name, f"has the key {token!r}, which is no token id.")
         bias[int(token)] = number(f"{name}.{token}", amount)
     return bias or None
+
+
+def _check(name: str, value: Any) -> str | float:
+    if isinstance(value, str) and value in ("off", "exact"):
+        return value
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise FieldError(name, "must be exact, off, or a number above 0 and below 1.")
 
 
 def _file_name(name: str, value: Any) -> str:

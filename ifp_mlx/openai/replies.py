@@ -7,6 +7,7 @@ from typing import Any
 
 from ..engine.errors import (
     Busy,
+    CheckFailed,
     ContextTooLong,
     EngineClosed,
     IFPError,
@@ -22,6 +23,7 @@ STATUS: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
     (EngineClosed, 503, "server_error", "engine_closed"),
     (ContextTooLong, 413, "invalid_request_error", "context_length_exceeded"),
     (OutOfMemory, 413, "invalid_request_error", "memory_limit_exceeded"),
+    (CheckFailed, 500, "server_error", "check_failed"),
     (UnknownTask, 404, "invalid_request_error", "task_not_found"),
     (IFPError, 400, "invalid_request_error", None),
 )
@@ -167,6 +169,7 @@ def figures_of(done: Done) -> dict[str, Any]:
         "router_mass": done.router_mass,
         "seconds": {name: round(s, 6) for name, s in done.seconds.items()},
         "tokens_per_second": round(done.tokens_per_second, 3),
+        "check": done.check,
     }
 
 

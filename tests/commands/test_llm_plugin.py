@@ -77,6 +77,22 @@ def test_experts_that_agree_too_little_are_an_error_of_llms(tmp_path):
         llm_plugin.IFP().prompt("hello", options=strict).text()
 
 
+def test_a_checked_answer_is_the_whole_models(folder):
+    from click.testing import CliRunner
+    from llm.cli import cli
+
+    options = {"model": folder, "keep": 0.5, "max_tokens": 5, "check": "exact"}
+    response = llm_plugin.IFP().prompt("hello", options=options)
+    assert response.text() == expected(folder, "hello", keep=1.0)
+    assert response.response_json["check"]["mode"] == "exact"
+    given = ["-o", "check", "0.5", "-o", "draft_tokens", "2", "-o", "max_tokens", "2"]
+    command = ["prompt", "-m", "ifp", "-o", "model", folder, *given, "--no-log", "hi"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    with pytest.raises(llm.ModelError, match="'nearly'"):
+        llm_plugin.IFP().prompt("hello", options=options | {"check": "nearly"}).text()
+
+
 def test_a_conversation_keeps_the_mask_of_its_first_turn(folder):
     talk = llm_plugin.IFP().conversation()
     options = {"model": folder, "keep": 0.5, "max_tokens": 3}

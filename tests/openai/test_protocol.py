@@ -30,6 +30,7 @@ JSON = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(["type", "role", "content", "text", "task", "keep", "5"])
+            | st.sampled_from(["check", "draft_tokens", "reselect"])
             | st.text(max_size=4),
             inner,
             max_size=3,

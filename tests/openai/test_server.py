@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import run_command, write_family, write_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ifp_mlx import load
 from ifp_mlx.engine import Engine
@@ -92,6 +95,14 @@ def post(app, path, **options):
     async def run():
         async with http(app) as client:
             return await client.post(path, **options)
+
+    return asyncio.run(run())
+
+
+def get(app, path):
+    async def run():
+        async with http(app) as client:
+            return await client.get(path)
 
     return asyncio.run(run())
 
@@ -191,6 +202,80 @@ def test_the_ifp_field_picks_task_instruction_mask_and_keep(app, engine, library
     assert mask_of(selector="random") != mask_of(selector="activation")
 
 
+def test_a_checked_answer_is_the_dense_models_streamed_or_not(app):
+    dense = chat(app, extra_body={"ifp": {"keep": 1.0}}).choices[0].message.content
+    ifp = {"task": "french", "check": "exact", "draft_tokens": 4}
+    answer = chat(app, extra_body={"ifp": ifp})
+    assert answer.choices[0].message.content == dense
+    check = answer.ifp["check"]
+    assert (check["mode"], check["drafted"] <= 4 * check["checks"]) == ("exact", True)
+
+    async def stream(client):
+        options = {"model": "tiny", "messages": HELLO, "max_tokens": 6}
+        chunks = await client.chat.completions.create(
+            **options, stream=True, extra_body={"ifp": ifp}
+        )
+        return [chunk async for chunk in chunks]
+
+    *chunks, last = ask(app, stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == dense and last.ifp["check"]["checks"] == check["checks"]
+    assert chat(app, model="tiny@french").ifp["check"] is None
+
+
+def test_health_says_what_checking_took(app):
+    def sums():
+        return get(app, "/health").json()["check"]
+
+    before = sums()
+    took = chat(app, extra_body={"ifp": {"check": 0.5}}).ifp["check"]
+    after = sums()
+    for name in ("checks", "drafted", "accepted", "bytes_read"):
+        assert after[name] - before[name] == took[name] and took[name] >= 0
+    assert after["acceptance"] == after["accepted"] / after["drafted"]
+
+
+ODD = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
+ODD |= st.floats(0, 1) | st.text(max_size=5) | st.sampled_from(["off", "exact"])
+ODD |= st.lists(st.floats(0, 1), max_size=2)
+
+
+@settings(max_examples=40)
+@given(ifp=st.fixed_dictionaries({"check": ODD}, optional={"draft_tokens": ODD}))
+def test_any_way_of_checking_is_answered_or_refused(engine, ifp):
+    app = make_app(engine, Policy("tiny"))
+    body = {"model": "tiny@french", "messages": HELLO, "max_tokens": 2, "ifp": ifp}
+    answer = post(app, "/v1/chat/completions", json=body)
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 400:
+        assert answer.json()["error"]["param"] in ("ifp.check", "ifp.draft_tokens")
+
+
+def test_a_mixture_refuses_to_be_checked(tmp_path):
+    with Engine.open(write_family(tmp_path / "m", "qwen3_moe")) as engine:
+        app = make_app(engine, Policy("tiny"))
+        with pytest.raises(openai.BadRequestError, match="nearly all experts"):
+            chat(app, extra_body={"ifp": {"check": "exact"}})
+
+
+def test_a_check_that_cannot_be_read_is_the_servers_error(tmp_path):
+    folder = write_folder(tmp_path / "m")
+    with Engine.open(folder) as engine:
+        app = make_app(engine, Policy("tiny"))
+        exact = {"extra_body": {"ifp": {"check": "exact"}}}
+        free = chat(app).choices[0].message.content
+        text = chat(app, **exact).choices[0].message.content
+        file = folder / "model.safetensors"
+        os.truncate(file, file.stat().st_size // 2)
+        with pytest.raises(openai.InternalServerError) as caught:
+            chat(app, **exact)
+        assert caught.value.body["code"] == "check_failed"
+        body = {"model": "tiny", "messages": HELLO, "ifp": {"check": "exact"}}
+        raw = post(app, "/v1/chat/completions", json=body | {"stream": True}).text
+        assert raw.endswith("}}\n\n") and '"check_failed"' in raw and text not in raw
+        assert chat(app).choices[0].message.content == free
+
+
 def test_models_lists_the_tasks(app):
     async def models(client):
         listed = await client.models.list()
@@ -265,6 +350,10 @@ def test_stop_and_logprobs_and_bias_are_honoured(app):
         ({"extra_body": {"ifp": {"colour": 1}}}, "ifp.colour"),
         ({"extra_body": {"ifp": {"keep": 0}}}, "ifp.keep"),
         ({"extra_body": {"ifp": {"min_agreement": 0}}}, "ifp.min_agreement"),
+        ({"extra_body": {"ifp": {"check": 1}}}, "ifp.check"),
+        ({"extra_body": {"ifp": {"check": "nearly"}}}, "ifp.check"),
+        ({"extra_body": {"ifp": {"draft_tokens": 0}}}, "ifp.draft_tokens"),
+        ({"extra_body": {"ifp": {"reselect": "drift"}}}, "ifp.reselect"),
         ({"extra_body": {"ifp": {"mask_file": "../x"}}}, "ifp.mask_file"),
         ({"extra_body": {"ifp": {"mask_file": "nobody"}}}, "ifp.mask_file"),
         ({"extra_body": {"ifp": {"task": "a", "instruction": "b"}}}, "ifp.instruction"),
@@ -382,16 +471,10 @@ def test_health_tells_when_the_worker_has_died(folder):
     engine = Engine.open(folder)
     app = make_app(engine, Policy("tiny"))
 
-    def health():
-        async def run():
-            async with http(app) as client:
-                return await client.get("/health")
-
-        return asyncio.run(run())
-
-    assert (health().status_code, health().json()["status"]) == (200, "ok")
+    health = get(app, "/health")
+    assert (health.status_code, health.json()["status"]) == (200, "ok")
     engine.close()
-    assert health().status_code == 503
+    assert get(app, "/health").status_code == 503
     with pytest.raises(openai.InternalServerError) as caught:
         chat(app)
     assert caught.value.status_code == 503

@@ -83,6 +83,7 @@ def good(model: str, path: str) -> dict[str, Any]:
         "ifp": {"instruction": "Answer.", "keep": 0.5, "selector": "random"},
     }
     if path == TEXT:
+        body["ifp"] |= {"check": 0.5, "draft_tokens": 4, "reselect": "drift"}
         return body | {"prompt": "Hello"}
     return body | {
         "logprobs": True,
