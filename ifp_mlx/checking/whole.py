@@ -79,17 +79,18 @@ class Whole:
         Args:
             tokens: ``[B, T]``.
             cache: mlx-lm's KV cache; the tokens' keys and values are put in.
-            last: at how many of the last tokens.
+            last: at how many of the last tokens; 0 leaves the output layer out.
 
         Raises:
             OSError: if the dropped channels cannot be read.
             ValueError: if a record of them is damaged.
         """
-        places = mx.arange(tokens.shape[1] - last, tokens.shape[1])
+        # A quantised output layer of no token at all would be a division by zero.
+        places = mx.arange(tokens.shape[1] - max(last, 1), tokens.shape[1])
         passing = computed_by(self.model, self.plan, self._visits())
         with passing, logits_at(self.model, places) as some:
             logits = some(self.model(tokens, cache=cache))
-            mx.eval(logits, [layer.state for layer in cache])
+            mx.eval(logits if last else [], [layer.state for layer in cache])
         self._coming = None
         return logits
 
