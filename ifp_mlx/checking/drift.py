@@ -8,7 +8,7 @@ changes one for the other, and learns from the same tokens how they make up for 
 Masks that follow what is generated: DART (arXiv:2601.22632).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,8 @@ FLOOR = 16  # tokens between two changes, at least
 GAIN = 0.02  # of the energy that other channels must have more
 
 
-class Move(NamedTuple):
+@dataclass(frozen=True)
+class Move:
     """A change of the kept channels.
 
     Attributes:
