@@ -55,10 +55,9 @@ class Drift:
         check_exchangeable(whole)
         self.whole = whole
         self.moves: list[Move] = []
-        self._parts = [part for part in whole.parts if part.drops]
         self._since = FLOOR
-        for part in self._parts:
-            if part.recent is None:
+        for part in whole.parts:
+            if part.drops and part.recent is None:
                 part.recent = mx.zeros((0, part.units))
 
     def prefilled(self) -> None:
@@ -101,11 +100,12 @@ class Drift:
             self._since = 0
 
     def _keep(self, rejected: int) -> None:
-        for part in self._parts:
+        parts = [part for part in self.whole.parts if part.drops]
+        for part in parts:
             recent = part.recent
             assert recent is not None
             part.recent = recent[: len(recent) - rejected][-RECENT:]
-        mx.eval([part.recent for part in self._parts])
+        mx.eval([part.recent for part in parts])
 
 
 def check_exchangeable(whole: Whole) -> None:
