@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..slicing.apart import Apart
+from ..slicing.apart import Apart, linear_of
 from ..slicing.compensation import learned
 from ..slicing.reading import FFN_STEP, computed_by, order_of
 from ..slicing.shapes import LayerPlan, Plan, at, put_at
@@ -157,8 +157,7 @@ class Whole:
         dropped = mx.ones(part.units, channels.dtype)
         dropped[part.index] = 0
         own = at(self._kept[layer], self.plan.layers[layer].inlet)
-        stock = type(own).__mro__[1]
-        made: mx.array = stock.__call__(own, channels * dropped)
+        made = linear_of(own)(channels * dropped)
         return made - own.bias if "bias" in own else made
 
     def _passes(self, layer: int) -> bool:

@@ -186,6 +186,11 @@ def set_apart(module: nn.Module, layer: LayerPlan, apart: Apart) -> Apart:
     return apart
 
 
+def linear_of(inlet: nn.Module) -> Linear:
+    """Return the stock linear of an inlet that :func:`set_apart` has been at."""
+    return partial(type(inlet).__mro__[1].__call__, inlet)
+
+
 def _apart_call(stock: type) -> Any:
     def call(self: Any, h: mx.array) -> mx.array:
         return self._apart(partial(stock.__call__, self), h)
