@@ -8,7 +8,7 @@ changes one for the other, and learns from the same tokens how they make up for 
 Masks that follow what is generated: DART (arXiv:2601.22632).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,8 @@ FLOOR = 16  # tokens between two changes, at least
 GAIN = 0.02  # of the energy that other channels must have more
 
 
-class Move(NamedTuple):
+@dataclass(frozen=True)
+class Move:
     """A change of the kept channels.
 
     Attributes:
@@ -54,10 +55,9 @@ class Drift:
         check_exchangeable(whole)
         self.whole = whole
         self.moves: list[Move] = []
-        self._parts = [part for part in whole.parts if part.drops]
         self._since = FLOOR
-        for part in self._parts:
-            if part.recent is None:
+        for part in whole.parts:
+            if part.drops and part.recent is None:
                 part.recent = mx.zeros((0, part.units))
 
     def prefilled(self) -> None:
@@ -100,11 +100,12 @@ class Drift:
             self._since = 0
 
     def _keep(self, rejected: int) -> None:
-        for part in self._parts:
+        parts = [part for part in self.whole.parts if part.drops]
+        for part in parts:
             recent = part.recent
             assert recent is not None
             part.recent = recent[: len(recent) - rejected][-RECENT:]
-        mx.eval([part.recent for part in self._parts])
+        mx.eval([part.recent for part in parts])
 
 
 def check_exchangeable(whole: Whole) -> None:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..slicing.apart import Apart
+from ..slicing.apart import Apart, linear_of
 from ..slicing.compensation import learned
 from ..slicing.reading import FFN_STEP, computed_by, order_of
 from ..slicing.shapes import LayerPlan, Plan, at, put_at
@@ -56,6 +56,7 @@ class Whole:
         self.visits_once = len({*self._order}) == len(self._order)
         self._shells = self.plan.modules(source.open())
         self._coming: list[mx.array] | None = None
+        self._reading = 0  # tokens, now
         self.held: dict[int, nn.Module] = {}
         self._hold(room)
 
@@ -79,19 +80,19 @@ class Whole:
         Args:
             tokens: ``[B, T]``.
             cache: mlx-lm's KV cache; the tokens' keys and values are put in.
-            last: at how many of the last tokens.
+            last: at how many of the last tokens; 0 leaves the output layer out.
 
         Raises:
             OSError: if the dropped channels cannot be read.
             ValueError: if a record of them is damaged.
         """
-        places = mx.arange(tokens.shape[1] - last, tokens.shape[1])
+        # A quantised output layer of no token at all would be a division by zero.
+        places = mx.arange(tokens.shape[1] - max(last, 1), tokens.shape[1])
+        self._reading = tokens.size
         passing = computed_by(self.model, self.plan, self._visits())
         with passing, logits_at(self.model, places) as some:
             logits = some(self.model(tokens, cache=cache))
-            states = [layer.state for layer in cache]
-            # MLX dies of a quantised product with no rows (0.32, CPU).
-            mx.eval(states, logits if last else [])
+            mx.eval(logits if last else [], [layer.state for layer in cache])
         self._coming = None
         return logits
 
@@ -138,23 +139,25 @@ class Whole:
         new.recent = part.recent
         plan = self._passing_plan.layers[layer]
         exchange(kept, other, plan, part, new)
-        if new.recent is not None and len(new.recent):
-            missing = self._made_of_dropped(layer, other, new)
-            new.correction = learned(new.recent, new.index, missing)
+        if part.recent is not None and len(part.recent) > self._reading:
+            # What is being read now has not been judged.
+            known = part.recent[: len(part.recent) - self._reading]
+            missing = self._made_of_dropped(layer, other, new, known)
+            new.correction = learned(known, new.index, missing)
         at(kept, plan.inlet)._apart = self.parts[layer] = new
         mx.eval(kept.parameters(), new.correction)
 
-    def _made_of_dropped(self, layer: int, other: nn.Module, part: Apart) -> mx.array:
-        """Return what the dropped channels of the tokens that are remembered do, [n, D]."""
-        assert part.recent is not None
+    def _made_of_dropped(
+        self, layer: int, other: nn.Module, part: Apart, channels: mx.array
+    ) -> mx.array:
+        """Return what the dropped ones of some tokens' channels do, ``[n, D]``."""
         inlet = at(other, self.plan.layers[layer].inlet)
         if not part.whole:
-            return _without_bias(inlet, part.recent[:, part.dropped_index])
-        dropped = mx.ones(part.units, part.recent.dtype)
+            return _without_bias(inlet, channels[:, part.dropped_index])
+        dropped = mx.ones(part.units, channels.dtype)
         dropped[part.index] = 0
         own = at(self._kept[layer], self.plan.layers[layer].inlet)
-        stock = type(own).__mro__[1]
-        made: mx.array = stock.__call__(own, part.recent * dropped)
+        made = linear_of(own)(channels * dropped)
         return made - own.bias if "bias" in own else made
 
     def _passes(self, layer: int) -> bool:

@@ -186,13 +186,6 @@ def set_apart(module: nn.Module, layer: LayerPlan, apart: Apart) -> Apart:
     return apart
 
 
-def _apart_call(stock: type) -> Any:
-    def call(self: Any, h: mx.array) -> mx.array:
-        return self._apart(partial(stock.__call__, self), h)
-
-    return call
-
-
 def put_together(inlet: nn.Module) -> Apart:
     """Undo :func:`set_apart`: let an inlet do its stock class's work again, and return
     what it saw to.
@@ -201,3 +194,15 @@ def put_together(inlet: nn.Module) -> Apart:
     inlet.__class__ = type(inlet).__bases__[0]
     del inlet._apart
     return parts
+
+
+def linear_of(inlet: nn.Module) -> Linear:
+    """Return the stock linear of an inlet that :func:`set_apart` has been at."""
+    return partial(type(inlet).__mro__[1].__call__, inlet)
+
+
+def _apart_call(stock: type) -> Any:
+    def call(self: Any, h: mx.array) -> mx.array:
+        return self._apart(partial(stock.__call__, self), h)
+
+    return call

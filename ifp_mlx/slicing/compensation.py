@@ -165,18 +165,24 @@ def learned(
     """
     size = mx.linalg.norm(channels.astype(mx.float32), axis=1, keepdims=True)
     size = mx.maximum(size, 1e-6)
-    with mx.stream(mx.cpu):
-        kept = channels[:, index].astype(mx.float32) / size
-        full = _ridge(kept, missing.astype(mx.float32) / size, STRENGTH)
-        does = kept @ full
-        _, sides = mx.linalg.eigh(does @ does.T)
+    kept = channels[:, index].astype(mx.float32) / size
+    gram = kept @ kept.T
+    # The dual form throughout: nothing of the size of down_proj is ever made.
+    penalty = STRENGTH * mx.trace(gram) / len(gram) * mx.eye(len(gram))
+    with mx.stream(mx.cpu):  # where linear systems are solved
+        weights = mx.linalg.solve(gram + penalty, missing.astype(mx.float32) / size)
+    reads, writes = kept.T, weights
+    if len(gram) > rank:
+        does = gram @ weights
+        with mx.stream(mx.cpu):
+            _, sides = mx.linalg.eigh(does @ does.T)
         writes = sides[:, ::-1][:, :rank].T @ does
         writes = writes / mx.maximum(
             mx.linalg.norm(writes, axis=1, keepdims=True), 1e-6
         )
-    found = Correction(full @ writes.T, writes)
+        reads = kept.T @ (weights @ writes.T)
     dtype = channels.dtype
-    return Correction(*(factor.astype(dtype) for factor in found))
+    return Correction(reads.astype(dtype), writes.astype(dtype))
 
 
 def _ridge(kept: mx.array, missing: mx.array, strength: float) -> mx.array:
