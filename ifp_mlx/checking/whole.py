@@ -113,13 +113,14 @@ class Whole:
 
     def _arrivals(self, layers: Sequence[int]) -> Iterator[int]:
         """Read the dropped channels of layers into their shells, one after the other."""
-        if layers and not getattr(self._reader, "reads_all", True):
-            self._shells = self.plan.modules(self.source.open())
-        work = [
-            Wanted(self._shells[layer], layer, self.parts[layer].dropped_index)
-            for layer in layers
-        ]
-        return self._reader.fill_each(work)
+        for once in _rounds(layers):
+            if not getattr(self._reader, "reads_all", True):
+                self._shells = self.plan.modules(self.source.open())
+            work = [
+                Wanted(self._shells[layer], layer, self.parts[layer].dropped_index)
+                for layer in once
+            ]
+            yield from self._reader.fill_each(work)
 
     def _hold(self, room: int) -> None:
         """Read dropped channels for good, layer by layer while there is room."""
@@ -196,6 +197,20 @@ class Whole:
 def parts_of(model: nn.Module, plan: Plan) -> list[Apart]:
     """Return the parts of every layer of a compact model that has them apart."""
     return [inlet._apart for inlet in plan.inlets(model)]
+
+
+def _rounds(layers: Sequence[int]) -> Iterator[list[int]]:
+    """Yield layers in runs in which none comes twice: some model types go through theirs
+    more than once.
+    """
+    run: list[int] = []
+    for layer in layers:
+        if layer in run:
+            yield run
+            run = []
+        run.append(layer)
+    if run:
+        yield run
 
 
 def _without_whole_inlets(plan: Plan, parts: Sequence[Apart]) -> Plan:
