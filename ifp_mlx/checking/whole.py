@@ -8,7 +8,7 @@ the dense model's own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -81,11 +81,14 @@ class Whole:
             OSError: if the dropped channels cannot be read.
             ValueError: if a record of them is damaged.
         """
-        places = mx.arange(tokens.shape[1] - last, tokens.shape[1])
-        passing = computed_by(self.model, self.plan, self._visits())
-        with passing, logits_at(self.model, places) as some:
+        count = tokens.shape[1]
+        cut: Any = nullcontext(lambda logits: logits[:, count - last :])
+        if 0 < last < count:
+            cut = logits_at(self.model, mx.arange(count - last, count))
+        with cut as some, computed_by(self.model, self.plan, self._visits()):
             logits = some(self.model(tokens, cache=cache))
-            mx.eval(logits, [layer.state for layer in cache])
+            # Of no tokens none are computed: a quantised output layer would divide by 0.
+            mx.eval(logits if last else [], [layer.state for layer in cache])
         return logits
 
     def _visits(self) -> Callable[..., Any]:
