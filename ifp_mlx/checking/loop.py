@@ -141,7 +141,8 @@ class CheckedRun:
         if step:
             parts = [left[n : n + step] for n in range(0, len(left), step)]
         for part in parts:
-            self.whole(mx.array([part]), self.cache, last=0)
+            with self._past.marked():
+                self.whole(mx.array([part]), self._past.noting(), last=0)
             self.known += len(part)
             self._note_bytes()
             yield self.known
@@ -155,13 +156,15 @@ class CheckedRun:
             ends: tokens after which nothing follows.
         """
         last = self.tokens[-1]
-        self._past.mark()
-        drafted = self._drafted(last, min(self.length(), most - 1), ends)
-        read = mx.array([[last, *drafted]])
-        logits = self.whole(read, self._past.noting(), last=read.size)[0]
-        logits = self.rule.decoding.processed(logits, self.tokens + drafted)
-        stand, following = self.rule.judge(drafted, logits)
-        self._past.keep(stand + 1, read.size)
+        with self._past.marked():
+            drafted = self._drafted(last, min(self.length(), most - 1), ends)
+            self._past.back()
+        with self._past.marked():
+            read = mx.array([[last, *drafted]])
+            logits = self.whole(read, self._past.noting(), last=read.size)[0]
+            logits = self.rule.decoding.processed(logits, self.tokens + drafted)
+            stand, following = self.rule.judge(drafted, logits)
+            self._past.keep(stand + 1, read.size)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         said = [*drafted[:stand], following]
         if stand and drafted[stand - 1] in ends:
@@ -177,7 +180,7 @@ class CheckedRun:
         return [Checked(t, logprobs[n], n < stand) for n, t in enumerate(said)]
 
     def _drafted(self, last: int, most: int, ends: Collection[int]) -> list[int]:
-        """Return what the compact model says next, and leave no trace of it."""
+        """Return what the compact model says next."""
         self.rule.begin()
         drafted: list[int] = []
         read, token = 0, mx.array([last])
@@ -200,8 +203,6 @@ class CheckedRun:
             drafted = np.array(mx.concatenate(said)).tolist()
             end = next((n for n, t in enumerate(drafted) if t in ends), len(drafted))
             drafted = drafted[: end + 1]
-        if read:
-            self._past.back(read)
         return drafted
 
     def _note_bytes(self) -> None:

@@ -1,7 +1,8 @@
 """A KV cache that can go back: drafted tokens leave no trace, rejected ones neither."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -33,18 +34,29 @@ class Rollback:
                     f"{type(part).__name__} of this model cannot go back; generate "
                     "without checking."
                 )
-        self._copies: dict[int, dict[str, Any]] = {}
+        self._marks: list[Any] = []
         self._made: dict[int, tuple[mx.array, mx.array]] = {}
 
     def mark(self) -> None:
-        """Remember this place; :meth:`back` and :meth:`keep` go to it or from it."""
-        for number, part in enumerate(self._parts):
-            if not _only_grows(part):
-                self._copies[number] = _copied(part)
+        """Remember this place, for one :meth:`back` to it or one :meth:`keep` from it."""
+        self._made = {}
+        self._marks = [
+            part.offset if _only_grows(part) else _copied(part) for part in self._parts
+        ]
 
-    def back(self, tokens: int) -> None:
-        """Forget the last tokens, which are all since the mark."""
-        self._to(tokens, 0)
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """Remember this place, meanwhile; what fails leaves no trace."""
+        self.mark()
+        try:
+            yield
+        except BaseException:
+            self.back()
+            raise
+
+    def back(self) -> None:
+        """Forget what was read since the mark."""
+        self._to(0)
 
     def noting(self) -> list[Any]:
         """Return the cache for a model to read tokens with; what it makes of them is noted
@@ -69,16 +81,16 @@ class Rollback:
             tokens: how many were read, all since the mark.
         """
         if some < tokens:
-            self._to(tokens, some)
+            self._to(some)
 
-    def _to(self, tokens: int, some: int) -> None:
-        for number, part in enumerate(self._parts):
+    def _to(self, some: int) -> None:
+        for number, (part, mark) in enumerate(
+            zip(self._parts, self._marks, strict=True)
+        ):
             if _only_grows(part):
-                part.trim(tokens - some)
+                part.trim(part.offset - mark - some)
                 continue
-            vars(part).update(self._copies[number])
-            # The copy is used up: the cache writes into it from now on.
-            self._copies[number] = _copied(part)
+            vars(part).update(mark)
             if some:
                 made = self._made[number]
                 part.update_and_fetch(*(array[..., :some, :] for array in made))

@@ -83,7 +83,8 @@ class Reader:
         past.mark()
         for token in self.tokens(drafted):
             self.read(self.cache, [token])
-        past.back(drafted)
+        past.back()
+        past.mark()
         tokens = self.tokens(read)
         self.read(past.noting(), tokens)
         past.keep(some, read)
@@ -143,7 +144,7 @@ def test_going_back_alone_is_to_the_bit(kind):
             past.mark()
             for token in one.tokens(drafted):
                 read(one.cache, [token])
-            past.back(drafted)
+            past.back()
         found, expected = (read(r.cache, [2, 3, 1]) for r in (one, other))
         assert mx.array_equal(found, expected)
 
