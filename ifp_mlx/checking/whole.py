@@ -54,6 +54,7 @@ class Whole:
         self._shells = self.plan.modules(source.open())
         self.held: dict[int, nn.Module] = {}
         self._hold(room)
+        self._told = self.bytes_read
 
     @property
     def bytes_read(self) -> int:
@@ -100,12 +101,12 @@ class Whole:
             mx.eval(x)
             if not self._passes(layer):
                 return self._computed(layer, self.held.get(layer), x, *args, **kwargs)
-            before = self.bytes_read
             came = next(arriving)
             assert came == layer
             output = self._computed(layer, self._shells[layer], x, *args, **kwargs)
             self._let_go(layer)
-            self.throttle(self.bytes_read - before)
+            told, self._told = self._told, self.bytes_read
+            self.throttle(self._told - told)
             return output
 
         return visit
