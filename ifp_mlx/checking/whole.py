@@ -222,7 +222,7 @@ def _without_whole_inlets(plan: Plan, parts: Sequence[Apart]) -> Plan:
     layers = []
     for layer, part in zip(plan.layers, parts, strict=True):
         own = [s for s in layer.slices if not (part.whole and s.module == layer.inlet)]
-        layers.append(replace(layer, slices=tuple(own)))
+        layers.append(replace(layer, slices=tuple(own if part.drops else ())))
     return replace(plan, layers=tuple(layers))
 
 
