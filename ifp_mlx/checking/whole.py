@@ -118,7 +118,8 @@ class Whole:
     def _arrivals(self, layers: Sequence[int]) -> Iterator[int]:
         """Read the dropped channels of layers into their shells, one after the other."""
         for once in _rounds(layers):
-            if not getattr(self._reader, "reads_all", True):
+            if not self._reader.reads_all:
+                self._reader.check_unchanged()
                 self._shells = self.plan.modules(self.source.open())
             work = [
                 Wanted(self._shells[layer], layer, self.parts[layer].dropped_index)

@@ -59,6 +59,11 @@ class UnitReader(ABC):
         self._own = threading.local()
         self._disk: Device | None = None
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether nothing of a layer's units has to be cut in memory."""
+        return True
+
     def fill(
         self, module: nn.Module, layer: int, index: mx.array | None = None
     ) -> None:
@@ -114,6 +119,10 @@ class UnitReader(ABC):
                 yield wanted.layer
         finally:
             wait([begun])  # or it would write on after an error
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise ``OSError`` if a file that is not kept open is not what it was."""
 
     @abstractmethod
     def _begin(self, wanted: Wanted) -> Future[dict[str, mx.array]]:
