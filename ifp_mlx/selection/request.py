@@ -106,7 +106,7 @@ class Request:
             )
 
     def _check_checks(self) -> None:
-        share = 0.0 if isinstance(self.check, str) else float(self.check)
+        share = self.check if isinstance(self.check, int | float) else 0
         if self.check not in ("off", "exact") and not 0 < share < 1:
             raise ValueError(
                 f"check={self.check!r} is not a way of checking; choose exact, off, or a "
