@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,13 @@ def test_imports_point_one_way(module):
     if room in BELOW:
         rooms = {arrow.split(".")[0] for arrow in arrows_of(module)} - {room}
         assert rooms <= BELOW[room]
+
+
+def test_every_room_is_in_the_package_that_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    homes = {file.parent.relative_to(ROOT) for file in MODULES}
+    rooms = {".".join(home.parts) for home in homes if home.parts[0] != "examples"}
+    assert {*settings["tool"]["setuptools"]["packages"]} == rooms
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -148,7 +148,8 @@ class CheckedRun:
         if step:
             parts = [left[n : n + step] for n in range(0, len(left), step)]
         for part in parts:
-            self._read(part, self.cache, last=0)
+            with self._past.marked():
+                self._read(part, self._past.noting(), last=0)
             self.known += len(part)
             if self._drift is not None:
                 self._drift.prefilled()
@@ -163,15 +164,17 @@ class CheckedRun:
             ends: tokens after which nothing follows.
         """
         last = self.tokens[-1]
-        self._past.mark()
-        drafted = self._drafted(last, min(self.length(), most - 1), ends)
+        with self._past.marked():
+            drafted = self._drafted(last, min(self.length(), most - 1), ends)
+            self._past.back()
         if self._drift is not None:
             self._drift.decide(len(self.tokens) - self._asked)
-        read = [last, *drafted]
-        logits = self._read(read, self._past.noting(), last=len(read))
-        logits = self.rule.decoding.processed(logits, self.tokens + drafted)
-        stand, following = self.rule.judge(drafted, logits)
-        self._past.keep(stand + 1, len(read))
+        with self._past.marked():
+            read = [last, *drafted]
+            logits = self._read(read, self._past.noting(), last=len(read))
+            logits = self.rule.decoding.processed(logits, self.tokens + drafted)
+            stand, following = self.rule.judge(drafted, logits)
+            self._past.keep(stand + 1, len(read))
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         said = [*drafted[:stand], following]
         if stand and drafted[stand - 1] in ends:
@@ -189,7 +192,7 @@ class CheckedRun:
         return [Checked(t, logprobs[n], n < stand) for n, t in enumerate(said)]
 
     def _drafted(self, last: int, most: int, ends: Collection[int]) -> list[int]:
-        """Return what the compact model says next, and leave no trace of it."""
+        """Return what the compact model says next."""
         self.rule.begin()
         drafted: list[int] = []
         read, token = 0, mx.array([last])
@@ -212,8 +215,6 @@ class CheckedRun:
             drafted = np.array(mx.concatenate(said)).tolist()
             end = next((n for n, t in enumerate(drafted) if t in ends), len(drafted))
             drafted = drafted[: end + 1]
-        if read:
-            self._past.back(read)
         return drafted
 
     def _read(self, tokens: list[int], cache: list[Any], last: int) -> mx.array:

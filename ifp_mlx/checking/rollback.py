@@ -1,7 +1,8 @@
 """A KV cache that can go back: drafted tokens leave no trace, rejected ones neither."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -12,9 +13,9 @@ from ..slicing.stock import StandIn
 class Rollback:
     """Takes a KV cache back to a mark.
 
-    Caches that grow are shortened. One that goes round overwrites what is in it, so it is
-    copied at a mark, and put back; tokens that stay are then put in again, by the keys and
-    values that the model made of them.
+    Caches that only grow are shortened. Others overwrite or forget what is in them, so they
+    are copied at a mark, and put back; tokens that stay are then put in again, by the keys
+    and values that the model made of them.
 
     Args:
         cache: mlx-lm's, of every layer.
@@ -24,39 +25,52 @@ class Rollback:
     """
 
     def __init__(self, cache: Sequence[Any]) -> None:
-        from mlx_lm.models.cache import RotatingKVCache
-
         self.cache = list(cache)
-        self._rotates = [isinstance(layer, RotatingKVCache) for layer in cache]
-        for layer, rotates in zip(self.cache, self._rotates, strict=True):
-            if not (rotates or layer.is_trimmable()):
+        self._parts = [part for layer in self.cache for part in _parts_of(layer)]
+        for part in self._parts:
+            if not hasattr(part, "update_and_fetch"):
                 raise ValueError(
                     f"Checking has to take back what was drafted, and the cache "
-                    f"{_kind_of(layer)} of this model cannot go back; generate without "
-                    "checking."
+                    f"{type(part).__name__} of this model cannot go back; generate "
+                    "without checking."
                 )
-        self._copies: list[dict[str, Any]] = []
-        self._made: list[tuple[mx.array, mx.array] | None] = []
+        self._marks: list[Any] = []
+        self._made: dict[int, tuple[mx.array, mx.array]] = {}
 
     def mark(self) -> None:
-        """Remember this place; :meth:`back` and :meth:`keep` go to it or from it."""
-        pairs = zip(self.cache, self._rotates, strict=True)
-        self._copies = [_copied(layer) if rotates else {} for layer, rotates in pairs]
+        """Remember this place, for one :meth:`back` to it or one :meth:`keep` from it."""
+        self._made = {}
+        self._marks = [
+            part.offset if _only_grows(part) else _copied(part) for part in self._parts
+        ]
 
-    def back(self, tokens: int) -> None:
-        """Forget the last tokens, which are all since the mark."""
-        self._to(tokens, 0)
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """Remember this place, meanwhile; what fails leaves no trace."""
+        self.mark()
+        try:
+            yield
+        except BaseException:
+            self.back()
+            raise
+
+    def back(self) -> None:
+        """Forget what was read since the mark."""
+        self._to(0)
 
     def noting(self) -> list[Any]:
         """Return the cache for a model to read tokens with; what it makes of them is noted
         where :meth:`keep` needs it.
         """
-        self._made = [None] * len(self.cache)
+        stand_ins = (
+            part if _only_grows(part) else StandInCache(part, self._made, number)
+            for number, part in enumerate(self._parts)
+        )
         return [
-            StandInCache(layer, self._made, number) if rotates else layer
-            for number, (layer, rotates) in enumerate(
-                zip(self.cache, self._rotates, strict=True)
-            )
+            type(layer)(*(next(stand_ins) for _ in layer.caches))
+            if hasattr(layer, "caches")
+            else next(stand_ins)
+            for layer in self.cache
         ]
 
     def keep(self, some: int, tokens: int) -> None:
@@ -67,26 +81,25 @@ class Rollback:
             tokens: how many were read, all since the mark.
         """
         if some < tokens:
-            self._to(tokens, some)
+            self._to(some)
 
-    def _to(self, tokens: int, some: int) -> None:
-        for number, layer in enumerate(self.cache):
-            if not self._rotates[number]:
-                layer.trim(tokens - some)
+    def _to(self, some: int) -> None:
+        for number, (part, mark) in enumerate(
+            zip(self._parts, self._marks, strict=True)
+        ):
+            if _only_grows(part):
+                part.trim(part.offset - mark - some)
                 continue
-            vars(layer).update(self._copies[number])
-            # The copy is used up: the cache writes into it from now on.
-            self._copies[number] = _copied(layer)
+            vars(part).update(mark)
             if some:
                 made = self._made[number]
-                assert made is not None
-                layer.update_and_fetch(*(part[..., :some, :] for part in made))
+                part.update_and_fetch(*(array[..., :some, :] for array in made))
 
 
 class StandInCache(StandIn):
     """Stands in for one layer's cache, and notes what is put into it."""
 
-    def __init__(self, layer: Any, made: list[Any], number: int) -> None:
+    def __init__(self, layer: Any, made: dict[int, Any], number: int) -> None:
         super().__init__(layer, layer)
         self._made, self._number = made, number
 
@@ -96,15 +109,22 @@ class StandInCache(StandIn):
         return self.module.update_and_fetch(keys, values)
 
 
-def _copied(layer: Any) -> dict[str, Any]:
+def _parts_of(layer: Any) -> Sequence[Any]:
+    """Return the caches of a list of them, or the one that it is."""
+    parts: Sequence[Any] = getattr(layer, "caches", (layer,))
+    return parts
+
+
+def _only_grows(part: Any) -> bool:
+    """Whether a cache that is shortened is as it was; not all are that say so."""
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    return isinstance(part, KVCache | QuantizedKVCache)
+
+
+def _copied(part: Any) -> dict[str, Any]:
     """Return a cache's attributes, its arrays copied: it writes into its own."""
     return {
         name: mx.array(value) if isinstance(value, mx.array) else copy.copy(value)
-        for name, value in vars(layer).items()
+        for name, value in vars(part).items()
     }
-
-
-def _kind_of(layer: Any) -> str:
-    """Return the class of a cache that cannot go back, inside a list of caches too."""
-    inner = [part for part in getattr(layer, "caches", ()) if not part.is_trimmable()]
-    return type(inner[0] if inner else layer).__name__

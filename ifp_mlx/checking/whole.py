@@ -8,7 +8,7 @@ the dense model's own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,7 @@ class Whole:
         self._reading = 0  # tokens, now
         self.held: dict[int, nn.Module] = {}
         self._hold(room)
+        self._told = self.bytes_read
 
     @property
     def bytes_read(self) -> int:
@@ -86,12 +87,13 @@ class Whole:
             OSError: if the dropped channels cannot be read.
             ValueError: if a record of them is damaged.
         """
-        # A quantised output layer of no token at all would be a division by zero.
-        places = mx.arange(tokens.shape[1] - max(last, 1), tokens.shape[1])
-        self._reading = tokens.size
-        passing = computed_by(self.model, self.plan, self._visits())
-        with passing, logits_at(self.model, places) as some:
+        self._reading, count = tokens.size, tokens.shape[1]
+        cut: Any = nullcontext(lambda logits: logits[:, count - last :])
+        if 0 < last < count:
+            cut = logits_at(self.model, mx.arange(count - last, count))
+        with cut as some, computed_by(self.model, self.plan, self._visits()):
             logits = some(self.model(tokens, cache=cache))
+            # Of no tokens none are computed: a quantised output layer would divide by 0.
             mx.eval(logits if last else [], [layer.state for layer in cache])
         self._coming = None
         return logits
@@ -119,13 +121,13 @@ class Whole:
                 output = self._computed(layer, other, x, *args, **kwargs)
                 self._exchange(layer, other)
                 return output
-            before = self.bytes_read
             came = next(arriving)
             assert came == layer
             output = self._computed(layer, self._shells[layer], x, *args, **kwargs)
             self._exchange(layer, self._shells[layer])
             self._let_go(layer)
-            self.throttle(self.bytes_read - before)
+            told, self._told = self._told, self.bytes_read
+            self.throttle(self._told - told)
             return output
 
         return visit
@@ -166,13 +168,15 @@ class Whole:
 
     def _arrivals(self, layers: Sequence[int]) -> Iterator[int]:
         """Read the dropped channels of layers into their shells, one after the other."""
-        if layers and not getattr(self._reader, "reads_all", True):
-            self._shells = self.plan.modules(self.source.open())
-        work = [
-            Wanted(self._shells[layer], layer, self.parts[layer].dropped_index)
-            for layer in layers
-        ]
-        return self._reader.fill_each(work)
+        for once in _rounds(layers):
+            if not self._reader.reads_all:
+                self._reader.check_unchanged()
+                self._shells = self.plan.modules(self.source.open())
+            work = [
+                Wanted(self._shells[layer], layer, self.parts[layer].dropped_index)
+                for layer in once
+            ]
+            yield from self._reader.fill_each(work)
 
     def _hold(self, room: int) -> None:
         """Read dropped channels for good, layer by layer while there is room."""
@@ -281,12 +285,26 @@ def parts_of(model: nn.Module, plan: Plan) -> list[Apart]:
     return [inlet._apart for inlet in plan.inlets(model)]
 
 
+def _rounds(layers: Sequence[int]) -> Iterator[list[int]]:
+    """Yield layers in runs in which none comes twice: some model types go through theirs
+    more than once.
+    """
+    run: list[int] = []
+    for layer in layers:
+        if layer in run:
+            yield run
+            run = []
+        run.append(layer)
+    if run:
+        yield run
+
+
 def _without_whole_inlets(plan: Plan, parts: Sequence[Apart]) -> Plan:
     """Return the plan of what is read of dropped channels."""
     layers = []
     for layer, part in zip(plan.layers, parts, strict=True):
         own = [s for s in layer.slices if not (part.whole and s.module == layer.inlet)]
-        layers.append(replace(layer, slices=tuple(own)))
+        layers.append(replace(layer, slices=tuple(own if part.drops else ())))
     return replace(plan, layers=tuple(layers))
 
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..checking.drift import RECENT
+from ..checking.rollback import Rollback
 from ..checking.whole import Whole
 from ..files.atomic import new_file
 from ..files.progress import ProgressBar
@@ -259,8 +260,15 @@ class IFPModel:
         Args:
             decision: from :func:`ifp_mlx.model.decide.decide`.
             progress: wraps the iterations over calibration texts and over layers.
+
+        Raises:
+            ValueError: if it is to be checked, and the model's KV cache cannot go back.
         """
+        from mlx_lm.models.cache import make_prompt_cache
+
         start = time.perf_counter()
+        if decision.checks:
+            _ = Rollback(make_prompt_cache(self.source.skeleton))  # or it says why not
         if not decision.reads:
             selection = self.selected(decision, progress=progress)
             chosen = time.perf_counter()

@@ -40,7 +40,7 @@ def read_densely(
     """
     known = 0 if kv is None else _common_start(kv, read, tokens)
     if model is None or known == len(tokens) - 1:
-        return Reading(kv, known)
+        return Reading(kv if known else None, known)
     start = time.perf_counter()
     cache = prefill(model.dense(), tokens[:-1])
     return Reading(cache, len(tokens) - 1, time.perf_counter() - start)

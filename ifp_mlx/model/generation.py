@@ -26,6 +26,10 @@ from .fit import Limits
 from .responses import GenerationResponse, Seconds
 
 STOCK_MAX_TOKENS = 256  # mlx-lm's, where the caller names none
+STOCK_OPTIONS = {
+    "max_tokens",
+    "prefill_step_size",
+}  # of mlx-lm that say nothing of tokens
 
 
 def stream_generate(
@@ -107,7 +111,7 @@ def _stream_unchecked(
     from mlx_lm import stream_generate as stock_stream_generate
 
     if request.checks:  # and every unit is kept, so that there is nothing to check
-        own = {name: options.pop(name) for name in options.keys() & Decoding.names()}
+        own = {name: options.pop(name) for name in options.keys() - STOCK_OPTIONS}
         options |= Decoding.of(own | {"seed": request.seed}).for_mlx_lm()
     if reading.tokens:
         options["prompt_cache"] = reading.kv

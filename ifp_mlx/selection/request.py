@@ -106,8 +106,7 @@ class Request:
             )
 
     def _check_checks(self) -> None:
-        number = isinstance(self.check, int | float)
-        share = float(self.check) if number else 0.0
+        share = self.check if isinstance(self.check, int | float) else 0
         if self.check not in ("off", "exact") and not 0 < share < 1:
             raise ValueError(
                 f"check={self.check!r} is not a way of checking; choose exact, off, or a "

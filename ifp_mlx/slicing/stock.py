@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .masked import become
-from .shapes import at
+from .shapes import at, put_at
 
 PREFILL_STEP = 2048  # tokens that go through the model at once, as in mlx-lm
 IN_LAYER = re.compile(r"\.\d+\.")  # of a parameter's name
@@ -93,14 +93,15 @@ def logits_at(
     """Let a model compute its output layer for some tokens only, meanwhile.
 
     Args:
-        model: any stock model; one whose final norm is not known computes all.
+        model: any stock model; one whose final norm is not known, or which goes through
+            it more than once, computes all.
         places: int32 ``[n]``, which of the tokens of a call.
 
     Yields:
         What makes ``[B, n, V]`` of the logits of a call.
     """
     path = final_norm(model)
-    if path is None:
+    if path is None or _calls_of(model, path) > 1:
         yield lambda logits: logits[:, places]
         return
     norm = at(model, path)
@@ -110,6 +111,26 @@ def logits_at(
         yield lambda logits: logits
     finally:
         norm.__class__ = stock
+
+
+def _calls_of(model: nn.Module, path: str) -> int:
+    """Return how often one forward pass calls a module; no weight is read to find out."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    module, calls = at(model, path), 0
+
+    def count(x: mx.array) -> mx.array:
+        nonlocal calls
+        calls += 1
+        counted: mx.array = module(x)
+        return counted
+
+    put_at(model, path, StandIn(module, count))
+    try:
+        model(mx.array([[0]]), cache=make_prompt_cache(model))
+    finally:
+        put_at(model, path, module)
+    return calls
 
 
 class StandIn:

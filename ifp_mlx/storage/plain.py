@@ -82,12 +82,12 @@ class PlainReader(UnitReader):
             self._filed.append([filed for some in found.values() for filed in some])
             rest = tuple(piece for piece, some in found.items() if not some)
             self._rest.append(replace(layer, slices=rest))
-        files = {filed.tensor.file for some in self._filed for filed in some}
+        files = {tensor.file for tensor in tensors.values()}
         self._states = {file: _state(file.stat()) for file in files}
 
     @property
     def reads_all(self) -> bool:
-        """Whether nothing of a layer's units has to be cut in memory."""
+        """See :attr:`UnitReader.reads_all`."""
         return not any(rest.slices for rest in self._rest)
 
     def _begin(self, wanted: Wanted) -> Future[dict[str, mx.array]]:
@@ -162,12 +162,20 @@ class PlainReader(UnitReader):
             found.append((rows, view.reshape(len(rows), -1)) if by_row else None)
         return found
 
-    def _opened(self, file: Path) -> OpenFile:
-        opened = OpenFile(file, "fetch or convert the model again")
-        if _state(os.fstat(opened.ranges)) != self._states[file]:
+    def check_unchanged(self) -> None:
+        """See :meth:`UnitReader.check_unchanged`."""
+        for file in self._states:
+            self._check_state(file, file.stat())
+
+    def _check_state(self, file: Path, about: os.stat_result) -> None:
+        if _state(about) != self._states[file]:
             raise OSError(
                 f"{file} has changed since the model was opened; open it again."
             )
+
+    def _opened(self, file: Path) -> OpenFile:
+        opened = OpenFile(file, "fetch or convert the model again")
+        self._check_state(file, os.fstat(opened.ranges))
         return opened
 
     def _read(

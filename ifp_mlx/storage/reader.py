@@ -58,6 +58,9 @@ class ChannelReader(UnitReader):
         finally:
             self._spare.clear()  # up to two layers' worth of memory
 
+    def check_unchanged(self) -> None:
+        """See :meth:`UnitReader.check_unchanged`; the only file stays open."""
+
     def _begin(self, wanted: Wanted) -> Future[dict[str, mx.array]]:
         return self._read(*wanted[1:])
 

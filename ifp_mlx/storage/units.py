@@ -59,6 +59,11 @@ class UnitReader(ABC):
         self._own = threading.local()
         self._disk: Device | None = None
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether nothing of a layer's units has to be cut in memory."""
+        return True
+
     def fill(
         self, module: nn.Module, layer: int, index: mx.array | None = None
     ) -> None:
@@ -109,18 +114,28 @@ class UnitReader(ABC):
                 current = begun
                 if number + 1 < len(work):
                     begun = self._begin(work[number + 1])
-                tensors = current.result()
-                for name, array in tensors.items():
-                    home, tensor = self._home(wanted.module, wanted.layer, name)
-                    home[tensor] = array
+                self._put(wanted, current.result())
                 self._cut(wanted)
                 yield wanted.layer
         finally:
             wait([begun])  # or it would write on after an error
 
     @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise ``OSError`` if a file that is not kept open is not what it was."""
+
+    @abstractmethod
     def _begin(self, wanted: Wanted) -> Future[dict[str, mx.array]]:
         """Start reading; what comes of it are tensors, by their names in the model."""
+
+    def _put(self, wanted: Wanted, tensors: dict[str, mx.array]) -> None:
+        """Put tensors in their places, but for those that the plan leaves out."""
+        layer = self.plan.layers[wanted.layer]
+        homes = {piece.module for piece in layer.slices}
+        for name, array in tensors.items():
+            path, _, tensor = name.removeprefix(f"{layer.path}.").rpartition(".")
+            if path in homes:
+                at(wanted.module, path)[tensor] = array
 
     @abstractmethod
     def _cut(self, wanted: Wanted) -> None:

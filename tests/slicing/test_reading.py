@@ -2,7 +2,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import FAMILIES, tiny_model
+from conftest import (
+    FAMILIES,
+    families,
+    family_units,
+    randomised,
+    relative_error,
+    tiny_model,
+)
 
 from ifp_mlx.selection.calibration import calibration_chats
 from ifp_mlx.selection.scores import blend_scores, random_scores
@@ -105,3 +112,13 @@ def test_the_calibration_text_ships_with_the_package():
     words = sum(len(m["content"].split()) for chat in chats for m in chat)
     assert len(chats) >= 30 and words >= 4000
     assert all(chat[-1]["role"] == "assistant" for chat in chats)
+
+
+@pytest.mark.parametrize("name", family_units())
+def test_logits_of_some_tokens_are_those_of_all_in_every_type(name):
+    model = randomised(stock.build(families()[name]))
+    expected = model(mx.array([TOKENS]))
+    with stock.logits_at(model, mx.array([1, 4])) as some:
+        found = some(model(mx.array([TOKENS])))
+    assert relative_error(found, expected[:, [1, 4]]) <= 1e-6
+    assert mx.array_equal(model(mx.array([TOKENS])), expected)
