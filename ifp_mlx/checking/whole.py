@@ -40,13 +40,11 @@ class Whole:
         plan: of both.
         parts: of every layer.
         held: the modules of layers whose dropped channels are in memory for good.
-        throttle: is told how many bytes were read, after each layer that was.
     """
 
     def __init__(self, source: Folder, model: nn.Module, room: int = 0) -> None:
         self.source, self.model, self.plan = source, model, source.plan
         self.parts = parts_of(model, self.plan)
-        self.throttle: Callable[[int], None] = lambda nbytes: None
         self._passing_plan = _without_whole_inlets(self.plan, self.parts)
         self._reader = source.reader_of(self._passing_plan, FEWEST_BYTES)
         self._kept = self.plan.modules(model)
@@ -59,6 +57,15 @@ class Whole:
     def bytes_read(self) -> int:
         """Bytes that were asked of the system so far, for dropped channels."""
         return self._reader.bytes_read
+
+    @property
+    def throttle(self) -> Callable[[int, float], None]:
+        """See :class:`ifp_mlx.storage.units.UnitReader`."""
+        return self._reader.throttle
+
+    @throttle.setter
+    def throttle(self, throttle: Callable[[int, float], None]) -> None:
+        self._reader.throttle = throttle
 
     @property
     def dense_bytes(self) -> int:
@@ -97,12 +104,10 @@ class Whole:
             mx.eval(x)
             if not self._passes(layer):
                 return self._computed(layer, self.held.get(layer), x, *args, **kwargs)
-            before = self.bytes_read
             came = next(arriving)
             assert came == layer
             output = self._computed(layer, self._shells[layer], x, *args, **kwargs)
             self._let_go(layer)
-            self.throttle(self.bytes_read - before)
             return output
 
         return visit
