@@ -1,4 +1,8 @@
-"""Speed and memory, beside the dense model and a stock one: the command."""
+"""Speed and memory, beside the dense model and a stock one: the command.
+
+With `--check` it is the compact model that the whole one checks which is timed, beside
+streaming the dense model from the disk (:mod:`ifp_mlx.evaluation.checked_speed`).
+"""
 
 import itertools
 import json
@@ -13,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import cli
+from .evaluation import checked_speed
 from .evaluation.runners import Contest, forget_files
 from .evaluation.speed import Case, draw, measure, table
 from .files.progress import SHOWN
@@ -20,6 +25,7 @@ from .model.checkpoint import IFPModel, load
 from .selection.calibration import calibration_chats
 from .selection.masks import Selection
 from .selection.prompts import tokenize
+from .selection.request import MOST_DRAFTED, Request
 from .selection.widths import target_size
 
 INSTRUCTION = "Answer the question in one sentence."
@@ -35,7 +41,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="ifp_mlx.benchmark",
         description="Time the compact model beside the dense one and a stock one of "
-        "its shape, and weigh them.",
+        "its shape, and weigh them; or, with --check, one that the whole model checks.",
     )
     cli.add_model_option(parser, shipped=True)
     add = parser.add_argument
@@ -49,6 +55,29 @@ def build_parser() -> cli.Parser:
     add("--cold", action="store_true", help="also load with nothing in the file cache")
     add("--plot", type=Path, metavar="FILE", help="draw it, as .png or .svg")
     add("--json", action="store_true", help="end with one line of JSON on stdout")
+    add = parser.add_argument_group("checking").add_argument
+    add(
+        "--check",
+        type=cli.check_of,
+        nargs="+",
+        metavar="exact|T|off",
+        help="time these ways of checking instead, beside streaming the dense model and "
+        "the compact one alone; the prompt selects",
+    )
+    add(
+        "--read-gb-per-s",
+        type=float,
+        default=[],
+        **many,
+        help="also with reading limited to so many 10^9 bytes a second",
+    )
+    add(
+        "--draft-tokens",
+        type=int,
+        default=MOST_DRAFTED,
+        metavar="N",
+        help="drafted for one check at most; default: %(default)s",
+    )
     return parser
 
 
@@ -58,17 +87,56 @@ def _command(args: Any) -> None:
             f"--prompt-tokens {min(args.prompt_tokens)} and --turns {args.turns} must "
             f"be at least 1, --max-tokens {args.max_tokens} at least 2."
         )
+    if args.read_gb_per_s and not args.check:
+        raise ValueError(
+            f"--read-gb-per-s {min(args.read_gb_per_s):g} limits what checks read; give "
+            "--check too."
+        )
+    if args.check and (args.cold or args.plot):
+        raise ValueError(
+            f"--check {args.check[0]} has no cold runs and no picture; leave out --cold "
+            "and --plot."
+        )
     model, tokenizer = load(args.model)
     if args.cold:
         forget_files(model.path)  # or it says now that it cannot
     texts = (tokenize(tokenizer, chat[-2:]) for chat in calibration_chats())
     text = [token for tokens in texts for token in tokens]
+    if args.check:
+        _check(args, model, text)
+        return
     masks = [Selection.load(args.mask_file)] if args.mask_file else _masks(model, args)
     cases = []
     for mask, length in itertools.product(masks, args.prompt_tokens):
         contest = _contest(model, args, mask, text[:length])
         cases.append(measure(contest, turns=args.turns, cold=args.cold, progress=SHOWN))
-    _print(args, model, cases)
+    _print(args, cases)
+
+
+def _check(args: Any, model: IFPModel, text: list[int]) -> None:
+    """Time what checks, beside what does not."""
+    keeps: list[dict[str, Any]] = [{"keep": keep} for keep in args.keep]
+    if args.mask_file:
+        keeps = [{"mask_file": args.mask_file}]
+    bandwidths = [speed * 1e9 for speed in args.read_gb_per_s]
+    if bandwidths and min(bandwidths) <= 0:
+        raise ValueError(
+            f"--read-gb-per-s {min(args.read_gb_per_s):g} reads nothing; give more "
+            "than 0."
+        )
+    checks = [check for check in args.check if check != "off"]  # which is a row anyway
+    for check in checks:
+        Request(check=check)  # or it says what it may be, before anything is timed
+    cases = []
+    for keep, length in itertools.product(keeps, args.prompt_tokens):
+        about = model, keep, text[:length], args.max_tokens, args.draft_tokens
+        contest = checked_speed.CheckedContest(*about)
+        more: dict[str, Any] = {"turns": args.turns, "progress": SHOWN}
+        cases.append(checked_speed.measure(contest, checks, bandwidths, **more))
+    about_run = _about(args) | {"draft_tokens": args.draft_tokens}
+    print(checked_speed.table(cases))
+    if args.json:
+        print(json.dumps(about_run | {"cases": [case.report() for case in cases]}))
 
 
 def _masks(model: IFPModel, args: Any) -> list[Selection]:
@@ -104,7 +172,8 @@ def _contest(model: IFPModel, args: Any, mask: Selection, prompt: list[int]) -> 
     return Contest(model, choose, sweep, prompt, args.max_tokens, size)
 
 
-def _print(args: Any, model: IFPModel, cases: Sequence[Case]) -> None:
+def _about(args: Any) -> dict[str, Any]:
+    """Print, and return, what was measured where."""
     about = {
         "model": args.model,
         "turns": args.turns,
@@ -116,6 +185,11 @@ def _print(args: Any, model: IFPModel, cases: Sequence[Case]) -> None:
         "python": platform.python_version(),
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
+    return about
+
+
+def _print(args: Any, cases: Sequence[Case]) -> None:
+    about = _about(args)
     print(table(cases), end="\n\n")
     for case in cases:
         print(f"keep {case.keep:.3g}, {case.prompt_tokens} prompt tokens:")

@@ -5,10 +5,10 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .selection.masks import Selection, find_mask
-from .selection.request import Request
+from .selection.request import Check, Request
 from .selection.scores import SELECTORS
 from .selection.widths import ALLOCATIONS
 from .storage.folder import SHIPPED
@@ -137,6 +137,14 @@ def add_compensate_option(parser: argparse.ArgumentParser, default: str) -> None
 
 # When a compact model that is written for good is compensated.
 LASTING = "for task masks, and where the instruction is read to select by it"
+
+
+def check_of(text: str) -> Check:
+    """Return what ``--check`` asks for; a :class:`Request` knows it, or refuses it."""
+    try:
+        return float(text)
+    except ValueError:
+        return cast(Check, text)
 
 
 def add_quantisation_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,9 @@ Three kinds of evidence, each from its own option:
   it. Kept channels make up for dropped ones where they do so in `generate`.
 - `--harness`: tasks of lm-evaluation-harness, with one mask for each request or task;
   nothing is compensated there.
-- `--answers`: questions whose answers can be checked: generated, then judged.
+- `--answers`: questions whose answers can be judged: generated, then judged. With
+  `--check` the whole model checks what the compact one drafts, and answers are compared
+  with the dense model's own.
 
 With `--output` everything measured is kept row by row, and a stopped run goes on.
 """
@@ -24,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import cli
-from .evaluation import answers, sandbox, shares
+from .evaluation import answers, checked, sandbox, shares
 from .evaluation.log import Log
 from .evaluation.measurement import about_run, evaluate
 from .evaluation.picture import draw
@@ -129,6 +131,13 @@ def _add_task_options(parser: cli.Parser) -> None:
         "examples/benchmarks/answers/answer_sets.py puts them",
     )
     add(
+        "--check",
+        type=cli.check_of,
+        nargs="+",
+        metavar="exact|T|off",
+        help="--answers: as generate answers with these ways of checking",
+    )
+    add(
         "--run-generated-code",
         action="store_true",
         help="--answers: programs that the model wrote may be run here",
@@ -138,6 +147,13 @@ def _add_task_options(parser: cli.Parser) -> None:
 def _command(args: Any) -> None:
     if "auto" in (args.selector or []):
         raise ValueError("--selector auto is no setting; name those to compare.")
+    if args.check and not args.answers:
+        raise ValueError(
+            f"--check {args.check[0]} goes with --answers; leave it out, or give sets of "
+            "questions."
+        )
+    for check in args.check or ():
+        Request(check=check)  # or it says what it may be, before anything is loaded
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} leaves nothing; give at least 1.")
     if args.data:
@@ -213,10 +229,18 @@ def _task_settings(args: Any, model: IFPModel) -> list[Setting]:
         args.selector or ["activation"],
         args.keep or [0.5],
         args.allocation or _allocations(model)[-1:],
+        args.check or [None],
     )
     return [
-        Setting(*choice, compensate=_compensates(args, model, choice[0]))
-        for choice in choices
+        Setting(
+            selector,
+            keep,
+            allocation,
+            prefill="compact" if check is None else "dense",
+            compensate=_compensates(args, model, selector),
+            check=check,
+        )
+        for selector, keep, allocation, check in choices
     ]
 
 
@@ -266,18 +290,21 @@ def _answers(args: Any) -> None:
         _allow_programs(args.run_generated_code)
     model, _ = load(args.model)
     max_tokens = args.max_tokens or answers.MAX_TOKENS
-    about = about_run(model, args.seed) | {"max_tokens": max_tokens}
-    log = Log(args.output, about, answers.KEY)
     settings = _task_settings(args, model)
+    about = about_run(model, args.seed) | {"max_tokens": max_tokens}
+    if compared := answers.checking(settings):
+        about |= {"compared": "token by token"}
+    log = Log(args.output, about, answers.KEY)
     options: dict[str, Any] = {"seed": args.seed, "progress": SHOWN}
     answers.measure(model, sets, settings, log, max_tokens=max_tokens, **options)
     found = answers.compare(sets, settings, log)
     counts = ", ".join(f"{name} {len(questions)}" for name, questions in sets.items())
     parts = [
         f"{model.name}; questions: {counts}; greedy, at most {max_tokens} tokens, each "
-        "question selects and is read by the compact model. An answer in which none "
-        "can be found is wrong.",
+        f"question selects and is read by the {'dense' if compared else 'compact'} model. "
+        "An answer in which none can be found is wrong.",
         shares.table(found, extra=("found",)),
+        *([checked.table(found)] if compared else []),
         *_chance_notes(found, answers.chances(sets)),
     ]
     _publish(args, "\n\n".join(parts), about | {"results": found})

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -15,7 +15,7 @@ from .model.compact_cache import CompactCache
 from .model.generation import stream_generate
 from .model.responses import GenerationResponse, report
 from .selection.prompts import as_messages
-from .selection.request import MOST_DRAFTED, RESELECTS, Check
+from .selection.request import MOST_DRAFTED, RESELECTS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,7 +94,7 @@ def _command(args: Any) -> None:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
     as_messages(prompt)  # an empty prompt is refused before anything is loaded
     memory = _bytes(args.memory_gb)
-    how: dict[str, Any] = {"check": _check(args.check), "reselect": args.reselect}
+    how: dict[str, Any] = {"check": cli.check_of(args.check), "reselect": args.reselect}
     how |= {"draft_tokens": args.draft_tokens, "memory_bytes": memory}
     request = cli.request_of(args, prefill=args.prefill, **how)
     model, tokenizer = load(args.model)
@@ -125,13 +125,6 @@ def _command(args: Any) -> None:
     cli.say_slicing(slicing, last.selection)
     if args.json:
         print(json.dumps({"text": text} | report(last) | {"down_proj": slicing}))
-
-
-def _check(text: str) -> Check:
-    try:
-        return float(text)
-    except ValueError:  # a word, which the request knows or refuses
-        return cast(Check, text)
 
 
 def _say_checks(last: GenerationResponse) -> None:

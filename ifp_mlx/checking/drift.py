@@ -18,8 +18,8 @@ from .whole import Whole
 
 RECENT = 256  # tokens whose channels are remembered
 HALF_LIFE = 24  # tokens after which one counts half
-FLOOR = 16  # tokens between two changes, at least
-GAIN = 0.02  # of the energy that other channels must have more
+FLOOR = 8  # tokens between two changes, at least
+GAIN = 0.01  # of the energy that other channels must have more
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,11 @@ class Whole:
         parts: of every layer.
         visits_once: whether a forward pass goes through each layer once.
         held: the modules of layers whose dropped channels are in memory for good.
-        throttle: is told how many bytes were read, after each layer that was.
     """
 
     def __init__(self, source: Folder, model: nn.Module, room: int = 0) -> None:
         self.source, self.model, self.plan = source, model, source.plan
         self.parts = parts_of(model, self.plan)
-        self.throttle: Callable[[int], None] = lambda nbytes: None
         self._passing_plan = _without_whole_inlets(self.plan, self.parts)
         self._reader = source.reader_of(self._passing_plan, FEWEST_BYTES)
         self._kept = self.plan.modules(model)
@@ -59,12 +57,20 @@ class Whole:
         self._reading = 0  # tokens, now
         self.held: dict[int, nn.Module] = {}
         self._hold(room)
-        self._told = self.bytes_read
 
     @property
     def bytes_read(self) -> int:
         """Bytes that were asked of the system so far, for dropped channels."""
         return self._reader.bytes_read
+
+    @property
+    def throttle(self) -> Callable[[int, float], None]:
+        """See :class:`ifp_mlx.storage.units.UnitReader`."""
+        return self._reader.throttle
+
+    @throttle.setter
+    def throttle(self, throttle: Callable[[int, float], None]) -> None:
+        self._reader.throttle = throttle
 
     @property
     def dense_bytes(self) -> int:
@@ -126,8 +132,6 @@ class Whole:
             output = self._computed(layer, self._shells[layer], x, *args, **kwargs)
             self._exchange(layer, self._shells[layer])
             self._let_go(layer)
-            told, self._told = self._told, self.bytes_read
-            self.throttle(self._told - told)
             return output
 
         return visit

@@ -4,17 +4,20 @@ ones, then judged.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..checking.loop import Checks
+from ..model import generation
 from ..model.checkpoint import IFPModel
 from ..selection.prompts import as_messages, tokenize
-from . import shares
+from ..selection.request import Request
+from . import checked, shares
 from .checks import KINDS, PROGRAM, Check, chance, judge
 from .log import Line, Log
 from .teacher import Setting
@@ -80,6 +83,11 @@ def runs_programs(sets: Mapping[str, Sequence[Question]]) -> bool:
     return any(q.check["kind"] == PROGRAM for some in sets.values() for q in some)
 
 
+def checking(settings: Sequence[Setting]) -> bool:
+    """Whether answers are checked, or held against some that are."""
+    return any(setting.check is not None for setting in settings)
+
+
 def measure(
     model: IFPModel,
     sets: Mapping[str, Sequence[Question]],
@@ -96,7 +104,8 @@ def measure(
     Args:
         model: from :func:`ifp_mlx.load`.
         sets: questions by the name of their set.
-        settings: ways of selecting, from each question; the compact model reads it.
+        settings: ways of selecting, from each question; the compact model reads it,
+            unless they say how to check.
         log: results so far, with the key :data:`KEY`.
         max_tokens: of an answer.
         seed: of the selector ``random``.
@@ -113,20 +122,24 @@ def measure(
             if dense is None:
                 dense = model.dense()
                 mx.eval(dense.parameters())
-            text, tokens = _answer(
+            answer = _answer(
                 model, dense, question, setting, max_tokens=max_tokens, seed=seed
             )
-            right = judge(question.check, question.prompt, text)
+            right = judge(question.check, question.prompt, answer.text)
             line: Line = {"arm": arm, "set": name, "question": question.key}
             line |= {"right": right is True, "found": right is not None}
-            log.add(line | {"tokens": tokens, "text": text})
+            line |= {"tokens": len(answer.ids), "text": answer.text}
+            if checking(settings):
+                own = log.lines.get((shares.DENSE, name, question.key), {})
+                line |= _beside(model, dense, question, answer, own.get("ids"))
+            log.add(line)
 
 
 def compare(
     sets: Mapping[str, Sequence[Question]], settings: Sequence[Setting], log: Log
 ) -> dict[str, dict[str, Any]]:
     """Return set → arm → :func:`.shares.compare`, and the share of answers in which an
-    answer was ``found``.
+    answer was ``found``; where some are checked, :func:`.checked.summary` too.
     """
     result: dict[str, dict[str, Any]] = {}
     for name, questions in sets.items():
@@ -138,6 +151,7 @@ def compare(
         result[name] = {
             arm: shares.compare(right[arm], right[shares.DENSE])
             | {"found": sum(line["found"] for line in lines[arm]) / len(questions)}
+            | (checked.summary(lines[arm]) if checking(settings) else {})
             for arm in lines
         }
     return result
@@ -151,6 +165,20 @@ def chances(sets: Mapping[str, Sequence[Question]]) -> dict[str, float | None]:
     }
 
 
+class Answer(NamedTuple):
+    """A generated answer.
+
+    Attributes:
+        text: without its end.
+        ids: of its tokens, the end included.
+        check: what checking took.
+    """
+
+    text: str
+    ids: list[int]
+    check: Checks | None
+
+
 def _answer(
     model: IFPModel,
     dense: nn.Module,
@@ -159,18 +187,52 @@ def _answer(
     *,
     max_tokens: int,
     seed: int,
-) -> tuple[str, int]:
-    """Return the answer and how many tokens it took."""
+) -> Answer:
     from mlx_lm import stream_generate
 
-    runner = dense
-    if setting is not None:
-        runner = _compact(model, dense, question, setting, seed)
     prompt = tokenize(model.tokenizer, as_messages(question.prompt))
-    text, tokens = "", 0
-    for step in stream_generate(runner, model.tokenizer, prompt, max_tokens=max_tokens):
-        text, tokens = text + step.text, step.generation_tokens
-    return text, tokens
+    if setting is not None and setting.check is not None:
+        steps = _as_generate(model, prompt, setting, max_tokens=max_tokens, seed=seed)
+    else:
+        runner = dense
+        if setting is not None:
+            runner = _compact(model, dense, question, setting, seed)
+        steps = stream_generate(runner, model.tokenizer, prompt, max_tokens=max_tokens)
+    said = list(steps)
+    text, ids = "".join(step.text for step in said), [step.token for step in said]
+    return Answer(text, ids, getattr(said[-1], "check", None))
+
+
+def _as_generate(
+    model: IFPModel, prompt: list[int], setting: Setting, *, max_tokens: int, seed: int
+) -> Iterator[Any]:
+    """Return the steps of an answer that is checked, or made as if it were."""
+    assert setting.check is not None
+    request = Request(
+        instruction=prompt,
+        keep=setting.keep,
+        selector=setting.selector,
+        allocation=setting.allocation,
+        compensate=setting.compensate,
+        seed=seed,
+        check=setting.check,
+    )
+    about: dict[str, Any] = {"request": request, "max_tokens": max_tokens}
+    return generation.stream_generate(model, model.tokenizer, prompt, **about)
+
+
+def _beside(
+    model: IFPModel,
+    dense: nn.Module,
+    question: Question,
+    answer: Answer,
+    own: list[int] | None,
+) -> Line:
+    """Return how an answer compares with the dense model's own, by default itself."""
+    prompt = tokenize(model.tokenizer, as_messages(question.prompt))
+    line: Line = {"ids": answer.ids, "nats": checked.nats(dense, prompt, answer.ids)}
+    line |= checked.compare(answer.ids, own or answer.ids)
+    return line | checked.figures(answer.check)
 
 
 def _compact(

@@ -31,13 +31,14 @@ def decode_speeds(
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in progress(range(TURNS + 1)):
         for name in list(models)[:: 1 if turn % 2 else -1]:  # none is always first
-            spent = _decode(models[name], prompt, tokens)
+            spent = decode(models[name], prompt, tokens)
             if turn:
                 seconds[name].append(spent)
     return {name: tokens / statistics.median(s) for name, s in seconds.items()}
 
 
-def _decode(model: nn.Module, prompt: list[int], tokens: int) -> float:
+def decode(model: nn.Module, prompt: list[int], tokens: int) -> float:
+    """Return the seconds of so many tokens after the first, whatever they are."""
     from mlx_lm.generate import generate_step
 
     steps = generate_step(mx.array(prompt), model, max_tokens=tokens + 1)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from ..model.checkpoint import IFPModel
 from ..selection import scores
 from ..selection.masks import Selection
+from ..selection.request import Check
 from ..selection.widths import Allocation
 from ..slicing.masked import mask_model, set_masks
 from ..slicing.stock import log_softmax, prefill
@@ -32,6 +33,9 @@ class Setting:
         prefill: which model reads the prompt.
         bits: that the compact model is quantised to, or ``None``.
         compensate: whether kept channels make up for dropped ones, by what selects.
+        check: of generated answers, how the whole model checks them; they, and those
+            with ``off``, are made as ``generate`` makes them. ``None``: the compact model
+            alone, which reads the question too.
     """
 
     selector: str
@@ -40,6 +44,7 @@ class Setting:
     prefill: Prefill = "compact"
     bits: int | None = None
     compensate: bool = False
+    check: Check | None = None
 
     @property
     def name(self) -> str:
@@ -51,6 +56,7 @@ class Setting:
         """The same without the prompt."""
         parts = f"{self.selector}, keep {self.keep:g}, {self.allocation}"
         parts += ", compensated" if self.compensate else ""
+        parts += "" if self.check is None else f", check {self.check}"
         return parts if self.bits is None else f"{parts}, {self.bits} bits"
 
 

@@ -6,6 +6,7 @@ file: such a tensor is read whole, and its columns are taken.
 """
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -140,7 +141,9 @@ class PlainReader(UnitReader):
         step = max(1, PIECE_BYTES // size)
         for first in range(0, rows, step):
             part = self._buffer(min(step, rows - first) * size)
+            began = time.perf_counter()
             file.read(file.sweeps, [part], filed.tensor.offset + first * size)
+            self.throttle(part.size, began)
             some = into[first : first + step]
             # "raise" would make a copy first.
             np.take(part.view(word).reshape(len(some), -1), columns, 1, some, "clip")
@@ -214,7 +217,7 @@ class PlainReader(UnitReader):
         spans = [(int(places[a]), int(places[b - 1]) + 1) for a, b in group]
         if fd == file.ranges:
             file.announce((start + a * size, (b - a) * size) for a, b in spans)
-        nbytes = 0
+        nbytes, began = 0, time.perf_counter()
         for (a, b), (first, _) in zip(group, spans, strict=True):
             buffers, end = [], first
             for i, j in _runs(places[a:b]):
@@ -224,6 +227,7 @@ class PlainReader(UnitReader):
                 buffers.append(into[to : to + j - i].reshape(-1))
                 end = int(places[a + j - 1]) + 1
             nbytes += file.read(fd, buffers, start + first * size)
+        self.throttle(nbytes, began)
         return nbytes
 
     def _complete(
@@ -240,7 +244,9 @@ class PlainReader(UnitReader):
             for piece in rest.slices:  # which are read whole for it
                 home = at(wanted.module, piece.module)
                 names = tensors_along(home, piece)
-                self.bytes_read += sum(home[name].nbytes for name in names)
+                nbytes = sum(home[name].nbytes for name in names)
+                self.bytes_read += nbytes
+                self.throttle(nbytes, time.perf_counter())
             cut(wanted.module, rest, wanted.units, self.plan.units)
 
 

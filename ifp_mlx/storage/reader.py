@@ -1,5 +1,6 @@
 """Reads chosen units of a channel file into arrays, and nothing else of it."""
 
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -139,13 +140,14 @@ class ChannelReader(UnitReader):
         buffer = self._buffer(sum(last - first for first, last in spans) * size)
         if fd == self._file.ranges:
             self._file.announce((start + a * size, (b - a) * size) for a, b in spans)
-        at, wanted = 0, []
+        at, wanted, began = 0, [], time.perf_counter()
         for (a, b), (first, last) in zip(group, spans, strict=True):
             part = buffer[at * size : (at + last - first) * size]
             self._file.read(fd, [part], start + first * size)
             self._check(layer, first, part)
             wanted.append(places[a:b] - first + at)
             at += last - first
+        self.throttle(buffer.size, began)
         records = buffer.reshape(-1, size)
         index = slice(group[0].first, group[-1].last)
         if index.stop - index.start < at:

@@ -4,7 +4,7 @@ filled, and while one is put in place the next is read.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import NamedTuple
@@ -49,12 +49,16 @@ class UnitReader(ABC):
         plan: of the model.
         bytes_read: bytes asked of the system so far, gaps between units included.
         bytes_wanted: bytes of the units that were needed.
+        throttle: is told how many bytes were read, and when that began, as
+            ``time.perf_counter`` has it, by the thread that read them, some megabytes
+            at a time; it may let the thread wait, as a slower disk would.
     """
 
     def __init__(self, plan: Plan, device: Device | None = None) -> None:
         self.plan = plan
         self._given = device
         self.bytes_read = self.bytes_wanted = 0
+        self.throttle: Callable[[int, float], None] = lambda nbytes, began: None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="units")
         self._own = threading.local()
         self._disk: Device | None = None
