@@ -139,11 +139,9 @@ def test_a_whole_store_record_is_less_than_the_folder_reads(opened):
 def test_who_throttles_is_told_of_every_byte(opened):
     model, _ = opened("plain")
     whole, told = beside(model, kept_of(model)), []
-    whole.throttle = told.append
+    whole.throttle = lambda nbytes, began: told.append(nbytes)
     answer(run_of(whole), 9)
-    assert sum(told) == whole.bytes_read
-    passes = {a + b for a, b in zip(told[::2], told[1::2], strict=True)}
-    assert len(passes) == 1  # of two layers each; what is read ahead may come early
+    assert len(told) > 2 and sum(told) == whole.bytes_read
 
 
 @pytest.mark.parametrize("kind", KINDS)
