@@ -22,8 +22,8 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 status = open("/proc/self/status").read()
 print(next(l for l in status.splitlines() if l.startswith("VmData")))
 """
-WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 16384}
-FFN_BYTES = 4 * 3 * 256 * 16384 * 4  # of four layers, 201 MB
+WIDE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 8192}
+FFN_BYTES = 8 * 3 * 256 * 8192 * 4  # of eight layers, 201 MB
 
 
 def child(*command, limit):
@@ -39,7 +39,7 @@ def child(*command, limit):
 def test_it_says_what_the_dense_model_says_where_that_cannot_be_loaded(tmp_path):
     asked = ["--prompt", "Hello", "--max-tokens", 8]
     empty = write_folder(tmp_path / "empty")
-    wide = write_folder(tmp_path / "wide", num_hidden_layers=4, **WIDE)
+    wide = write_folder(tmp_path / "wide", num_hidden_layers=8, **WIDE)
     checks = ["--keep", 0.25, "--check", "exact", "--json"]
 
     idle = child("ifp_mlx.generate", "--model", empty, *asked, *checks, limit=0)
