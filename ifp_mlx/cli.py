@@ -3,26 +3,19 @@
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .selection.masks import Selection, find_mask
-from .selection.request import Check, Request
+from .selection.request import MIN_AGREEMENT, SAFE_KEEP, Check, Keep, Request
 from .selection.scores import SELECTORS
 from .selection.widths import ALLOCATIONS
 from .storage.folder import SHIPPED
 
 if TYPE_CHECKING:
+    from .model.card import Card
     from .model.export import Quantisation
-
-# How often SmolLM2-135M-Instruct, untrained, still chooses the dense model's next
-# token, by keep: "activation, first-layer", which is the default where no prior was
-# computed, in examples/benchmarks/selectors/quality.md.
-# Below this share of an instruction's tokens a selection is warned of: see
-# examples/guides/experts.md.
-LOW_AGREEMENT = 0.7
-AGREEMENT = {0.75: 0.74, 0.5: 0.54, 1 / 3: 0.44}
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,9 +88,11 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--keep",
-        type=float,
+        type=keep_of,
+        metavar="SHARE|auto",
         help="kept share of a layer's units, 0 to 1; a unit is an FFN channel, or of a "
-        "mixture an expert; default 0.5",
+        "mixture an expert; auto: the smallest share that agrees enough with the whole "
+        "model, see --min-agreement; default: a trained checkpoint's own, else auto",
     )
     size.add_argument("--target-size", type=int, help="kept units per layer")
     parser.add_argument(
@@ -114,7 +109,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--min-agreement",
         type=float,
         help="refuse a selection whose compact model chooses the dense model's next "
-        "token at a smaller share of the instruction's tokens, 0 to 1",
+        "token at a smaller share of the instruction's last tokens, 0 to 1; default: "
+        f"{MIN_AGREEMENT:g} for --keep auto, else nothing is asked",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
@@ -137,6 +133,14 @@ def add_compensate_option(parser: argparse.ArgumentParser, default: str) -> None
 
 # When a compact model that is written for good is compensated.
 LASTING = "for task masks, and where the instruction is read to select by it"
+
+
+def keep_of(text: str) -> Keep:
+    """Return what ``--keep`` asks for; a :class:`Request` knows it, or refuses it."""
+    try:
+        return float(text)
+    except ValueError:
+        return cast(Keep, text)
 
 
 def check_of(text: str) -> Check:
@@ -187,64 +191,60 @@ def library_folder(args: argparse.Namespace) -> Path:
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-def warn_of_low_keep(selection: Selection) -> None:
-    """Say on stderr what to expect when fewer units are kept than an untrained
-    model bears: as measured for this task mask, else for a small model.
+def say_quality(selection: Selection, card: "Card | None") -> None:
+    """Say on stderr how good a selection is, as far as that is known: by the comparison
+    with the dense model on the text that selected, and by what was measured before.
+
+    Args:
+        selection: how it was made and what was measured of it.
+        card: of the model.
     """
-    share, origin = selection.share, selection.origin
-    if share >= max(AGREEMENT) - 0.005 or origin.selector == "predictor":
-        return
-    if origin.agreement is not None:  # which says more
-        return
-    if measured := origin.evaluation:
-        found = measured
-        if selection.compensates:
-            found = measured.get("compensated", measured)
-        expect = (
-            f"this task mask chose the dense model's next token "
-            f"{found['agreement']:.0%} of the time on {measured['rows']} other examples"
-        )
-    elif selection.unit == "expert":
-        expect = (
-            "some mixtures bear half of their experts, others next to none, and this one "
-            "was not compared with the whole model; the selectors activation and blend "
-            "do that"
-        )
-    else:
-        keep = min(k for k in AGREEMENT if k >= share - 0.005)
-        at_most = "" if abs(keep - share) < 0.005 else f"with {keep:.0%} "
-        expect = (
-            f"SmolLM2-135M {at_most}chooses the dense model's next token "
-            f"{AGREEMENT[keep]:.0%} of the time, {AGREEMENT[max(AGREEMENT)]:.0%} at "
-            f"--keep {max(AGREEMENT):g}; larger models bear more"
-        )
-    print(
-        f"Note: {share:.0%} of the {selection.unit}s, without training for it: {expect}.",
-        file=sys.stderr,
-    )
+    lines = [*_self_check(selection), *_measured_before(selection, card)]
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
-def say_agreement(selection: Selection) -> None:
-    """Say on stderr how far the compact model agrees with the dense one on the text that
-    selected, if that was measured, and warn where it is little.
-    """
+def _self_check(selection: Selection) -> Iterator[str]:
     origin = selection.origin
     if origin.agreement is None:
         return
     mass = ""
     if origin.router_mass is not None:
         mass = f"the kept experts had {origin.router_mass:.0%} of the gate weights; "
-    print(
-        f"On the instruction's own tokens: {mass}the compact model chooses the dense "
-        f"model's next token at {origin.agreement:.0%} (KL {origin.kl:.2f} nats).",
-        file=sys.stderr,
+    yield (
+        f"On the instruction's last tokens: {mass}the compact model chooses the dense "
+        f"model's next token at {origin.agreement:.0%} (KL {origin.kl:.2f} nats)."
     )
-    if origin.agreement < LOW_AGREEMENT - 1e-6:  # float32
-        print(
-            f"Warning: below {LOW_AGREEMENT:.0%} the compact model is another than the "
-            f"dense one on the very text that selected; keep more {selection.unit}s, or "
-            "measure a task mask on examples.",
-            file=sys.stderr,
+    if origin.agreement < MIN_AGREEMENT - 1e-6:  # float32
+        yield (
+            f"Warning: below {MIN_AGREEMENT:.0%} the compact model is another than the "
+            f"dense one on the very text that selected; keep more {selection.unit}s "
+            "(--keep auto), or measure a task mask on examples."
+        )
+
+
+def _measured_before(selection: Selection, card: "Card | None") -> Iterator[str]:
+    share, origin = selection.share, selection.origin
+    if origin.selector == "predictor" or min(selection.sizes) == selection.channels:
+        return
+    kept = f"{share:.0%} of the {selection.unit}s, without training for it"
+    if found := origin.evaluation:
+        if selection.compensates:
+            found = found.get("compensated", found) | {"rows": found["rows"]}
+        yield (
+            f"Note: {kept}: this task mask chose the dense model's next token "
+            f"{found['agreement']:.0%} of the time on {found['rows']} other examples."
+        )
+    elif card is not None:
+        promise = card.promise(share)
+        low = promise is None or promise < MIN_AGREEMENT
+        knee = f"; {MIN_AGREEMENT:.0%} takes keep {card.smallest(MIN_AGREEMENT):.2g}"
+        yield f"{'Warning' if low else 'Note'}: {card.words(share)}{knee if low else ''}."
+    elif share < SAFE_KEEP - 0.005:
+        yield (
+            f"Note: {kept}: without a card of this model (python -m ifp_mlx.evaluate "
+            f"--card) keep no less than {SAFE_KEEP:.0%} for maths and code, unless the "
+            "whole model checks (--check) or the mask's weights are recovered by training."
         )
 
 

@@ -19,10 +19,6 @@ from .model.export import (
 )
 from .selection.masks import Selection
 
-# The KL to the dense model of the default at keep 0.5, with the first layer whole and
-# with uniform widths: examples/benchmarks/selectors/quality.md.
-WIDTHS_KL = {"SmolLM2-135M": (0.92, 0.98), "Gemma-3-270m": (0.55, 0.52)}
-
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``python -m ifp_mlx.compact``."""
@@ -58,9 +54,12 @@ def _command(args: Any) -> None:
         request = replace(
             request, allocation=_writable_allocation(model, request.allocation)
         )
-    decision = decide(request, model, lasting=True)
     quantisation = cli.quantisation_of(args)
-    check_can_write(model, decision.sizes, quantisation)
+    group = quantisation.group_size if quantisation else 1
+    multiple = group if model.plan.unit == "channel" else 1
+    decision = decide(request, model, lasting=True, multiple=multiple)
+    for rung in decision.rungs:
+        check_can_write(model, rung.sizes, quantisation)
     made = model.prepare(decision, progress=SHOWN)
     out = write_compact(
         model,
@@ -73,8 +72,7 @@ def _command(args: Any) -> None:
     written = Selection.load(out / MASK_FILE)
     if how := written.compensation:
         print(f"Compensated by {how.tokens} tokens of {how.source}.", file=sys.stderr)
-    cli.say_agreement(written)
-    cli.warn_of_low_keep(written)
+    cli.say_quality(written, model.card)
     slicing = model.slicing(written)
     cli.say_slicing(slicing, written)
     about: dict[str, Any] = {"path": str(out), "mask_id": written.mask_id}
@@ -90,14 +88,10 @@ def _writable_allocation(model: IFPModel, wanted: str | None) -> Any:
     """Return the allocation a plain folder can have, and say what that costs."""
     if wanted in (None, "uniform") or can_be_ragged(model):
         return wanted or "uniform"
-    seen = " and ".join(
-        f"{name} from {first:.2f} to {uniform:.2f}"
-        for name, (first, uniform) in WIDTHS_KL.items()
-    )
     print(
         f"No stock architecture for {model.config['model_type']} has unequal widths per "
-        f"layer: writing uniform ones. At keep 0.5 that takes {seen} nats per token of "
-        "KL to the dense model.",
+        "layer: writing uniform ones, for some models a little further from the dense "
+        "one.",
         file=sys.stderr,
     )
     return "uniform"

@@ -1,6 +1,6 @@
 """What a selection costs in quality, beside the dense model and its alternatives.
 
-Three kinds of evidence, each from its own option:
+Three kinds of evidence on selections, each from its own option:
 
 - `--data`: teacher-forced. Every row is a conversation whose last message is the
   reference answer. The dense model and the pruned one read the same prompt and the
@@ -13,12 +13,17 @@ Three kinds of evidence, each from its own option:
   `--check` the whole model checks what the compact one drafts, and answers are compared
   with the dense model's own.
 
+A fourth option, `--card`, measures the model itself: what its default way of selecting
+costs on the package's own prompts, kind by kind and keep by keep. The card stays with the
+model, and the other commands quote it.
+
 With `--output` everything measured is kept row by row, and a stopped run goes on.
 """
 
 import itertools
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import cli
-from .evaluation import answers, checked, sandbox, shares
+from .evaluation import answers, card, checked, sandbox, shares
 from .evaluation.log import Log
 from .evaluation.measurement import about_run, evaluate
 from .evaluation.picture import draw
@@ -35,6 +40,7 @@ from .evaluation.rows import Row, read_rows
 from .evaluation.teacher import Setting
 from .files.atomic import new_file
 from .files.progress import SHOWN
+from .model.card import save_card
 from .model.checkpoint import IFPModel, load
 from .model.decide import can_compensate
 from .selection.request import Request
@@ -43,6 +49,9 @@ from .selection.widths import Allocation
 
 PAGE, DATA, PICTURE = "report.md", "results.json", "quality.png"
 SPEED_TOKENS = 16
+KEEP_HELP = "default: 0.75 0.5; --harness, --answers: 0.5; --card: 0.9 down to 1/3"
+# What a card decides itself: one card is to be comparable with another.
+NOT_FOR_CARDS = ("selector", "allocation", "limit", "compensate", "max_tokens", "check")
 MANY: dict[str, Any] = {"nargs": "+", "metavar": "X"}
 
 
@@ -65,8 +74,15 @@ def build_parser() -> cli.Parser:
     add("--data", **MANY, help="JSONL files, one per family of tasks")
     add("--harness", **MANY, help="tasks of lm-evaluation-harness")
     add("--answers", **MANY, help="sets of questions: files, or names in a folder")
+    add(
+        "--card",
+        action="store_true",
+        help="measure on the package's own prompts how far less of the model says what "
+        "all of it says, and keep that with the model; some minutes, the whole model in "
+        "memory",
+    )
     add = parser.add_argument
-    add("--keep", type=float, **MANY, help="default: 0.75 0.5; else than --data: 0.5")
+    add("--keep", type=float, **MANY, help=KEEP_HELP)
     add("--selector", **MANY, help="default: activation, and random with --data")
     add("--allocation", **MANY, help="default: first-layer, and uniform with --data")
     add("--limit", type=int, help="rows per file, documents or questions; default: all")
@@ -156,7 +172,9 @@ def _command(args: Any) -> None:
         Request(check=check)  # or it says what it may be, before anything is loaded
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} leaves nothing; give at least 1.")
-    if args.data:
+    if args.card:
+        _card(args)
+    elif args.data:
         _sweep(args)
     elif args.harness:
         _harness(args)
@@ -308,6 +326,22 @@ def _answers(args: Any) -> None:
         *_chance_notes(found, answers.chances(sets)),
     ]
     _publish(args, "\n\n".join(parts), about | {"results": found})
+
+
+def _card(args: Any) -> None:
+    given = [name for name in NOT_FOR_CARDS if getattr(args, name) is not None]
+    if given:
+        raise ValueError(
+            f"--card measures the model's default way of selecting on the package's own "
+            f"prompts; leave out --{given[0].replace('_', '-')}."
+        )
+    model, _ = load(args.model)
+    prompts, keeps = card.card_prompts(), card.measured_keeps(model, args.keep)
+    log = Log(args.output, card.settings_of(model, prompts), card.KEY)
+    found = card.measure(model, prompts, keeps, log, progress=SHOWN)
+    path = save_card(model, found)
+    page = f"{card.report(found)}\n\nKept in {path}."
+    _publish(args, page, {"path": str(path), "card": asdict(found)})
 
 
 def _allow_programs(allowed: bool) -> None:

@@ -40,8 +40,8 @@ def build_parser() -> cli.Parser:
         "--memory-gb",
         type=float,
         help="memory for the compact model and its KV cache, in 10^9 bytes (the process "
-        "takes some more): keeps as many units as fit, reads the model layer by "
-        "layer, and keeps the result for the next time",
+        "takes some more): --keep auto keeps no more units than fit, the model is read "
+        "layer by layer, and the result is kept for the next time",
     )
     add(
         "--prefill",
@@ -119,12 +119,13 @@ def _command(args: Any) -> None:
         last.selection.save(args.save_mask)
     print(_summary(last), file=sys.stderr)
     _say_checks(last)
-    cli.say_agreement(last.selection)
-    cli.warn_of_low_keep(last.selection)
+    cli.say_quality(last.selection, model.card)
     slicing = model.slicing(last.selection)
     cli.say_slicing(slicing, last.selection)
     if args.json:
-        print(json.dumps({"text": text} | report(last) | {"down_proj": slicing}))
+        promise = model.card and model.card.promise(last.selection.share)
+        more = {"down_proj": slicing, "promise": promise}
+        print(json.dumps({"text": text} | report(last) | more))
 
 
 def _say_checks(last: GenerationResponse) -> None:

@@ -29,8 +29,10 @@ class Options(llm.Options):
     instruction: str | None = Field(None, description="what selects")
     task: str | None = Field(None, description="a task of MODEL/tasks, or of ./tasks")
     mask_file: str | None = Field(None, description="use the selection in this file")
-    keep: float | None = Field(
-        None, description="kept share of FFN channels, or experts"
+    keep: float | str | None = Field(
+        None,
+        union_mode="left_to_right",
+        description="kept share of FFN channels, or experts; or auto",
     )
     target_size: int | None = Field(None, description="how many of them a layer keeps")
     selector: str = Field("auto", description="where the scores come from")
@@ -97,6 +99,7 @@ def _heard(event: Event, response: Any) -> str:
             "total_channels": event.total_channels,
             "unit": event.unit,
             "agreement": event.agreement,
+            "promise": event.promise,
             "router_mass": event.router_mass,
             "finish_reason": event.finish_reason,
             "seconds": event.seconds,

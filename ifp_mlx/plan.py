@@ -5,10 +5,10 @@ import sys
 from typing import Any
 
 from . import cli
-from .model.decide import DEFAULT_KEEP
 from .planning import devices, machine
 from .planning.roofline import Job
 from .planning.rows import _verdict, as_json, open_subject, plan_rows, report
+from .selection.request import SAFE_KEEP
 
 DOES_NOT_FIT = 1
 
@@ -45,7 +45,7 @@ def build_parser() -> cli.Parser:
         "--keep",
         type=float,
         nargs="+",
-        help=f"kept shares of the units; default {DEFAULT_KEEP:g}, and the largest "
+        help=f"kept shares of the units; default 0.5, {SAFE_KEEP:g}, and the largest "
         "that fits",
     )
     add("--prompt-tokens", type=int, default=512, help="default: %(default)s")
@@ -82,7 +82,7 @@ def _command(args: Any) -> None:
             largest = subject.footprint.largest_keep(memory, args.context_length)
         except ValueError as error:
             refusal = str(error)
-    keeps = args.keep or ([DEFAULT_KEEP] if largest is None else [])
+    keeps = args.keep or ([0.5, SAFE_KEEP] if largest is None else [])
     keeps = [*keeps, *([] if largest is None else [largest]), 1.0]
     rows = plan_rows(
         subject,

@@ -41,7 +41,11 @@ def build_parser() -> cli.Parser:
         default=[],
         help="prepare a task before serving; may be repeated",
     )
-    add("--keep", type=float, help="kept share where a request says none")
+    add(
+        "--keep",
+        type=cli.keep_of,
+        help="kept share, or auto, where a request says none",
+    )
     add("--temp", type=float, default=0.0, help="temperature where it says none")
     add("--api-key", help="ask for this key; better in $IFP_MLX_API_KEY")
     add(

@@ -27,6 +27,7 @@ from .model.checkpoint import IFPModel, load
 from .selection import profiles
 from .selection.masks import Selection, find_mask
 from .selection.prompts import as_messages, tokenize
+from .selection.request import SAFE_KEEP
 
 EXAMPLES = 16
 
@@ -67,7 +68,9 @@ def build_parser() -> cli.Parser:
         verb.add_argument("--name", required=True, help="of the task")
     for verb, _ in masks:
         size = verb.add_mutually_exclusive_group()
-        size.add_argument("--keep", type=float, help="kept share; default 0.5")
+        size.add_argument(
+            "--keep", type=float, help=f"kept share; default {SAFE_KEEP:g}"
+        )
         size.add_argument("--target-size", type=int, help="kept units per layer")
         if verb is not importing:
             verb.add_argument("--allocation", help="see ifp_mlx.generate")

@@ -43,6 +43,16 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture(autouse=True)
+def short_calibration(request, monkeypatch):
+    """Tiny models read a short calibration text: most tests ask for a prior by the way."""
+    from ifp_mlx.model import checkpoint
+
+    if request.node.get_closest_marker("real") is None:
+        chats = checkpoint.calibration_chats()[:2]
+        monkeypatch.setattr(checkpoint, "calibration_chats", lambda: chats)
+
+
 def tiny_config(family: str, **changes) -> dict:
     """Return the config.json of a 3-layer random model of ``family``."""
     config = {
@@ -175,12 +185,24 @@ def write_quantised(folder, mode="affine", group=64, bits=4, mixed=False):
     return folder
 
 
-def add_prior(model, seed=5):
+def add_prior(model, seed=5, sketch=0):
+    """Write a random prior, and a sketch of so many rows."""
     rng = np.random.default_rng(seed)
-    prior = rng.random((model.layers, model.channels)).astype(np.float32)
-    mx.save_safetensors(
-        str(model.path / "prior.safetensors"), {"scores": mx.array(prior)}
-    )
+    arrays = {"scores": rng.random((model.layers, model.channels), np.float32)}
+    for layer in range(model.layers if sketch else 0):
+        rows = rng.normal(0, 0.01, (sketch, model.channels))
+        arrays[f"sketch.{layer}"] = rows.astype(np.float16)
+    arrays = {name: mx.array(array) for name, array in arrays.items()}
+    mx.save_safetensors(str(model.path / "prior.safetensors"), arrays)
+
+
+def add_card(model, promises) -> None:
+    """Write a card of a model that promises an agreement for each keep."""
+    from ifp_mlx.model.card import Card, Point, fingerprint_of, save_card
+
+    points = (Point("any", keep, 1, share, 0.1) for keep, share in promises.items())
+    about = ("tiny", model.plan.unit, "blend", fingerprint_of(model), 9, 1.0, "0")
+    save_card(model, Card(*about, points=tuple(points), dense_right={}))
 
 
 def fetch(name: str) -> Path:

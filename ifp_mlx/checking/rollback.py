@@ -96,6 +96,38 @@ class Rollback:
                 part.update_and_fetch(*(array[..., :some, :] for array in made))
 
 
+@contextmanager
+def without_last(cache: Sequence[Any], tokens: int) -> Iterator[bool]:
+    """Shorten a cache for another model to read its last tokens, meanwhile; afterwards it
+    is as it was.
+
+    Args:
+        cache: mlx-lm's, of every layer, of at least as many tokens.
+        tokens: how many go.
+
+    Yields:
+        Whether it could be done; if not, it is as it was.
+    """
+    parts = [part for layer in cache for part in _parts_of(layer)]
+    if not all(map(_can_shorten, parts)):
+        yield False
+        return
+    ends = [part.offset for part in parts]
+    tails = [
+        [mx.array(array[..., end - tokens : end, :]) for array in part.state[:2]]
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    mx.eval(tails)
+    for part in parts:
+        part.trim(tokens)
+    try:
+        yield True
+    finally:
+        for part, end, tail in zip(parts, ends, tails, strict=True):
+            part.trim(part.offset - end + tokens)
+            part.update_and_fetch(*tail)
+
+
 class StandInCache(StandIn):
     """Stands in for one layer's cache, and notes what is put into it."""
 
@@ -120,6 +152,14 @@ def _only_grows(part: Any) -> bool:
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
     return isinstance(part, KVCache | QuantizedKVCache)
+
+
+def _can_shorten(part: Any) -> bool:
+    """Whether a cache can be shortened, and its keys and values be put in again."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+    whole = isinstance(part, KVCache | RotatingKVCache)
+    return whole and bool(part.is_trimmable())
 
 
 def _copied(part: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..slicing.apart import Apart, linear_of
-from ..slicing.compensation import learned
+from ..slicing.compensation import evidence, learned
 from ..slicing.reading import FFN_STEP, computed_by, order_of
 from ..slicing.shapes import LayerPlan, Plan, at, put_at
 from ..slicing.sliced import elements, sliced_names, tensors_along
@@ -148,8 +148,9 @@ class Whole:
         if part.recent is not None and len(part.recent) > self._reading:
             # What is being read now has not been judged.
             known = part.recent[: len(part.recent) - self._reading]
-            missing = self._made_of_dropped(layer, other, new, known)
-            new.correction = learned(known, new.index, missing)
+            rows = evidence(known)
+            missing = self._made_of_dropped(layer, other, new, rows)
+            new.correction = learned(rows, new.index, missing)
         at(kept, plan.inlet)._apart = self.parts[layer] = new
         mx.eval(kept.parameters(), new.correction)
 

@@ -171,7 +171,8 @@ class Engine:
         Args:
             instruction: what selects; or give ``mask_file``.
             name: of the task; default: its identity. An existing one is replaced.
-            load: ``False`` leaves the loading to the first request.
+            load: ``False`` leaves the loading to the first request, but where selecting
+                takes it anyway.
             progress: called with ``select`` and ``channels``, on the worker thread.
             stop: cancels at the next layer or calibration text.
             options: the fields of :class:`Request` that are in ``CHOOSING``. A task

@@ -67,8 +67,12 @@ class Done:
         kept_channels: of all layers together; of a mixture, experts.
         total_channels: ``L * F``.
         unit: what is kept, ``channel`` or ``expert``.
-        agreement: at which share of the text that selected the compact model chooses
-            the dense model's next token, or ``None`` where they were not compared.
+        agreement: at which share of the last tokens of the text that selected the
+            compact model chooses the dense model's next token, or ``None`` where they
+            were not compared.
+        promise: the same of the dense model's answers' tokens, as the model's card
+            (``evaluate --card``) has measured it for so many units; ``None`` without a
+            card, or below what that has measured.
         router_mass: share of the gate weights that the kept experts had there.
         prompt_tokens: tokens in the prompt.
         cached_tokens: how many of them came from the prompt cache.
@@ -87,6 +91,7 @@ class Done:
     total_channels: int = 0
     unit: Unit = "channel"
     agreement: float | None = None
+    promise: float | None = None
     router_mass: float | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -115,7 +120,7 @@ class Task:
             or experts, are there once for all tasks.
         resident: whether that model is in memory now.
         info: how the mask was made (selector, allocation, keep, instruction).
-        unit, agreement, router_mass: as of :class:`Done`.
+        unit, agreement, promise, router_mass: as of :class:`Done`.
         seconds: what preparing took: ``select`` and ``load``; 0 where it was there.
     """
 
@@ -131,6 +136,7 @@ class Task:
     info: dict[str, str]
     unit: Unit = "channel"
     agreement: float | None = None
+    promise: float | None = None
     router_mass: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 

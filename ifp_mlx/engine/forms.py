@@ -47,6 +47,7 @@ class Use:
         shared: bytes of its channels that are the same arrays in both forms.
         own: bytes that only this form has.
         passing: bytes above all that while the whole model is computed.
+        promise: from :func:`promised`.
     """
 
     selection: Selection
@@ -54,6 +55,7 @@ class Use:
     shared: int = 0
     own: int = 0
     passing: int = 0
+    promise: float | None = None
 
     @property
     def key(self) -> tuple[str, bool]:
@@ -84,7 +86,15 @@ def use_of(model: IFPModel, selection: Selection, checked: bool) -> Use:
         decision = decide(Request(selection=selection, check="exact"), model)
         bytes_, passing = weigh(model, decision)
     shared = _shared_bytes(model, selection)
-    return Use(selection, checked, shared, bytes_ - shared, passing)
+    promise = promised(model, selection)
+    return Use(selection, checked, shared, bytes_ - shared, passing, promise)
+
+
+def promised(model: IFPModel, selection: Selection) -> float | None:
+    """Return what the model's card promises of so many units,
+    :meth:`ifp_mlx.model.card.Card.promise`; ``None`` without a card.
+    """
+    return None if model.card is None else model.card.promise(selection.share)
 
 
 def weigh(model: IFPModel, decision: Decision) -> tuple[int, int]:

@@ -128,13 +128,23 @@ class Ticket:
             seconds=self.seconds,
             tokens_per_second=(self.number - 1) / decode if decode else 0.0,
             check=None if self.check is None else asdict(self.check),
-            **(mask_figures(self.use.selection) if hasattr(self, "use") else {}),
+            **self._mask_figures(),
         )
         self.emit(done)
 
+    def _mask_figures(self) -> dict[str, Any]:
+        if not hasattr(self, "use"):
+            return {}
+        return mask_figures(self.use.selection, self.use.promise)
 
-def mask_figures(selection: Selection) -> dict[str, Any]:
-    """Return what tells a selection from others, how much it keeps, and how good it is."""
+
+def mask_figures(selection: Selection, promise: float | None) -> dict[str, Any]:
+    """Return what tells a selection from others, how much it keeps, and how good it is.
+
+    Args:
+        selection: that is used.
+        promise: of the model's card.
+    """
     sizes, origin = selection.sizes, selection.origin
     return {
         "mask_id": selection.mask_id,
@@ -143,6 +153,7 @@ def mask_figures(selection: Selection) -> dict[str, Any]:
         "total_channels": selection.channels * len(sizes),
         "unit": selection.unit,
         "agreement": origin.agreement,
+        "promise": promise,
         "router_mass": origin.router_mass,
     }
 

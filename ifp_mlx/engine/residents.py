@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..checking.whole import Whole
-from ..model.agreement import check_agreement
+from ..model.agreement import check_agreement, smallest_that_agrees
 from ..model.checkpoint import Compact, IFPModel
 from ..model.decide import decide, with_instruction
 from ..model.decision import Decision
@@ -23,7 +23,17 @@ from ..selection.request import Request
 from ..slicing.sliced import share_core
 from .errors import Cancelled, OutOfMemory, UnknownTask
 from .events import CancelToken, Progress, Stage, Task
-from .forms import Held, Use, apart_of, moving_bytes, plain_of, share, use_of, weigh
+from .forms import (
+    Held,
+    Use,
+    apart_of,
+    moving_bytes,
+    plain_of,
+    promised,
+    share,
+    use_of,
+    weigh,
+)
 from .lanes import mask_figures
 
 Emit = Callable[[Progress], None]
@@ -61,12 +71,10 @@ class Shelf:
         messages: Prompt,
         emit: Emit,
         stop: CancelToken,
-        load: bool = True,
     ) -> Use:
         """Return what a request needs; its selection is made once for each instruction.
 
-        Where the dense model reads that, the compact model is made on the way, unless
-        it is not to be loaded.
+        Where the dense model reads that, the compact model is made on the way, and kept.
         """
         if request.task is not None:
             if request.task not in self.named:
@@ -83,14 +91,13 @@ class Shelf:
         if key not in self._remembered:
             emit(Progress("select", 0, 0))
             progress = reporting("select", emit, stop)
-            self._remembered[key] = self._choose(decision, progress, load)
+            self._remembered[key] = self._choose(decision, progress)
         self._remembered.move_to_end(key)
         most = REMEMBERED_BYTES // (4 * self.model.layers * self.model.channels)
         while len(self._remembered) > max(16, most):
             self._remembered.popitem(last=False)
         selection = self._remembered[key]
-        if decision.compares:
-            check_agreement(selection, decision.request.min_agreement)
+        check_agreement(selection, decision.least)
         return self.use(selection, decision.checks)
 
     def use(self, selection: Selection, checked: bool = False) -> Use:
@@ -100,15 +107,17 @@ class Shelf:
     def _key(self, decision: Decision) -> tuple:
         """Return what tells a selection from those of other requests."""
         seed = decision.request.seed if decision.selector == "random" else None
-        chosen = decision.selector, tuple(decision.sizes), decision.granularity
+        sizes = tuple(tuple(rung.sizes) for rung in decision.rungs)
+        least = decision.least if decision.larger else None
         form = decision.compares and decision.checks  # which is what is compared
-        how = decision.compensate, decision.compares, form, seed
-        return tuple(decision.tokens), *chosen, *how
+        how = decision.granularity, decision.compensate, form, seed, least
+        return tuple(decision.tokens), decision.selector, sizes, *how
 
-    def _choose(self, decision: Decision, progress: Any, load: bool) -> Selection:
-        if decision.reads and load:
+    def _choose(self, decision: Decision, progress: Any) -> Selection:
+        if decision.reads:
             self._check_limit(sum(weigh(self.model, decision)))
             self._touch_used()
+            decision = decision.within(self._fits_limit)
             made = self.residents.sweep(decision, progress)
             if decision.checks and made.kv is not None:
                 self.read(decision.tokens, made.kv)
@@ -136,7 +145,7 @@ class Shelf:
     ) -> Task:
         """Select and load under a name (default: the identity); see ``Engine``."""
         start = time.perf_counter()
-        use = self.select(request, request.instruction or "", emit, stop, load)
+        use = self.select(request, request.instruction or "", emit, stop)
         selected = time.perf_counter()
         if load:
             self.load(use, emit, stop)
@@ -159,7 +168,7 @@ class Shelf:
             resident=any(form in self.residents for form in forms),
             info=selection.as_text(),
             seconds=seconds,
-            **mask_figures(selection),
+            **mask_figures(selection, promised(self.model, selection)),
         )
 
     def tasks(self) -> list[Task]:
@@ -213,10 +222,16 @@ class Shelf:
         self._check_limit(self.weigh(use) - self.footprint.core_bytes + own)
         return own
 
+    def _fits_limit(self, decision: Decision) -> bool:
+        return self._within_limit(sum(weigh(self.model, decision)))
+
+    def _within_limit(self, more: int) -> bool:
+        return self._limit is None or self.footprint.core_bytes + more <= self._limit
+
     def _check_limit(self, more: int) -> None:
         """Refuse what exceeds the limit, beside the core."""
         needed = self.footprint.core_bytes + more
-        if self._limit is not None and needed > self._limit:
+        if self._limit is not None and not self._within_limit(more):
             raise OutOfMemory(
                 f"This needs {needed / 1e6:.0f} MB, more than the memory limit of "
                 f"{self._limit / 1e6:.0f} MB; keep fewer {self.model.plan.unit}s, shorten "
@@ -264,8 +279,12 @@ class Residents:
         Where nobody checks, nobody goes on from the dense model's KV cache: answers would
         depend on which of two prompts that begin alike came first.
         """
-        self._make_room(weigh(self._model, decision)[0])
-        made = self._model.prepare(decision, progress=progress)
+
+        def attempt(rung: Decision) -> Compact:
+            self._make_room(weigh(self._model, rung)[0])
+            return self._model.attempt(rung, progress=progress)
+
+        made = smallest_that_agrees(decision, attempt)
         use = use_of(self._model, made.selection, made.whole is not None)
         if twin := self._twin(use):
             share(self._model, made.model, twin.model, use.selection)

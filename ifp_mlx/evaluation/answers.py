@@ -15,8 +15,8 @@ import mlx.nn as nn
 from ..checking.loop import Checks
 from ..model import generation
 from ..model.checkpoint import IFPModel
+from ..model.decide import decide
 from ..selection.prompts import as_messages, tokenize
-from ..selection.request import Request
 from . import checked, shares
 from .checks import KINDS, PROGRAM, Check, chance, judge
 from .log import Line, Log
@@ -196,7 +196,9 @@ def _answer(
     else:
         runner = dense
         if setting is not None:
-            runner = _compact(model, dense, question, setting, seed)
+            tokens = model.instruction_tokens(question.prompt)
+            decision = decide(setting.request(tokens, seed), model)
+            runner = model.prepare(decision).model
         steps = stream_generate(runner, model.tokenizer, prompt, max_tokens=max_tokens)
     said = list(steps)
     text, ids = "".join(step.text for step in said), [step.token for step in said]
@@ -208,15 +210,7 @@ def _as_generate(
 ) -> Iterator[Any]:
     """Return the steps of an answer that is checked, or made as if it were."""
     assert setting.check is not None
-    request = Request(
-        instruction=prompt,
-        keep=setting.keep,
-        selector=setting.selector,
-        allocation=setting.allocation,
-        compensate=setting.compensate,
-        seed=seed,
-        check=setting.check,
-    )
+    request = setting.request(prompt, seed)
     about: dict[str, Any] = {"request": request, "max_tokens": max_tokens}
     return generation.stream_generate(model, model.tokenizer, prompt, **about)
 
@@ -233,19 +227,3 @@ def _beside(
     line: Line = {"ids": answer.ids, "nats": checked.nats(dense, prompt, answer.ids)}
     line |= checked.compare(answer.ids, own or answer.ids)
     return line | checked.figures(answer.check)
-
-
-def _compact(
-    model: IFPModel, dense: nn.Module, question: Question, setting: Setting, seed: int
-) -> nn.Module:
-    tokens, name = model.instruction_tokens(question.prompt), setting.selector
-    selection = model.select(
-        tokens,
-        keep=setting.keep,
-        selector=name,
-        allocation=setting.allocation,
-        scores=model.scores(tokens, name, seed=seed, dense=dense),
-    )
-    if setting.compensate:
-        selection = selection.compensated(tokens, "the question")
-    return model.compact(selection)

@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 
 from ..model.checkpoint import IFPModel
+from ..model.decide import decide
 from ..selection.masks import Selection
 from ..selection.prompts import tokenize
 from ..slicing import reading
@@ -143,6 +144,10 @@ class SelectingLM(MLXLM):
     def _select(self, tokens: Sequence[int]) -> None:
         self._run(None)
         assert self._setting is not None
+        if self._setting.compensate:
+            request = self._setting.request(tokens, self._seed)
+            self._model = self._ifp.prepare(decide(request, self._ifp)).model
+            return
         name = self._setting.selector
         options: dict[str, Any] = {"seed": self._seed, "dense": self._dense}
         scores = self._ifp.scores(list(tokens), name, **options)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..model.checkpoint import IFPModel
+from ..model.decide import decide
 from .cost import decode_speeds
 from .log import Line, Log
 from .quantised import QuantisedCompact
@@ -153,12 +154,16 @@ def _measure_row(
     found: dict[str, tuple[Row, dict[str, float]]] = {}
     if DENSE in names:
         found[DENSE] = row, metrics(row, truth, truth)
-    for setting, selection in evaluator.selections(row, settings, seed):
+    for setting in settings:
         if setting.compensate:
-            model = evaluator.model.compact(selection)
+            decision = decide(setting.request(row.prompt, seed), evaluator.model)
+            model = evaluator.model.prepare(decision).model
             if setting.bits is not None:
                 small[setting.bits].round(model)
-        elif setting.bits is not None:
+            values = evaluator.compare(row, model, reference, setting.prefill)
+            found[setting.name] = row, values
+    for setting, selection in evaluator.selections(row, settings, seed):
+        if setting.bits is not None:
             model = small[setting.bits].of(selection.mask())
         else:
             model = evaluator.masked(selection.mask())

@@ -21,6 +21,7 @@ from ..files.progress import ProgressBar
 from ..model.checkpoint import IFPModel
 from ..selection import profiles
 from ..selection.masks import Origin, Selection
+from ..selection.request import SAFE_KEEP
 from ..slicing.compensation import TEXT_TOKENS
 from .rows import Row
 from .teacher import METRICS, Evaluator
@@ -252,6 +253,9 @@ def _task(
     text: list[int],
     **size: Any,
 ) -> TaskMask:
+    asked = [size.get(name) for name in ("keep", "target_size")]
+    if asked == [None, None] and model.ifp.target_size is None:
+        size |= {"keep": SAFE_KEEP}  # nothing here could say what is enough
     # The tokens select nothing here: the scores are known. "activation" keeps the
     # gates binary even if the checkpoint has a predictor.
     selection = model.select([0], selector="activation", scores=scores, **size)

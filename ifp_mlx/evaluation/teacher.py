@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..model.checkpoint import IFPModel
 from ..selection import scores
 from ..selection.masks import Selection
-from ..selection.request import Check
+from ..selection.request import Check, Request
 from ..selection.widths import Allocation
 from ..slicing.masked import mask_model, set_masks
 from ..slicing.stock import log_softmax, prefill
@@ -45,6 +45,18 @@ class Setting:
     bits: int | None = None
     compensate: bool = False
     check: Check | None = None
+
+    def request(self, tokens: Sequence[int], seed: int = 0) -> Request:
+        """Return what is asked of a model to have this of a prompt's tokens."""
+        return Request(
+            instruction=list(tokens),
+            keep=self.keep,
+            selector=self.selector,
+            allocation=self.allocation,
+            compensate=self.compensate,
+            seed=seed,
+            check="off" if self.check is None else self.check,
+        )
 
     @property
     def name(self) -> str:
@@ -147,9 +159,13 @@ class Evaluator:
     def selections(
         self, row: Row, settings: Sequence[Setting], seed: int = 0
     ) -> Iterator[tuple[Setting, Selection]]:
-        """Yield each setting's selection; the row is read for scores once."""
+        """Yield the selection of each setting that does not compensate; the row is read for
+        scores once.
+        """
         scores: dict[str, mx.array] = {}
         for setting in settings:
+            if setting.compensate:
+                continue
             name = setting.selector
             if name not in scores:
                 set_masks(self._masked, self._ones)
@@ -161,8 +177,6 @@ class Evaluator:
                 allocation=setting.allocation,
                 scores=scores[name],
             )
-            if setting.compensate:
-                selection = selection.compensated(row.prompt, "the prompt")
             yield setting, selection
 
     def _scores(

@@ -1,60 +1,123 @@
 """How far a compact model says what the dense model says, on the text that selected.
 
-The dense model has just read that text to select by it, so what it would have said at
-each token is known. The compact model reads it too, and both are compared.
+The dense model has just read that text to select by it, so what it would say at each token
+is known. The compact model reads the last tokens again, going on from the dense model's keys
+and values as an answer does, and both are compared. A selection then knows how good it is
+where that can be had for little; how far it foretells the answer is what
+examples/benchmarks/auto measures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
+from ..checking.rollback import without_last
 from ..selection.masks import Selection
 from ..slicing.stock import log_softmax, logits_at, steps_of
+from .decision import Decision
 
 PLACES = 64  # tokens at which they are compared, at most
+SHARE = 8  # one token of so many is compared: the check may take a small part of select
+FEWEST = 8
+
+
+class Made(Protocol):
+    """What is asked of a compact model that was made."""
+
+    @property
+    def selection(self) -> Selection:
+        """What it keeps."""
+
+
+Compact = TypeVar("Compact", bound=Made)
 
 
 def places_of(tokens: Sequence[int]) -> mx.array:
-    """Return where in the last step of a text both are compared, int32 ``[n]``: evenly
-    spread, with the last token, which begins the answer.
+    """Return where in the last step of a text both are compared, int32 ``[n]``: at its
+    last tokens, of which the very last begins the answer.
     """
     count = len(steps_of(tokens)[-1])
-    places = np.linspace(count - 1, 0, min(count, PLACES)).round()[::-1]
-    return mx.array(places.astype(np.int32))
+    some = min(count, PLACES, max(FEWEST, len(tokens) // SHARE))
+    return mx.arange(count - some, count)
 
 
 def compared(
-    selection: Selection, model: nn.Module, said: mx.array, tokens: Sequence[int]
+    selection: Selection,
+    model: nn.Module,
+    noted: mx.array,
+    tokens: Sequence[int],
+    kv: list[Any],
 ) -> Selection:
     """Return a selection that knows how far its compact model agrees with the dense one.
 
     Args:
         selection: what the compact model keeps.
         model: the compact model.
-        said: the dense model's log-probabilities, ``[n, V]``, at :func:`places_of`.
+        noted: what the dense model's output layer gets at :func:`places_of`, ``[1, n, D]``,
+            from :func:`ifp_mlx.slicing.stock.noted_at`.
         tokens: ``T`` ids of the text.
+        kv: the dense model's cache of the text; it is as it was afterwards.
     """
-    found = _says(model, tokens)
+    said, found = _says(model, noted, tokens, kv)
     same = (found.argmax(axis=-1) == said.argmax(axis=-1)).astype(mx.float32).mean()
     kl = (mx.exp(said) * (said - found)).sum(axis=-1).mean()
     origin = replace(selection.origin, agreement=float(same), kl=float(kl))
     return replace(selection, origin=origin)
 
 
-def _says(model: nn.Module, tokens: Sequence[int]) -> mx.array:
-    """Return a model's log-probabilities at :func:`places_of`, float32 ``[n, V]``."""
+def _says(
+    model: nn.Module, noted: mx.array, tokens: Sequence[int], kv: list[Any]
+) -> tuple[mx.array, mx.array]:
+    """Return both models' log-probabilities at :func:`places_of`, dense first, float32
+    ``[n, V]``. One output layer computes both, since all of it is read for either.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model)
-    *before, last = steps_of(tokens)
-    for step in before:
-        model(mx.array(step)[None], cache=cache)
-        mx.eval([layer.state for layer in cache])
-    with logits_at(model, places_of(tokens)) as some:
-        return log_softmax(some(model(mx.array(last)[None], cache=cache))[0])
+    count = noted.shape[1]
+    with without_last(kv, count) as shortened:
+        cache, read = kv, list(tokens[-count:])
+        if not shortened:  # the compact model reads all of the text itself
+            cache = make_prompt_cache(model)
+            *before, read = steps_of(tokens)
+            for step in before:
+                model(mx.array(step)[None], cache=cache)
+                mx.eval([layer.state for layer in cache])
+        places = mx.arange(len(read) - count, len(read))
+        with logits_at(model, places, noted) as some:
+            both = log_softmax(some(model(mx.array(read)[None], cache=cache))[0])
+    return both[:count], both[count:]
+
+
+def smallest_that_agrees(
+    decision: Decision, make: Callable[[Decision], Compact]
+) -> Compact:
+    """Return the smallest compact model of a decision that agrees with the dense one as
+    far as that asks.
+
+    Args:
+        decision: with the larger ones that may be tried.
+        make: selects and loads what one of them says.
+
+    Raises:
+        ValueError: if the largest does not.
+    """
+    while True:
+        made = make(decision)
+        larger = decision.larger
+        if larger is None or _agrees(made.selection, decision.least):
+            check_agreement(made.selection, decision.least)
+            return made
+        decision = larger
+        del made  # its memory is the next one's
+
+
+def _agrees(selection: Selection, least: float | None) -> bool:
+    found = selection.origin.agreement
+    everything = min(selection.sizes) == selection.channels
+    return least is None or everything or (found is not None and found >= least)
 
 
 def check_agreement(selection: Selection, least: float | None) -> None:
@@ -68,9 +131,9 @@ def check_agreement(selection: Selection, least: float | None) -> None:
     Raises:
         ValueError: if it does not reach that, or was never compared.
     """
-    found = selection.origin.agreement
-    if least is None or (found is not None and found >= least):
+    if _agrees(selection, least):
         return
+    found = selection.origin.agreement
     if found is None:
         raise ValueError(
             f"min_agreement={least} asks how often the compact model says what the dense "
@@ -78,8 +141,8 @@ def check_agreement(selection: Selection, least: float | None) -> None:
             "reads that to select by it: use the selector activation or blend."
         )
     raise ValueError(
-        f"The compact model of the mask {selection.mask_id} chooses the dense model's "
-        f"next token at {found:.1%} of the instruction's tokens, and min_agreement="
-        f"{least} was asked for; keep more than {selection.share:.0%} of the "
-        f"{selection.unit}s, or ask for less."
+        f"The compact model of the mask {selection.mask_id}, which keeps "
+        f"{selection.share:.0%} of the {selection.unit}s, chooses the dense model's next "
+        f"token at {found:.1%} of the instruction's last tokens, and min_agreement="
+        f"{least} is asked for; keep more (or give it more memory), or ask for less."
     )

@@ -18,7 +18,7 @@ from ..checking.rollback import Rollback
 from ..checking.whole import Whole
 from ..files.atomic import new_file
 from ..files.progress import ProgressBar
-from ..selection.calibration import calibration_chats
+from ..selection.calibration import MOST_TOKENS, calibration_chats
 from ..selection.config import CONFIG_FILE, IFPConfig
 from ..selection.masks import Origin, Selection
 from ..selection.predictor import SparsityPredictor
@@ -36,13 +36,15 @@ from ..selection.top_k import select
 from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
 from ..slicing.apart import set_apart_all
+from ..slicing.compensation import merit, strength_of
 from ..slicing.reading import Example
 from ..slicing.routing import mass_share
 from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
 from ..slicing.stock import IN_LAYER, final_norm
 from ..storage.folder import SHIPPED, Folder, resolve, source_of
 from . import sweep
-from .agreement import check_agreement, compared, places_of
+from .agreement import compared, places_of, smallest_that_agrees
+from .card import Card, load_card
 from .decide import decide
 from .decision import Decision
 from .experts import check_selection
@@ -113,6 +115,7 @@ class IFPModel:
                 "it."
             )
         self.fingerprint = _fingerprint(source.skeleton)
+        self._sketch: list[mx.array] | None = None
 
     def dense(self) -> nn.Module:
         """Return the whole stock mlx-lm model; each weight is read when first used."""
@@ -146,12 +149,42 @@ class IFPModel:
         return self._stored(PRIOR_FILE, "scores", self.layers, self.channels)
 
     @cached_property
+    def card(self) -> Card | None:
+        """What was measured of the model's quality, or ``None``."""
+        return load_card(self)
+
+    @cached_property
     def sensitivity(self) -> mx.array | None:
         """What pruning each layer alone costs, nats, float32 ``[L, 6]`` for the shares
         ``widths.MEASURED_SHARES``; ``None`` before ``ifp_mlx.sensitivity`` was run.
         """
         shares = len(MEASURED_SHARES)
         return self._stored(SENSITIVITY_FILE, "kl", self.layers, shares)
+
+    def sketch(self, progress: ProgressBar = iter) -> list[mx.array]:
+        """Return the sketch of the calibration text that is kept with the prior, of every
+        layer ``[r, F]`` float16, computed now if it is not there yet.
+
+        It is read anew each time, when it is used: all layers' together are large.
+        """
+        if (made := self._sketch) is not None:  # where the folder cannot be written
+            return list(made)
+        path = self.path / PRIOR_FILE
+        found: dict[str, mx.array] = {}
+        if self.prior is not None:
+            found = cast(dict[str, mx.array], mx.load(str(path)))
+        names = [f"sketch.{layer}" for layer in range(self.layers)]
+        if not found.keys() >= {*names}:
+            self.compute_prior(progress=progress)
+            return self.sketch()
+        return [found[name] for name in names]
+
+    def _sketched(self, progress: ProgressBar) -> sweep.Sketch:
+        """Return what reads the sketch of a layer, which is computed now if it is not
+        there yet.
+        """
+        _ = self.sketch(progress)
+        return lambda layer: self.sketch()[layer]
 
     def _stored(self, file: str, name: str, *shape: int) -> mx.array | None:
         path = self.path / file
@@ -251,7 +284,8 @@ class IFPModel:
         )
 
     def prepare(self, decision: Decision, *, progress: ProgressBar = iter) -> Compact:
-        """Select and load what was decided on.
+        """Select and load what was decided on; if that agrees too little with the dense
+        model, what was decided on to try next.
 
         With the selectors activation and blend both are one pass over the layers, in
         which about one dense layer is in memory above the compact model. The others
@@ -264,9 +298,17 @@ class IFPModel:
         Raises:
             ValueError: if it is to be checked, and the model's KV cache cannot go back.
         """
+        start = time.perf_counter()
+        made = smallest_that_agrees(decision, partial(self.attempt, progress=progress))
+        spent = time.perf_counter() - start - made.load
+        return made._replace(select=spent)
+
+    def attempt(self, decision: Decision, *, progress: ProgressBar = iter) -> Compact:
+        """Select and load what was decided on, however far it agrees; see
+        :meth:`prepare`.
+        """
         from mlx_lm.models.cache import make_prompt_cache
 
-        start = time.perf_counter()
         if decision.checks:
             _ = Rollback(make_prompt_cache(self.source.skeleton))  # or it says why not
         if not decision.reads:
@@ -276,13 +318,14 @@ class IFPModel:
             made = Compact(selection, load(selection, progress=progress))
             made = self._beside_whole(decision, made)
             spent = time.perf_counter() - chosen
-            return made._replace(select=chosen - start, load=spent)
+            return made._replace(load=spent)
         rows, tokens = [mx.array(0.0)] * self.layers, decision.tokens
         swept = sweep.compact_model(
             self.source,
             tokens,
             self._chooser(decision, rows, progress),
             compensate=decision.compensate,
+            sketch=self._sketched(progress) if decision.compensate else None,
             apart=decision.checks,
             remember=RECENT if decision.request.reselect == "drift" else 0,
             places=places_of(tokens) if decision.compares else None,
@@ -293,11 +336,10 @@ class IFPModel:
             mass = mass_share(mx.stack(swept.uses)[:, 0], selection)
             origin = replace(selection.origin, router_mass=mass)
             selection = replace(selection, origin=origin)
-        if swept.said is not None:
-            selection = compared(selection, swept.model, swept.said, tokens)
-            check_agreement(selection, decision.request.min_agreement)
-        made = self._beside_whole(decision, Compact(selection, swept.model, swept.kv))
-        return made._replace(select=time.perf_counter() - start)
+        if swept.noted is not None:
+            about = swept.model, swept.noted, tokens, swept.kv
+            selection = compared(selection, *about)
+        return self._beside_whole(decision, Compact(selection, swept.model, swept.kv))
 
     def _beside_whole(self, decision: Decision, made: Compact) -> Compact:
         """Put the whole model beside a compact one, if that is to check it."""
@@ -312,9 +354,12 @@ class IFPModel:
         blend = decision.selector == "blend"
         prior = self.known_prior(progress) if blend else None
 
-        def choose(layer: int, scores: mx.array) -> mx.array:
+        def choose(layer: int, scores: mx.array, known: mx.array | None) -> mx.array:
             row = scores[None]
-            if prior is not None:
+            if prior is not None and known is not None:
+                strength = strength_of(known, sketched=True)
+                row = merit(known, decision.size / self.channels, strength)[None]
+            elif prior is not None:
                 row = self._blended(row, prior[layer : layer + 1])
             rows[layer] = row[0]
             return decision.units_of(layer, row)
@@ -350,7 +395,7 @@ class IFPModel:
         self.check_fits(selection)
         selection.check_reproducible()
         if selection.compensates:
-            model = sweep.compensated_model(self.source, selection, progress=progress)
+            model = self._compensated(selection, progress)
             if beside is not None:
                 share_core(model, beside[0], self.plan)
             return model
@@ -380,13 +425,21 @@ class IFPModel:
         self.check_fits(selection)
         selection.check_reproducible()
         if selection.compensates:
-            how: dict[str, Any] = {"apart": True, "progress": progress}
-            return sweep.compensated_model(self.source, selection, **how)
+            return self._compensated(selection, progress, apart=True)
         model = self.source.open()
         fills = partial(self.source.fill_all, self.plan.modules(model))
         set_apart_all(model, self.plan, fills, selection, progress=progress)
         mx.eval(model.parameters())
         return model
+
+    def _compensated(
+        self, selection: Selection, progress: ProgressBar, *, apart: bool = False
+    ) -> nn.Module:
+        """Return the compact model of a compensated selection."""
+        beside = selection.compensation and selection.compensation.sketch
+        how: dict[str, Any] = {"apart": apart, "progress": progress}
+        how["sketch"] = self._sketched(progress) if beside else None
+        return sweep.compensated_model(self.source, selection, **how)
 
     def _donors(self, other: nn.Module, its: Selection) -> list[Donor] | None:
         """Return the layers to take units from; none if they are not as they were
@@ -509,18 +562,27 @@ class IFPModel:
 
     def compute_prior(self, *, progress: ProgressBar = iter) -> mx.array:
         """Compute the prior over the package's calibration text and keep it with the
-        checkpoint (in memory alone where the folder cannot be written).
+        checkpoint (in memory alone where the folder cannot be written); of channels with
+        a sketch of them, see :meth:`sketch`.
 
         Returns:
             float32 ``[L, F]``.
         """
-        texts = [(self._calibration_tokens(c),) for c in calibration_chats()]
-        scores = self.use_scores(texts, progress=progress)
+        chats = [self._calibration_tokens(chat) for chat in calibration_chats()]
+        texts = [tokens[:MOST_TOKENS] for tokens in chats]
+        sketch: list[mx.array] = []
+        if self.plan.unit == "expert":
+            examples = [(tokens,) for tokens in texts]
+            scores = self.use_scores(examples, progress=progress)
+        else:
+            scores, rows = sweep.calibration(self.source, texts, progress=progress)
+            sketch = [row.astype(mx.float16) for row in rows]
+        arrays = {f"sketch.{layer}": rows for layer, rows in enumerate(sketch)}
         try:
             with new_file(self.path / PRIOR_FILE) as scratch:
-                mx.save_safetensors(str(scratch), {"scores": scores})
+                mx.save_safetensors(str(scratch), {"scores": scores} | arrays)
         except OSError:
-            pass
+            self._sketch = sketch
         self.__dict__["prior"] = scores
         return scores
 

@@ -54,8 +54,7 @@ def prepare_once(
     key = cache.key(model, decision)
     found = cache.load(model, key)
     if found is not None:
-        if decision.compares:
-            check_agreement(found[0], decision.request.min_agreement)
+        check_agreement(found[0], decision.least)
         return Compact(*found, load=time.perf_counter() - start, cache="hit")
     made = model.prepare(decision, progress=progress)
     cache.save(key, model, made.selection, made.model)
@@ -95,7 +94,8 @@ class CompactCache:
             "sizes": decision.sizes,
             "granularity": decision.granularity,
             "compensate": decision.compensate,
-            "compared": decision.compares,
+            "larger": [rung.sizes for rung in decision.rungs[1:]],
+            "least": decision.least if decision.larger else None,
             "seed": seed if decision.selector == "random" else None,
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())

@@ -1,12 +1,14 @@
 """Decide on a request what only the model can say."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..selection.masks import Selection
 from ..selection.prompts import Prompt
-from ..selection.request import Request, compensates
+from ..selection.request import MIN_AGREEMENT, SAFE_KEEP, Request, compensates
 from ..selection.scores import READING
 from ..selection.widths import (
     Allocation,
@@ -19,7 +21,7 @@ from .decision import Checkpoint, Decision
 from .experts import check_number, groups_of
 from .fit import Limits, check_fits, fitting_size, room_beside
 
-DEFAULT_KEEP = 0.5
+LADDER = (SAFE_KEEP, 0.9, 1.0)  # shares that are tried in turn where none is asked for
 
 
 def decide(
@@ -28,6 +30,7 @@ def decide(
     *,
     limits: Limits | None = None,
     lasting: bool = False,
+    multiple: int = 1,
 ) -> Decision:
     """Decide what a request leaves to the model.
 
@@ -36,6 +39,8 @@ def decide(
         model: that it is asked of.
         limits: memory to fit into; ``None`` does not look at it.
         lasting: whether the compact model is written for good.
+        multiple: of which sizes that are to be found are multiples: of channels that
+            will be quantised, their group.
 
     Raises:
         ValueError: on a choice that cannot be had, or that does not fit.
@@ -56,31 +61,85 @@ def decide(
         everything = k == model.plan.units
         name = "all" if everything else _selector(model, request.selector)
         sizes, allocation = _sizes(model, k, name, request.allocation, block)
-        reads = name in READING
-        how = {"reads": reads, "lasting": lasting}
+        how = {"reads": name in READING, "lasting": lasting}
         compensate = can_compensate(request, model, None, **how)
         about = (sizes, k, allocation, granularity, tokens, compensate)
         what: dict[str, Any] = {"unit": model.plan.unit, "channels": model.plan.units}
-        return Decision(request, name, *about, **what, groups=router)
+        what |= {"groups": router, "least": request.min_agreement}
+        return _checked(Decision(request, name, *about, **what), model)
 
-    decision = decided(_size(model, request, block, step))
-    free = request.keep is None and request.target_size is None
-    if limits is not None and limits.memory_bytes is not None and free:
-        k = fitting_size(model, decision, limits, lambda k: decided(k).sizes, step)
-        decision = decided(k)
-    elif limits is not None:
-        check_fits(model, decision, limits)
-    if limits is not None:
-        decision = replace(decision, room=room_beside(model, decision, limits))
-    if request.min_agreement is not None and decision.selector not in (*READING, "all"):
+    wanted = _size(model, request, block, step, limits)
+    if wanted is None:
+        least = request.min_agreement or MIN_AGREEMENT
+        return _found(decided, model, limits, math.lcm(step, multiple), least)
+    return _fitting(decided(wanted), model, limits)
+
+
+def _checked(decision: Decision, model: Checkpoint) -> Decision:
+    """Return a decision, or refuse it for what the model cannot do with it."""
+    least = decision.request.min_agreement
+    if least is not None and decision.selector not in (*READING, "all"):
         raise ValueError(
-            f"min_agreement={request.min_agreement} needs the dense model to read the "
-            f"instruction, and the selector {decision.selector} does without; use "
-            "activation or blend."
+            f"min_agreement={least} needs the dense model to read the instruction, and "
+            f"the selector {decision.selector} does without; use activation or blend."
         )
-    if model.plan.unit == "expert" and decision.selector != "all":
+    if decision.unit == "expert" and decision.selector != "all":
         check_number(model.plan, model.config, decision.size)
     return decision
+
+
+def _fitting(decision: Decision, model: Checkpoint, limits: Limits | None) -> Decision:
+    """Return a decision with the room that it leaves, or refuse it if it does not fit."""
+    if limits is None:
+        return decision
+    check_fits(model, decision, limits)
+    return replace(decision, room=room_beside(model, decision, limits))
+
+
+def _found(
+    decided: Callable[[int], Decision],
+    model: Checkpoint,
+    limits: Limits | None,
+    step: int,
+    least: float,
+) -> Decision:
+    """Return the sizes that are tried until one agrees enough, smallest first: those for
+    which the model's card promises enough, else a few that untrained models bear.
+
+    Where the dense model does not read what selects, nothing can be tried, and where it
+    checks the answer, nothing need be: then it is the first of them, or as much as fits
+    into a limit of memory.
+    """
+    units = model.plan.units
+    ladder = sorted(
+        {target_size(units, share, step) for share in _shares(model, least)}
+    )
+    first, most = decided(ladder[0]), units
+    if limits is not None:
+        sizes = partial(_sizes_of, decided)
+        most = fitting_size(model, first, limits, sizes, step)
+    if not first.reads or first.request.checks:
+        limited = limits is not None and limits.memory_bytes is not None
+        return _fitting(
+            decided(most if limited else min(most, ladder[0])), model, limits
+        )
+    found: Decision | None = None
+    for k in sorted({min(k, most) for k in ladder}, reverse=True):
+        rung = replace(decided(k), least=least, larger=found)
+        found = _fitting(rung, model, limits)
+    assert found is not None
+    return found
+
+
+def _shares(model: Checkpoint, least: float) -> list[float]:
+    if model.card is None:
+        return list(LADDER)
+    first = model.card.smallest(least)
+    return [*(keep for keep in model.card.keeps() if keep >= first), 1.0]
+
+
+def _sizes_of(decided: Callable[[int], Decision], k: int) -> list[int]:
+    return decided(k).sizes
 
 
 def _given(request: Request, model: Checkpoint) -> Selection | None:
@@ -180,15 +239,19 @@ def _granularity(model: Checkpoint, wanted: int | None) -> int:
     return wanted
 
 
-def _size(model: Checkpoint, request: Request, block: int, step: int) -> int:
-    k = request.target_size
-    if k is None and request.keep is None:
+def _size(
+    model: Checkpoint, request: Request, block: int, step: int, limits: Limits | None
+) -> int | None:
+    """Return ``k``; ``None`` if it is to be found."""
+    k, limited = request.target_size, limits is not None and limits.memory_bytes
+    if k is None and request.keep is None and not limited:
         k = model.ifp.target_size
-    if k is None:
-        share = DEFAULT_KEEP if request.keep is None else request.keep
-        return target_size(model.plan.units, share, step)
-    check_multiple(k, block, model.plan.units, model.plan.unit)
-    return k
+    if k is not None:
+        check_multiple(k, block, model.plan.units, model.plan.unit)
+        return k
+    if request.keep in (None, "auto"):
+        return None
+    return target_size(model.plan.units, float(request.keep), step)
 
 
 def _selector(model: Checkpoint, selector: str) -> str:
@@ -200,7 +263,8 @@ def _selector(model: Checkpoint, selector: str) -> str:
         return selector
     if model.predictor is not None:
         return "predictor"
-    return "activation" if model.prior is None else "blend"
+    # Experts: where both were measured, the calibration text made the choice worse.
+    return "activation" if model.plan.unit == "expert" else "blend"
 
 
 def _sizes(

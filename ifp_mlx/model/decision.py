@@ -1,6 +1,7 @@
 """What was decided on a request: made once, and handed on."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from ..selection.request import Request
 from ..selection.scores import READING
 from ..selection.top_k import select
 from ..slicing.shapes import Plan, Unit
+from .card import Card
 
 
 class Checkpoint(Protocol):
@@ -34,6 +36,10 @@ class Checkpoint(Protocol):
     @property
     def prior(self) -> mx.array | None:
         """``[L, F]``."""
+
+    @property
+    def card(self) -> Card | None:
+        """What was measured of its quality."""
 
     @property
     def sensitivity(self) -> mx.array | None:
@@ -65,6 +71,9 @@ class Decision:
         groups: equal parts of a layer, of each of which equally many units are kept.
         selection: the one that was given, compensated as decided.
         room: bytes left for dropped channels to stay in memory, where they are needed.
+        least: the share of the instruction's tokens at which compact and dense model must
+            choose alike; ``None`` asks for nothing.
+        larger: what is tried next if they do not.
     """
 
     request: Request
@@ -80,6 +89,8 @@ class Decision:
     groups: int = 1
     selection: Selection | None = None
     room: int = 0
+    least: float | None = None
+    larger: "Decision | None" = None
 
     @property
     def reads(self) -> bool:
@@ -89,10 +100,21 @@ class Decision:
     @property
     def compares(self) -> bool:
         """Whether what the compact model says of the instruction is compared with what
-        the dense one said: of experts always, for dropping them can be ruinous.
+        the dense one says, which is known where that reads it to select by it.
         """
-        asked = self.unit == "expert" or self.request.min_agreement is not None
-        return self.reads and asked
+        return self.reads
+
+    @property
+    def rungs(self) -> list["Decision"]:
+        """This decision, and what is tried after it."""
+        return [self, *(self.larger.rungs if self.larger else ())]
+
+    def within(self, fits: "Callable[[Decision], bool]") -> "Decision":
+        """Return this decision with those of the larger ones that fit."""
+        larger = self.larger
+        if larger is not None:
+            larger = larger.within(fits) if fits(larger) else None
+        return replace(self, larger=larger)
 
     @property
     def checks(self) -> bool:

@@ -19,6 +19,7 @@ from ..selection.widths import check_multiple
 from ..slicing.shapes import dense_shapes
 from ..slicing.sliced import count_units, pad
 from ..slicing.stock import build
+from .card import Card, load_card
 from .checkpoint import IFPModel
 from .requantisation import requantisation_cost
 
@@ -30,6 +31,17 @@ UNTRAINED = (
     "They were selected without training the model further, unless the selector\n"
     "above is a trained predictor. The quality of this folder was not measured."
 )
+# Of the dense model; a file like its own would look as if it were this folder's.
+CURVE = """
+
+The dense model has a card: {tokens} tokens of its own greedy answers to the prompts of
+ifp_mlx, each of which selected for itself ({selector}). By the kept share, how often the
+compact model would choose the same token, and the kind of prompt at which least often. This
+folder keeps {share:.2g} and was not measured itself.
+
+| kept | same token | least often |
+|---|---|---|
+{rows}"""
 NAS_MULTIPLE = 256  # nemotron-nas rounds every FFN width up to this
 
 
@@ -77,10 +89,13 @@ def write_compact(
     out = Path(out)
     refuse_existing(out)
     check_can_write(model, selection.sizes, quantisation)
+    card = load_card(model)
     if compact is None:
         compact = model.compact(selection, progress=progress)
     selection = _with_slicing(model, compact, selection, progress)
-    return write_plain(model, compact, selection, out, quantisation=quantisation)
+    said = UNTRAINED + _curve(card, selection)
+    how: dict[str, Any] = {"quantisation": quantisation, "said": said}
+    return write_plain(model, compact, selection, out, **how)
 
 
 def write_plain(
@@ -122,6 +137,20 @@ def write_plain(
         card = _card(model, selection, quantisation, config, said)
         (scratch / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def _curve(card: Card | None, selection: Selection) -> str:
+    """Return what the dense model's card says, for the compact folder's; nothing without
+    one.
+    """
+    if card is None:
+        return ""
+    rows = []
+    for keep in card.keeps():
+        kind, least = card.worst(keep) or ("", 1.0)
+        rows.append(f"| {keep:.2g} | {card.promise(keep):.0%} | {kind}, {least:.0%} |")
+    about = {"tokens": card.tokens, "selector": card.selector}
+    return CURVE.format(**about, share=selection.share, rows="\n".join(rows))
 
 
 def _with_slicing(

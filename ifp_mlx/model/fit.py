@@ -9,15 +9,19 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checking.drift import RECENT
-from ..slicing.compensation import RANK
+from ..selection.calibration import CHATS, MOST_TOKENS
+from ..slicing import sketch
+from ..slicing.compensation import RANK, TOKENS
 from ..slicing.reading import FFN_STEP
 from ..slicing.stock import PREFILL_STEP
 from .agreement import PLACES
 from .decision import Decision
 from .footprint import Footprint, physical_memory
 
+ROW_FLOATS = 5  # arrays [m, F] of what is known of a layer while it is judged
+GRAM_FLOATS = 4  # arrays [m, m] of it
 DOWN_FLOATS = 2  # arrays [D, F], in float32 too, while one is compensated
-SAID_FLOATS = 3  # arrays [n, V] while dense and compact model are compared
+SAID_FLOATS = 2  # arrays [2n, V] while dense and compact model are compared
 CACHE_STEP = 256  # tokens by which mlx-lm lengthens its caches
 
 
@@ -47,11 +51,7 @@ def check_fits(model: Any, decision: Decision, limits: Limits) -> None:
     Raises:
         ValueError: naming what is needed and what would fit.
     """
-    if limits.memory_bytes is None:
-        memory, footprint = physical_memory(), model.footprint
-    else:
-        memory = limits.memory_bytes
-        footprint = _in_passing(model, decision, limits)
+    memory, footprint = _allowed(model, decision, limits)
     footprint.check_fits(decision.sizes, memory, limits.context)
 
 
@@ -62,7 +62,7 @@ def fitting_size(
     sizes: Callable[[int], Sequence[int]],
     step: int,
 ) -> int:
-    """Return the largest ``k`` that fits into a limit of memory.
+    """Return the largest ``k`` that fits into a limit of memory, or the memory there is.
 
     Args:
         model: an :class:`ifp_mlx.model.checkpoint.IFPModel`.
@@ -74,9 +74,16 @@ def fitting_size(
     Raises:
         ValueError: if nothing fits.
     """
-    assert limits.memory_bytes is not None
-    footprint = replace(_in_passing(model, decision, limits), granularity=step)
-    return footprint.largest_size(limits.memory_bytes, limits.context, sizes)
+    memory, footprint = _allowed(model, decision, limits)
+    footprint = replace(footprint, granularity=step)
+    return footprint.largest_size(memory, limits.context, sizes)
+
+
+def _allowed(model: Any, decision: Decision, limits: Limits) -> tuple[int, Footprint]:
+    """Return the bytes that may be taken, and the footprint that has to fit them."""
+    if limits.memory_bytes is None:
+        return physical_memory(), model.footprint
+    return limits.memory_bytes, _in_passing(model, decision, limits)
 
 
 def room_beside(model: Any, decision: Decision, limits: Limits) -> int:
@@ -128,19 +135,25 @@ def _in_sweep(model: Any, decision: Decision, limits: Limits) -> Footprint:
     """Return the model's footprint with what a sweep has in memory for a while."""
     footprint: Footprint = model.footprint
     reading, channels = len(decision.tokens), footprint.channels
-    if decision.selector in ("prior", "blend") and model.prior is None:
+    condensing = 0
+    asks = decision.compensate or decision.selector in ("prior", "blend")
+    if asks and model.prior is None:
         reading = PREFILL_STEP  # the calibration text
+        condensing = CHATS * MOST_TOKENS * channels * mx.float16.size
     elif not (decision.compensate or decision.reads):
         return footprint
     floats = footprint.reading_floats * min(reading, FFN_STEP)
     if decision.compensate:
         floats += min(reading, PREFILL_STEP) * channels
-        floats += DOWN_FLOATS * channels * footprint.hidden_size
+        rows = min(reading, TOKENS) + sketch.RANK
+        judging = rows * (ROW_FLOATS * channels + GRAM_FLOATS * rows)
+        judging += DOWN_FLOATS * channels * footprint.hidden_size
+        floats = max(floats, judging)
     rounded = -(-max(limits.context, reading) // CACHE_STEP) * CACHE_STEP
     spare = footprint.kv_bytes(rounded) - footprint.kv_bytes(limits.context)
     layer = round(max(footprint.layer_bytes) * channels)
-    passing = layer + floats * mx.float32.size
+    passing = layer + floats * mx.float32.size + condensing
     if decision.compares:
-        said = min(reading, PLACES) * model.vocabulary
+        said = 2 * min(reading, PLACES) * model.vocabulary
         passing = max(passing, SAID_FLOATS * said * mx.float32.size)
     return replace(footprint, passing_bytes=passing + spare)

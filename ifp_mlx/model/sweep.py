@@ -13,26 +13,38 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..files.progress import ProgressBar
 from ..selection.masks import Selection
 from ..slicing.apart import cut_apart
-from ..slicing.compensation import correction_of, cut_compensated
+from ..slicing.compensation import (
+    correction_of,
+    cut_compensated,
+    evidence,
+    strength_of,
+)
 from ..slicing.reading import (
     Example,
     Texts,
     batches_of,
     order_of,
+    padded,
     read_layer,
     read_text,
     scores_of,
 )
 from ..slicing.shapes import at
+from ..slicing.sketch import condensed, unit_rows
 from ..slicing.sliced import cut, note_units, settle, sliced_names
-from ..slicing.stock import log_softmax, logits_at, steps_of
+from ..slicing.stock import noted_at, steps_of
 from ..storage.folder import Folder
 
-Choose = Callable[[int, mx.array], mx.array]
+# Returns the units of a layer to keep, int32 [k], sorted, for its number, its scores [F],
+# and what is known of its channels, [m, F], where they are compensated.
+Choose = Callable[[int, mx.array, mx.array | None], mx.array]
+# Returns the sketch of a layer, [r, F], read only now: all layers' together are large.
+Sketch = Callable[[int], mx.array]
 
 
 class Swept(NamedTuple):
@@ -42,14 +54,14 @@ class Swept(NamedTuple):
         model: an ordinary mlx-lm model, with the units that were chosen.
         kv: the text's KV cache, as the dense model made it.
         uses: of each layer's units, from :func:`ifp_mlx.slicing.reading.read_layer`.
-        said: the dense model's log-probabilities at the places of the text that were
-            asked for, float32 ``[n, V]``.
+        noted: what the dense model's output layer gets at the places of the text that
+            were asked for, from :func:`ifp_mlx.slicing.stock.noted_at`, ``[1, n, D]``.
     """
 
     model: nn.Module
     kv: list[Any]
     uses: list[mx.array]
-    said: mx.array | None
+    noted: mx.array | None
 
 
 def scores(
@@ -77,12 +89,38 @@ def scores(
     return mx.stack([scores_of(source.plan.unit, use) for use in uses])
 
 
+def calibration(
+    source: Folder, texts: Sequence[Sequence[int]], *, progress: ProgressBar = iter
+) -> tuple[mx.array, list[mx.array]]:
+    """Return how some texts use each channel, and a sketch of each layer's.
+
+    Args:
+        source: where the weights are.
+        texts: token ids of each. They are read all at once: each layer comes by once, and
+            what was seen of it is let go when it is condensed.
+        progress: wraps the iteration over layers.
+
+    Returns:
+        The scores, ``[L, F]`` float32, and for each layer ``[r, F]`` float32 from
+        :func:`ifp_mlx.slicing.sketch.condensed`.
+    """
+    together = padded([(text,) for text in texts])
+    ticks = iter(progress(range(sum(_visits_of(source, together)))))
+    sweep = _Sweep(source, together, ticks)
+    sweep.sketches = [mx.array(0.0)] * len(source.plan.layers)
+    sweep.run()
+    next(ticks, None)
+    found = [scores_of(source.plan.unit, use) for use in sweep.uses]
+    return mx.stack(found), sweep.sketches
+
+
 def compact_model(
     source: Folder,
     tokens: Sequence[int],
     choose: Choose,
     *,
     compensate: bool = False,
+    sketch: Sketch | None = None,
     apart: bool = False,
     remember: int = 0,
     places: mx.array | None = None,
@@ -95,34 +133,35 @@ def compact_model(
     Args:
         source: where the weights are.
         tokens: ``T`` ids.
-        choose: returns the units of a layer to keep, int32 ``[k]``, sorted, for its
-            number and its scores, ``[F]``.
+        choose: chooses a layer's units.
         compensate: let the kept channels make up for the dropped ones, as the text
             shows (:mod:`ifp_mlx.slicing.compensation`); else the model is equal to slicing the
             same units out of the dense one.
+        sketch: of a calibration text, which shows it too.
         apart: leave the kept channels' weights as they are, and what makes up for
             others apart (:mod:`ifp_mlx.slicing.apart`).
         remember: of how many of the last tokens the channels are remembered, where they
             are apart and compensated.
-        places: int32 ``[n]``, of the text's last step, where it is kept what the dense
-            model says.
+        places: int32 ``[n]``, of the text's last step, where the dense model is noted.
         progress: wraps the iteration over layers.
     """
     texts = batches_of([(tokens,)])[0]
     ticks = iter(progress(range(sum(_visits_of(source, texts)))))
     sweep = _Sweep(source, texts, ticks, choose, places)
     sweep.compensate, sweep.apart, sweep.remember = compensate, apart, remember
+    sweep.sketch = sketch
     cache = sweep.run()
     next(ticks, None)
     note_units(sweep.model, source.plan)
     mx.eval(sweep.model.parameters())
-    return Swept(sweep.model, cache, sweep.uses, sweep.said)
+    return Swept(sweep.model, cache, sweep.uses, sweep.noted)
 
 
 def compensated_model(
     source: Folder,
     selection: Selection,
     *,
+    sketch: Sketch | None = None,
     apart: bool = False,
     progress: ProgressBar = iter,
 ) -> nn.Module:
@@ -131,7 +170,7 @@ def compensated_model(
     Args:
         source: where the weights are.
         selection: made for the source's model; its text shows how.
-        apart: see :func:`compact_model`.
+        sketch, apart: see :func:`compact_model`.
         progress: wraps the iteration over layers.
 
     Raises:
@@ -139,11 +178,11 @@ def compensated_model(
     """
     selection.check_reproducible()
 
-    def choose(layer: int, scores: mx.array) -> mx.array:
+    def choose(layer: int, scores: mx.array, rows: mx.array | None) -> mx.array:
         return selection.indices[layer]
 
     tokens = selection.text or ()
-    how: dict[str, Any] = {"compensate": True, "apart": apart}
+    how: dict[str, Any] = {"compensate": True, "apart": apart, "sketch": sketch}
     return compact_model(source, tokens, choose, **how, progress=progress).model
 
 
@@ -166,23 +205,30 @@ class _Sweep:
         self.choose, self.places = choose, places
         self.compensate = self.apart = False
         self.remember = 0
+        self.sketch: Sketch | None = None
+        self.sketches: list[mx.array] | None = None
         self.model = source.open()
         self.modules = self.plan.modules(self.model)
         self.uses = [mx.array(0.0)] * len(self.modules)
-        self.said: mx.array | None = None
+        self.noted: mx.array | None = None
         self._visits = _visits_of(source, texts)
+        self._seen: dict[int, list[mx.array]] = {}  # for the sketches
         self._names = sliced_names(self.model, self.plan)
         self._passing: list[nn.Module] = []
         self._ticks = ticks
 
     def run(self) -> list[Any]:
         """Send the texts through the model, and return the KV cache."""
-        read = partial(read_text, self.model, self.plan, self.texts, self._visit)
+        keeps = {"kv": self.sketches is None}
+        read = partial(
+            read_text, self.model, self.plan, self.texts, self._visit, **keeps
+        )
         if self.places is None:
             return read()[0]
-        with logits_at(self.model, self.places) as some:
+        with noted_at(self.model, self.places) as some:
             cache, logits = read()
-            self.said = log_softmax(some(logits)[0])
+            self.noted = some(logits)
+            mx.eval(self.noted)
         return cache
 
     def _visit(self, layer: int, weights: mx.array, *args: Any, **kwargs: Any) -> Any:
@@ -193,14 +239,24 @@ class _Sweep:
         last = self._visits[layer] == 0
         module = self.modules[layer] if last else self._passing_module(layer)
         self.source.fill(module, layer)
-        seen: list[mx.array] | None = [] if last and self.compensate else None
+        compensate = last and self.compensate
+        channels: list[mx.array] = []
+
+        def see(rows: mx.array, counting: mx.array) -> None:
+            if compensate:
+                channels.append(rows)
+            if self.sketches is not None:
+                self._seen.setdefault(layer, []).append(_real_rows(rows, counting))
+
         plan = self.plan.layers[layer]
-        output, use = read_layer(module, plan, weights, *args, seen=seen, **kwargs)
+        output, use = read_layer(module, plan, weights, *args, seen=see, **kwargs)
         self.uses[layer] = self.uses[layer] + use
         mx.eval(self.uses[layer])
+        if last and self.sketches is not None:
+            self.sketches[layer] = condensed(self._seen.pop(layer))
+            mx.eval(self.sketches[layer])
         if last and self.choose is not None:
-            scores = scores_of(self.plan.unit, self.uses[layer])
-            self._cut(module, layer, self.choose(layer, scores), seen)
+            self._cut(module, layer, self.choose, channels if compensate else None)
         else:
             self._let_go(module, layer)
         mx.clear_cache()  # or MLX would hold on to the dense layer's memory
@@ -210,22 +266,32 @@ class _Sweep:
         self,
         module: nn.Module,
         layer: int,
-        index: mx.array,
+        choose: Choose,
         seen: list[mx.array] | None,
     ) -> None:
         """Keep some units of a layer, compensated by what was seen of all channels."""
         plan, units = self.plan.layers[layer], self.plan.units
-        channels = None if seen is None else mx.concatenate(seen)
+        rows, recent = None, None
+        how: dict[str, Any] = {}
+        if seen is not None:
+            channels = mx.concatenate(seen)
+            sketch = None if self.sketch is None else self.sketch(layer)
+            rows = evidence(channels, sketch)
+            recent = mx.array(channels[-self.remember :]) if self.remember else None
+            mx.eval(rows, recent)
+            seen.clear()
+            del channels
+            how["strength"] = strength_of(rows, sketched=sketch is not None)
+        index = choose(layer, scores_of(self.plan.unit, self.uses[layer]), rows)
         if self.apart:
             correction = None
-            if channels is not None and index.size < units:
-                correction = correction_of(at(module, plan.inlet), channels, index)
+            if rows is not None and index.size < units:
+                correction = correction_of(at(module, plan.inlet), rows, index, **how)
                 mx.eval(correction)
             part = cut_apart(module, plan, index, units, correction=correction)
-            if self.remember and channels is not None:
-                part.recent = mx.array(channels[-self.remember :])
-        elif channels is not None:
-            cut_compensated(module, plan, index, channels)
+            part.recent = recent
+        elif rows is not None:
+            cut_compensated(module, plan, index, rows, **how)
         else:
             cut(module, plan, index, units)
         settle(module)
@@ -242,6 +308,19 @@ class _Sweep:
         if layer == 0:
             self._passing = self.plan.modules(self.source.open())
         return self._passing[layer]
+
+
+def _real_rows(channels: mx.array, weights: mx.array) -> mx.array:
+    """Return the channels of tokens that are no padding, each of length 1, in float16.
+
+    Args:
+        channels: ``[T, F]``.
+        weights: of the tokens, ``[W, T]``.
+    """
+    real = np.flatnonzero(np.array(weights.sum(axis=0)) > 0).astype(np.int32)
+    rows = unit_rows(channels[mx.array(real)]).astype(mx.float16)
+    mx.eval(rows)
+    return rows
 
 
 def _visits_of(source: Folder, texts: Texts) -> list[int]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from ..engine.errors import InvalidRequest
-from ..selection.request import RESELECTS
+from ..selection.request import RESELECTS, Keep
 from ..selection.scores import SELECTORS
 from ..selection.widths import ALLOCATIONS
 
@@ -75,7 +75,7 @@ class Defaults:
     """What the server assumes where a request says nothing."""
 
     temp: float = 0.0
-    keep: float | None = None
+    keep: Keep | None = None
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _selecting(fields: dict[str, Any]) -> dict[str, Any]:
         "task": _text,
         "instruction": _text,
         "mask_file": _file_name,
-        "keep": _number(0, 1),
+        "keep": _keep,
         "selector": _one_of(SELECTORS),
         "allocation": _one_of(ALLOCATIONS),
         "min_agreement": _number(0, 1),
@@ -298,6 +298,12 @@ def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
             raise FieldError(name, f"has the key {token!r}, which is no token id.")
         bias[int(token)] = number(f"{name}.{token}", amount)
     return bias or None
+
+
+def _keep(name: str, value: Any) -> Keep:
+    if isinstance(value, str) and value != "auto":
+        raise FieldError(name, "must be auto, or a number from 0 to 1.")
+    return "auto" if value == "auto" else _number(0, 1)(name, value)
 
 
 def _check(name: str, value: Any) -> str | float:

@@ -166,6 +166,7 @@ def figures_of(done: Done) -> dict[str, Any]:
         "total_channels": done.total_channels,
         "unit": done.unit,
         "agreement": done.agreement,
+        "promise": done.promise,
         "router_mass": done.router_mass,
         "seconds": {name: round(s, 6) for name, s in done.seconds.items()},
         "tokens_per_second": round(done.tokens_per_second, 3),

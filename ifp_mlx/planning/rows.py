@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.tables import markdown
+from ..model.card import Card, load_card
 from ..model.checkpoint import PREDICTOR_FOLDER, load
 from ..model.footprint import Footprint, in_words, model_of_config
 from ..selection import widths
@@ -36,6 +37,7 @@ class Subject:
         predictor: the multiplications per token and the layers of its predictor.
         selective: whether only the selected units are read from storage, as from a
             channel store; of channels in a plain folder all are, and most let go.
+        card: what was measured of its quality, or ``None``.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Subject:
     work: Work
     predictor: tuple[int, int] | None
     selective: bool
+    card: Card | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Row:
         total_bytes: with the KV cache and the predictor.
         fits: in the memory that was named; ``None`` if none was.
         times: predicted; ``None`` without a device.
+        agreement: how often it would choose the dense model's next token, by the
+            model's card; ``None`` without one, or below what that has measured.
     """
 
     keep: float
@@ -65,6 +70,7 @@ class Row:
     total_bytes: int
     fits: bool | None
     times: Times | None
+    agreement: float | None
 
 
 def open_subject(name: str, *, channel_store: bool = False) -> Subject:
@@ -94,6 +100,7 @@ def open_subject(name: str, *, channel_store: bool = False) -> Subject:
         Work.of(model.source.skeleton, model.plan),
         _predictor(model.path / PREDICTOR_FOLDER),
         channel_store or model.source.reads_units,
+        load_card(model),
     )
 
 
@@ -116,7 +123,7 @@ def plan_rows(
         memory_bytes: that may be used.
         device: to predict times for.
     """
-    footprint = subject.footprint
+    footprint, card = subject.footprint, subject.card
     rows = []
     for k in sorted({size_of(footprint, keep) for keep in keeps}):
         sizes = [k] * footprint.layers
@@ -129,6 +136,9 @@ def plan_rows(
                 total_bytes=total,
                 fits=None if memory_bytes is None else total <= memory_bytes,
                 times=None if device is None else times(subject, device, sizes, job),
+                agreement=None
+                if card is None
+                else card.promise(k / footprint.channels),
             )
         )
     return rows
@@ -221,8 +231,10 @@ def report(
             ["part", "bytes"], [[n, in_words(b)] for n, b in _parts(subject, context)]
         ),
         "",
-        markdown(*_memory_table(rows, footprint.unit)),
+        markdown(*_memory_table(rows, footprint.unit, subject.card)),
     ]
+    if (card := subject.card) is not None:
+        lines += ["", _about(card)]
     if device is not None:
         lines += ["", *_time_lines(subject, rows, job, device)]
     return "\n".join(lines)
@@ -256,7 +268,17 @@ def _parts(subject: Subject, context: int) -> list[tuple[str, int]]:
     return [(name, count) for name, count in parts if count]
 
 
-def _memory_table(rows: list[Row], unit: str) -> tuple[list[str], list[list[str]]]:
+def _about(card: Card) -> str:
+    return (
+        "Agreement, by the model's card: how often the compact model chooses the dense "
+        f"model's next token, measured on {card.tokens} tokens of its own answers to "
+        f"{len(card.kinds)} kinds of prompts; between measured keeps a straight line."
+    )
+
+
+def _memory_table(
+    rows: list[Row], unit: str, card: Card | None
+) -> tuple[list[str], list[list[str]]]:
     head = ["keep", f"{unit}s", "compact model", "with KV and predictor"]
     cells = [
         [
@@ -271,6 +293,10 @@ def _memory_table(rows: list[Row], unit: str) -> tuple[list[str], list[list[str]
         head.append("fits")
         for row, line in zip(rows, cells, strict=True):
             line.append("yes" if row.fits else "no")
+    if card is not None:
+        head.append("agreement")
+        for row, line in zip(rows, cells, strict=True):
+            line.append("-" if row.agreement is None else f"{row.agreement:.0%}")
     return head, cells
 
 

@@ -3,6 +3,13 @@
 import json
 from importlib.resources import files
 
+CHATS = 41  # how many there are
+MOST_TOKENS = 400  # of each; only a tokenizer without words makes more
+
+# Of the dialogues, and of how they are condensed (ifp_mlx.slicing.sketch): what a compact
+# model was compensated by can only be made again with the same.
+SKETCH_VERSION = "1"
+
 
 def calibration_chats() -> list[list[dict[str, str]]]:
     """Return the dialogues that ship with the package, written for it."""

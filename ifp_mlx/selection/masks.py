@@ -13,10 +13,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..files.atomic import new_file
+from .calibration import SKETCH_VERSION
 
 MASK_FORMAT = "ifp_mlx.mask.1"
 # In the words of a file.
 COMPENSATED_BY, TEXT_DIGEST = "compensated by", "text digest"
+SKETCH = "sketch"
 TRAINED_BY = "recovered by"
 
 
@@ -28,11 +30,13 @@ class Compensation:
         source: what the text is, in words.
         tokens: how many it has.
         digest: of its token ids; empty in files of version 0.1 that lost them.
+        sketch: which sketch of the calibration text stood beside it, or ``None``.
     """
 
     source: str
     tokens: int
     digest: str
+    sketch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,27 +169,33 @@ class Selection:
         return self.compensation is not None
 
     def compensated(
-        self, tokens: Sequence[int] | None = None, source: str = "the task's examples"
+        self,
+        tokens: Sequence[int] | None = None,
+        source: str = "the task's examples",
+        *,
+        sketch: str | None = SKETCH_VERSION,
     ) -> "Selection":
         """Return the same channels, compensated.
 
         Args:
             tokens: ``T`` ids that show how; default: its own ``text``, if there is one.
             source: what they are, in words.
+            sketch: which sketch of the calibration text stands beside them; ``None`` for
+                none, as in version 0.1.
 
         Raises:
-            ValueError: if there is no text, or it has gates from training, which
-                compensation does not know.
+            ValueError: if there is no text, or it keeps experts, or has gates from
+                training, which compensation does not know.
         """
         text = self.text if tokens is None else tuple(tokens)
-        self._check_no_gates()
+        self._check_compensable()
         if text is None:
             raise ValueError(
                 f"The mask {self.mask_id} carries no text that could show how to "
                 "compensate; leave compensate out, or use the mask of a task, which "
                 "has one."
             )
-        how = Compensation(source, len(text), digest_of_text(text))
+        how = Compensation(source, len(text), digest_of_text(text), sketch)
         return replace(self, text=text, compensation=how)
 
     def as_text(self) -> dict[str, str]:
@@ -216,7 +226,14 @@ class Selection:
             )
         how = self.compensation
         if how:
-            self._check_no_gates()
+            self._check_compensable()
+        if how and how.sketch not in (None, SKETCH_VERSION):
+            raise ValueError(
+                f"The mask {self.mask_id} is of weights compensated beside the sketch "
+                f"{how.sketch} of a calibration text, and this version has "
+                f"{SKETCH_VERSION}: use the folder it came with as it is, or its channels "
+                "uncompensated (--no-compensate, Selection.plain)."
+            )
         if how and (self.text is None or digest_of_text(self.text) != how.digest):
             raise ValueError(
                 f"The mask {self.mask_id} is of weights compensated by {how.tokens} "
@@ -225,7 +242,12 @@ class Selection:
                 "channels uncompensated (--no-compensate, Selection.plain)."
             )
 
-    def _check_no_gates(self) -> None:
+    def _check_compensable(self) -> None:
+        if self.unit == "expert":
+            raise ValueError(
+                f"The mask {self.mask_id} keeps experts, which cannot make up for dropped "
+                "ones; leave compensate out (--no-compensate, Selection.plain)."
+            )
         if self.gates is not None:
             raise ValueError(
                 f"The mask {self.mask_id} has gates from training, which compensation "
@@ -253,6 +275,7 @@ class Selection:
             return self.mask_id
         decides: list[Any] = [self.mask_id, self.unit, self.trained]
         decides += [] if how is None else [how.tokens, how.digest]
+        decides += [how.sketch] if how is not None and how.sketch else []
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
     def mask(self) -> mx.array:
@@ -294,6 +317,8 @@ class Selection:
         }
         if self.compensation is not None:
             about[TEXT_DIGEST] = self.compensation.digest
+            if self.compensation.sketch:
+                about[SKETCH] = self.compensation.sketch
         with new_file(path) as scratch:
             save_file(arrays, scratch, metadata=self.as_text() | about)
 
@@ -432,9 +457,10 @@ def _compensation(
 ) -> Compensation | None:
     """Take out of a file's words how its weights are compensated."""
     said, digest = about.pop(COMPENSATED_BY, None), about.pop(TEXT_DIGEST, None)
+    sketch = about.pop(SKETCH, None)
     if said is None:
         return None
     count, _, source = said.partition(" tokens of ")
     if digest is None:  # version 0.1 left it to the text
         digest = "" if text is None else digest_of_text(text)
-    return Compensation(source, int(count), digest)
+    return Compensation(source, int(count), digest, sketch)

@@ -12,7 +12,14 @@ from .widths import ALLOCATIONS, Allocation
 Prefill = Literal["auto", "compact", "dense"]
 Check = Literal["off", "exact"] | float
 Reselect = Literal["off", "drift"]
+Keep = float | Literal["auto"]
 RESELECTS: tuple[Reselect, ...] = ("off", "drift")
+# Share of the units that untrained models bear to keep alone in general:
+# examples/guides/keep.md has the figures.
+SAFE_KEEP = 0.75
+# Of the instruction's last tokens, what auto asks for: a guess until
+# examples/benchmarks/auto has been measured.
+MIN_AGREEMENT = 0.8
 MOST_DRAFTED = 16  # tokens a check, where nothing else is said
 PREFILLS: tuple[Prefill, ...] = ("auto", "compact", "dense")
 SOURCES = ("instruction", "selection", "mask_file", "task")
@@ -31,7 +38,9 @@ class Request:
         task: use that of a named task; who knows its library puts a selection or a
             mask file in its place.
         keep: kept share of the units (channels, or experts), rounded to the
-            granularity. Default: the checkpoint's own target size, else 0.5.
+            granularity; or ``auto``: the smallest of a few whose compact model agrees
+            with the dense one as far as ``min_agreement`` says, on the instruction and by
+            the model's card. Default: the checkpoint's own target size, else ``auto``.
         target_size: ``k``, kept units per layer, instead of ``keep``.
         selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``, or
             ``auto``: the first of predictor, blend (if a prior is kept with the
@@ -49,7 +58,8 @@ class Request:
         prefill: which model reads the prompt: ``compact``, the whole ``dense`` one, or
             ``auto``: dense as far as that has read it to select, else compact.
         min_agreement: refuse a selection whose compact model chooses the dense model's
-            next token at a smaller share of the instruction's tokens.
+            next token at a smaller share of the instruction's tokens. Default: nothing is
+            asked of a ``keep`` that is given, and ``MIN_AGREEMENT`` of ``auto``.
         check: whether the whole model checks what the compact one drafts
             (:mod:`ifp_mlx.checking`): ``off``; ``exact``, every token is the whole
             model's; or a tolerance above 0 and below 1, a token stands if the whole model
@@ -57,8 +67,8 @@ class Request:
         draft_tokens: drafted at most for one check; how many are follows how many stood.
         reselect: ``drift`` chooses other channels in a check when those that are kept
             fit the latest tokens much less than others would; or ``off``.
-        memory_bytes: that compact model, KV cache and predictor may take; chooses the
-            largest ``keep`` that fits, or refuses the one that does not.
+        memory_bytes: that compact model, KV cache and predictor may take; ``auto`` keeps
+            no more than fits, and a ``keep`` that does not fit is refused.
 
     Raises:
         ValueError: on a choice that nothing could satisfy.
@@ -68,7 +78,7 @@ class Request:
     selection: Selection | None = None
     mask_file: str | None = None
     task: str | None = None
-    keep: float | None = None
+    keep: Keep | None = None
     target_size: int | None = None
     selector: str = "auto"
     allocation: Allocation | None = None
@@ -151,11 +161,11 @@ class Request:
                 f"keep={self.keep} and target_size={self.target_size} say the same "
                 "thing; give one of them."
             )
-        number = isinstance(self.keep, int | float)
-        if self.keep is not None and not (number and 0 < self.keep <= 1):
+        share = self.keep if isinstance(self.keep, int | float) else 0
+        if self.keep not in (None, "auto") and not 0 < share <= 1:
             raise ValueError(
                 f"keep={self.keep!r} is not a share of the units; choose a number "
-                "above 0 and up to 1 (1 keeps them all)."
+                "above 0 and up to 1 (1 keeps them all), or auto."
             )
 
     def _check_names(self) -> None:

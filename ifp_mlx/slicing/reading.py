@@ -23,6 +23,7 @@ from .stock import StandIn, steps_of
 FFN_STEP = 512  # tokens that go through a layer at once: [T, F] is the largest array
 
 Visit = Callable[..., Any]
+See = Callable[[mx.array, mx.array], None]
 Example = Sequence[Sequence[int]]  # token ids of one text, in parts
 
 
@@ -60,14 +61,15 @@ def batches_of(examples: Sequence[Example]) -> list[Texts]:
             batches[-1] = rows
         else:
             batches.append([parts])
-    return [_padded(rows) for rows in batches]
+    return [padded(rows) for rows in batches]
 
 
 def _length(parts: Example) -> int:
     return sum(map(len, parts))
 
 
-def _padded(rows: Sequence[Example]) -> Texts:
+def padded(rows: Sequence[Example]) -> Texts:
+    """Return texts as they go through a model together; see :func:`batches_of`."""
     shape = (len(rows), max(map(_length, rows)))
     tokens = np.zeros(shape, dtype=np.int32)
     weights = np.zeros((len(rows[0]), *shape), dtype=np.float32)
@@ -138,7 +140,7 @@ def scores_of(unit: Unit, use: mx.array) -> mx.array:
 
 
 def read_text(
-    model: nn.Module, plan: Plan, texts: Texts, visit: Visit
+    model: nn.Module, plan: Plan, texts: Texts, visit: Visit, *, kv: bool = True
 ) -> tuple[list[Any], mx.array]:
     """Run texts through a dense model, its layers' modules computed by ``visit``.
 
@@ -151,13 +153,17 @@ def read_text(
         visit: computes what the module of a layer does, by number, with the weights
             of the step's tokens, ``[W, B, T]``, and the arguments of the module. It is
             called in :func:`order_of`.
+        kv: whether a KV cache is kept; texts of several steps need one.
 
     Returns:
-        The texts' KV cache, as mlx-lm makes it, and the logits of the last step, not
-        computed.
+        The texts' KV cache, as mlx-lm makes it, or none, and the logits of the last step,
+        not computed.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
+    if not kv and texts.tokens.shape[1] <= stock.PREFILL_STEP:
+        with computed_by(model, plan, visit, texts.weights):
+            return [], model(texts.tokens)
     cache = make_prompt_cache(model)
     for part in steps_of(range(texts.tokens.shape[1])):
         now = slice(part[0], part[-1] + 1)
@@ -216,7 +222,7 @@ def read_layer(
     weights: mx.array,
     x: mx.array,
     *args: Any,
-    seen: list[mx.array] | None = None,
+    seen: See | None = None,
     **kwargs: Any,
 ) -> tuple[Any, mx.array]:
     """Compute one layer's module, and how strongly each of its units was used.
@@ -227,8 +233,9 @@ def read_layer(
         weights: how much each token counts, in each of ``W`` parts, ``[W, B, T]``.
         x: ``[B, T, D]``.
         args, kwargs: what the module gets besides; then it is computed at once.
-        seen: gets the channels, as they come into the inlet, of one part of the tokens
-            after the other, ``[<= FFN_STEP, F]``.
+        seen: gets the channels, as they come into the inlet, ``[<= FFN_STEP, F]``, and
+            how much each token counts, ``[W, <= FFN_STEP]``, of one part of the tokens
+            after the other.
 
     Returns:
         The output, as of the module, and each unit's use: float32 ``[W, F]`` of
@@ -245,7 +252,7 @@ def read_layer(
     def record(h: mx.array) -> mx.array:
         count(h.reshape(-1, h.shape[-1]))
         if seen is not None:
-            seen.append(h.reshape(-1, h.shape[-1]))
+            seen(h.reshape(-1, h.shape[-1]), counting.reshape(len(counting), -1))
         return h
 
     if layer.experts:

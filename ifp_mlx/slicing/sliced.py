@@ -347,7 +347,7 @@ def _keep_columns(
 ) -> None:
     linear = at(module, piece.module)
     if not is_quantised(linear):
-        linear.weight = linear.weight[:, index]
+        linear.weight = columns(linear.weight, index)
         return
     group = linear.group_size
     if not _is_whole_blocks(index, group):
@@ -361,14 +361,22 @@ def _keep_columns(
             linear[name] = grouped[:, blocks].reshape(rows, -1)
 
 
+def columns(array: mx.array, index: mx.array) -> mx.array:
+    """Return some columns of a matrix: ``array[:, index]``, which MLX's CPU build gathers
+    ten times as slowly.
+    """
+    wide = mx.broadcast_to(index[None], (len(array), index.size))
+    return mx.take_along_axis(array, wide, axis=1)
+
+
 def _cut_groups(linear: nn.Module, index: mx.array, requantise: bool) -> nn.Module:
     """Return the columns ``index`` of a quantised inlet as another linear."""
-    columns = dequantised(linear)[:, index]
+    down = columns(dequantised(linear), index)
     if requantise:
-        put_down(linear, columns)
+        put_down(linear, down)
         return linear
     whole = nn.Linear(1, 1, bias=False)
-    whole.weight = columns
+    whole.weight = down
     if "bias" in linear:
         whole.bias = linear.bias
     return whole

@@ -88,7 +88,7 @@ def final_norm(model: nn.Module) -> str | None:
 
 @contextmanager
 def logits_at(
-    model: nn.Module, places: mx.array
+    model: nn.Module, places: mx.array, beside: mx.array | None = None
 ) -> Iterator[Callable[[mx.array], mx.array]]:
     """Let a model compute its output layer for some tokens only, meanwhile.
 
@@ -96,19 +96,61 @@ def logits_at(
         model: any stock model; one whose final norm is not known, or which goes through
             it more than once, computes all.
         places: int32 ``[n]``, which of the tokens of a call.
+        beside: what :func:`noted_at` noted of a model with the same output layer,
+            ``[B, m, ...]``; its logits come first.
 
     Yields:
-        What makes ``[B, n, V]`` of the logits of a call.
+        What makes ``[B, m + n, V]`` of the logits of a call.
+    """
+
+    def some(found: mx.array) -> mx.array:
+        parts = [found[:, places]]
+        return mx.concatenate(parts if beside is None else [beside, *parts], axis=1)
+
+    with _norm_changed(model, some) as known:
+        yield (lambda logits: logits) if known else some
+
+
+@contextmanager
+def noted_at(
+    model: nn.Module, places: mx.array
+) -> Iterator[Callable[[mx.array], mx.array]]:
+    """Note what a model's output layer gets for some tokens, meanwhile; that layer need
+    not be computed.
+
+    Args:
+        model, places: see :func:`logits_at`.
+
+    Yields:
+        What returns it after a call, whose logits it is given: ``[B, n, D]``, or the
+        logits ``[B, n, V]`` of a model that computes all.
+    """
+    noted: list[mx.array] = []
+
+    def note(found: mx.array) -> mx.array:
+        noted[:] = [found[:, places]]
+        return found
+
+    with _norm_changed(model, note) as known:
+        yield lambda logits: noted[0] if known else logits[:, places]
+
+
+@contextmanager
+def _norm_changed(
+    model: nn.Module, change: Callable[[mx.array], mx.array]
+) -> Iterator[bool]:
+    """Let a function change what a model's final norm returns, meanwhile, and yield
+    whether the model has one that it goes through once.
     """
     path = final_norm(model)
     if path is None or _calls_of(model, path) > 1:
-        yield lambda logits: logits[:, places]
+        yield False
         return
     norm = at(model, path)
     stock = type(norm)
-    become(norm, "Some", lambda _: lambda self, x: stock.__call__(self, x)[:, places])
+    become(norm, "Some", lambda _: lambda self, x: change(stock.__call__(self, x)))
     try:
-        yield lambda logits: logits
+        yield True
     finally:
         norm.__class__ = stock
 

@@ -223,6 +223,7 @@ def test_processors_are_an_option_of_the_function(opened):
 
 def test_dropped_channels_stay_where_there_is_memory_for_them(opened, command):
     model = opened[0]
+    model.known_prior()  # making it would need room of its own
     options = ["--keep", 0.25, "--check", "exact", "--allocation", "uniform"]
     context = len(tokenize(opened[1], as_messages("Hello"))) + 12
     request = Request(
@@ -247,7 +248,8 @@ def test_dropped_channels_stay_where_there_is_memory_for_them(opened, command):
     assert re.search(r"MB are allowed; --keep 0\.\d+ fits", err)
 
 
-def test_memory_chooses_how_much_is_kept(command, dense_text):
+def test_memory_chooses_how_much_is_kept(opened, command, dense_text):
+    opened[0].known_prior()
     shares = []
     for gigabytes in (0.0075, 0.008):
         report, _ = command("--check", "exact", "--memory-gb", gigabytes)
@@ -255,6 +257,18 @@ def test_memory_chooses_how_much_is_kept(command, dense_text):
         assert report["cache"] is None  # nothing is kept for the next time
         shares.append(report["selection"]["kept_channels"])
     assert 0 < shares[0] < shares[1]
+
+
+def test_what_fits_is_refused_where_it_agrees_too_little(opened, command):
+    opened[0].known_prior()
+    fits = ["--keep", "auto", "--memory-gb", 0.0057]
+    err = command(*fits, status=2)
+    assert re.search(r"which keeps \d+% of the channels, .* at \d+\.\d% of the", err)
+    assert "min_agreement=0.8 is asked for; keep more (or give it more memory)" in err
+    report, _ = command(*fits, "--min-agreement", 0.01)
+    selection = report["selection"]
+    assert selection["agreement"] < 0.8
+    assert selection["kept_channels"] < 0.75 * selection["total_channels"]
 
 
 # Masks
@@ -283,7 +297,7 @@ def test_agreement_is_still_asked_for(command):
     plain, _ = command("--keep", 0.5, "--min-agreement", "0.0001")
     assert plain["selection"]["agreement"] == pytest.approx(found, abs=0.05)
     err = command(*options, found + 0.01, status=2)
-    assert "next token at" in err and "keep more than 50%" in err
+    assert "next token at" in err and "which keeps 50% of the channels" in err
 
 
 # The package's own checkpoint, and real models

@@ -9,6 +9,7 @@ import pytest
 from conftest import write_folder
 
 from ifp_mlx import load
+from ifp_mlx.model import checkpoint
 from ifp_mlx.selection.prompts import as_messages, tokenize
 
 CHILD = """
@@ -36,10 +37,15 @@ def child(*command, limit):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits what a process allocates")
-def test_it_says_what_the_dense_model_says_where_that_cannot_be_loaded(tmp_path):
+def test_it_says_what_the_dense_model_says_where_that_cannot_be_loaded(
+    tmp_path, monkeypatch
+):
     asked = ["--prompt", "Hello", "--max-tokens", 8]
     empty = write_folder(tmp_path / "empty")
     wide = write_folder(tmp_path / "wide", num_hidden_layers=8, **WIDE)
+    monkeypatch.setattr(checkpoint, "MOST_TOKENS", 20)
+    for folder in (empty, wide):  # a calibration text is read once, before
+        load(folder)[0].compute_prior()
     checks = ["--keep", 0.25, "--check", "exact", "--json"]
 
     idle = child("ifp_mlx.generate", "--model", empty, *asked, *checks, limit=0)

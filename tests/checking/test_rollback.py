@@ -18,7 +18,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from ifp_mlx.checking.rollback import Rollback
+from ifp_mlx.checking.rollback import Rollback, without_last
 
 WINDOW = 8
 CACHES = {
@@ -178,3 +178,61 @@ def test_a_cache_that_cannot_go_back_is_refused_by_its_name(cache):
         ValueError, match="the cache ArraysCache of this model cannot go back; generate"
     ):
         Rollback([KVCache(), cache])
+
+
+# Shortened for another model
+
+
+@pytest.mark.parametrize("kind", ["growing", "rotating", "list"])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_another_model_reads_the_last_tokens_and_leaves_no_trace(kind, one_by_one):
+    make, read = one_layer(kind)
+    for before in range(1, WINDOW):
+        for tokens in range(1, before + 1):
+            reader = Reader(make, read)
+            reader.begin(before)
+            if one_by_one:
+                reader.cache, stands = make(), reader.stands
+                for token in stands:
+                    read(reader.cache, [token])
+
+            with without_last(reader.cache, tokens) as shortened:
+                assert shortened and {*offsets(reader.cache)} == {before - tokens}
+                read(reader.cache, reader.tokens(tokens))  # others
+            assert {*offsets(reader.cache)} == {before}
+            reader.check(make())
+
+
+def offsets(cache):
+    parts = getattr(cache[0], "caches", cache)
+    return [part.offset for part in parts]
+
+
+def test_a_cache_that_was_lent_comes_back_even_from_what_fails():
+    make, read = one_layer("growing")
+    reader = Reader(make, read)
+    reader.begin(5)
+
+    with pytest.raises(KeyboardInterrupt), without_last(reader.cache, 3):
+        read(reader.cache, reader.tokens(1))
+        raise KeyboardInterrupt
+    reader.check(make())
+
+
+@pytest.mark.parametrize("kind", ["rotating", "list", "quantised", "chunked"])
+def test_a_cache_that_cannot_be_shortened_is_left_as_it_is(kind):
+    make, read = one_layer(kind)
+    reader = Reader(make, read)
+    reader.begin(WINDOW + 1)  # what rotates has forgotten something
+    with without_last(reader.cache, 3) as shortened:
+        assert not shortened
+    assert {*offsets(reader.cache)} == {WINDOW + 1}
+    reader.check(make())
+
+
+def test_a_state_beside_it_cannot_be_shortened_either():
+    keys = mx.ones((1, 1, 4, 8))
+    cache = [KVCache(), ArraysCache(2)]
+    cache[0].update_and_fetch(keys, keys)
+    with without_last(cache, 2) as shortened:
+        assert not shortened and cache[0].offset == 4

@@ -5,6 +5,7 @@ import mlx.core as mx
 import pytest
 
 from ifp_mlx import Selection, cli
+from ifp_mlx.model.card import Card, Point
 from ifp_mlx.selection.masks import Origin
 
 
@@ -62,21 +63,60 @@ def kept(share, **origin):
     return Selection((mx.arange(int(64 * share)),) * 2, None, 64, Origin(**origin))
 
 
-def test_a_low_keep_is_said_with_what_was_measured(capsys):
-    cli.warn_of_low_keep(kept(0.5))
-    half = capsys.readouterr().err
-    assert "50% of the channels" in half and half.count("\n") == 1
-    known = {keep: f"{share:.0%}" for keep, share in cli.AGREEMENT.items()}
-    assert f"{known[0.5]} of the time, {known[0.75]} at --keep 0.75" in half
-    cli.warn_of_low_keep(kept(0.25))
-    assert "SmolLM2-135M with 33% chooses" in capsys.readouterr().err
-    card = {"agreement": 0.52, "kl": 1.0, "rows": 40}
-    cli.warn_of_low_keep(kept(0.5, evaluation=card))
-    assert "this task mask chose" in (err := capsys.readouterr().err)
-    assert "52% of the time on 40 other examples" in err
+def said(capsys, selection, card=None):
+    """Return the lines that are said of a selection."""
+    cli.say_quality(selection, card)
+    return capsys.readouterr().err.splitlines()
 
 
-def test_a_keep_that_models_bear_and_a_trained_predictor_need_no_warning(capsys):
-    cli.warn_of_low_keep(kept(0.75))
-    cli.warn_of_low_keep(kept(0.25, selector="predictor"))
-    assert capsys.readouterr().err == ""
+def test_what_the_self_check_found_is_said_and_little_is_warned_of(capsys):
+    [line] = said(capsys, kept(0.75, agreement=0.8, kl=0.25))
+    assert line == (
+        "On the instruction's last tokens: the compact model chooses the dense model's "
+        "next token at 80% (KL 0.25 nats)."
+    )
+    line, warning = said(capsys, kept(0.75, agreement=0.75, kl=0.5, router_mass=0.9))
+    assert "the kept experts had 90% of the gate weights; the compact model" in line
+    assert warning.startswith("Warning: below 80% the compact model is another than")
+
+
+def test_what_was_measured_of_a_task_mask_is_said(capsys):
+    found = {"agreement": 0.52, "kl": 1.0, "rows": 40}
+    [line] = said(capsys, kept(0.5, evaluation=found))
+    assert line == (
+        "Note: 50% of the channels, without training for it: this task mask chose the "
+        "dense model's next token 52% of the time on 40 other examples."
+    )
+    found["compensated"] = {"agreement": 0.64, "kl": 0.7}
+    compensated = kept(0.5, evaluation=found).compensated([1, 2, 3])
+    [line] = said(capsys, compensated)
+    assert "64% of the time on 40 other examples" in line
+
+
+def test_the_models_card_is_quoted_and_names_the_keep_that_takes_enough(capsys):
+    about = ("tiny", "channel", "blend", "", 9, 1.0, "0")
+    points = [Point("maths", 0.5, 1, 0.7, 0.1), Point("maths", 0.75, 1, 0.9, 0.1)]
+    card = Card(*about, points=tuple(points), dense_right={})
+    quoted = (
+        "by the card of tiny, keep {} chooses the dense model's next token at {} of its "
+        "answers' tokens (maths: {})"
+    )
+    [line] = said(capsys, kept(0.75), card)
+    assert line == f"Note: {quoted.format('0.75', '90%', '90%')}."
+    [line] = said(capsys, kept(0.5), card)
+    expected = quoted.format("0.5", "70%", "70%")
+    assert line == f"Warning: {expected}; 80% takes keep 0.75."
+    [line] = said(capsys, kept(0.25), card)
+    assert "less than the card of tiny has measured (0.5)" in line
+
+
+def test_without_a_card_less_than_three_quarters_is_said_to_be_little(capsys):
+    [line] = said(capsys, kept(0.5))
+    assert "Note: 50% of the channels" in line and "ifp_mlx.evaluate --card" in line
+    assert "keep no less than 75%" in line
+    assert said(capsys, kept(0.75)) == []
+
+
+def test_a_trained_predictor_and_a_whole_model_need_no_warning(capsys):
+    assert said(capsys, kept(0.25, selector="predictor")) == []
+    assert said(capsys, kept(1.0)) == []

@@ -85,8 +85,8 @@ def test_unequal_widths_elsewhere_become_uniform_and_the_command_says_so(
     ]
     status, out, err = run_command(main, capsys, *arguments)
     assert status == 0 and json.loads(out)["layers"] == [32, 32, 32]
-    assert "No stock architecture for qwen3" in err and "Gemma-3-270m from" in err
-    load(folder)[0].select("Hi").save(tmp_path / "ragged")
+    assert "No stock architecture for qwen3" in err and "writing uniform ones" in err
+    load(folder)[0].select("Hi", keep=0.5).save(tmp_path / "ragged")
     arguments = ["--model", folder, "--mask-file", tmp_path / "ragged"]
     status, _, err = run_command(
         main, capsys, *arguments, "--mlx-path", tmp_path / "out2"
@@ -115,6 +115,20 @@ def test_the_command_prints_the_folder_and_nothing_else(tmp_path, capsys):
     given = ["--model", folder, "--instruction", "Hi", "--mlx-path", tmp_path / "out"]
     status, out, _ = run_command(main, capsys, *given, "-q")
     assert (status, out) == (0, f"{tmp_path / 'out'}\n")
+
+
+def test_a_size_that_is_found_is_whole_quantisation_groups(tmp_path, capsys):
+    shape = {"intermediate_size": 320, "hidden_size": 64, "head_dim": 16}
+    folder = write_folder(tmp_path / "dense", **shape)
+    given = ["--model", folder, "--instruction", "Hi", "-q", "--json"]
+    status, out, err = run_command(main, capsys, *given, "--mlx-path", tmp_path / "one")
+    assert status == 0, err
+    # Three quarters would be 240, nine tenths 288.
+    assert json.loads(out)["layers"][0] in (256, 320)
+    # Each size that may be tried is looked at before anything is read.
+    given += ["--mlx-path", tmp_path / "two", "--q-group-size", 48]
+    status, _, err = run_command(main, capsys, *given)
+    assert status == 2 and "is not a multiple of the group of 48 channels" in err
 
 
 def test_a_quantised_source_stays_quantised(tmp_path):

@@ -16,6 +16,11 @@ def opened(tmp_path_factory):
     return load(write_folder(tmp_path_factory.mktemp("generate") / "tiny"))
 
 
+def selected(model, instruction, **options):
+    """Return the selection of a request, whose channels make up for others."""
+    return model.select(instruction, compensate=True, **options)
+
+
 def test_keeping_everything_gives_mlx_lms_own_text(opened):
     import mlx_lm
 
@@ -33,7 +38,8 @@ def test_each_step_carries_the_selection_and_the_times(opened):
     steps = list(stream_generate(model, tokenizer, "Hello", keep=0.5, max_tokens=5))
     last = steps[-1]
     assert last.generation_tokens == 5 and last.finish_reason == "length"
-    assert last.selection.mask_id == model.select("Hello", keep=0.5).mask_id
+    assert last.selection.mask_id == selected(model, "Hello", keep=0.5).mask_id
+    assert 0 <= last.selection.origin.agreement <= 1
     seconds = last.seconds
     assert min(seconds.select, seconds.prefill, seconds.decode) > 0 == seconds.load
     assert seconds.ttft == pytest.approx(
@@ -46,12 +52,14 @@ def test_the_instruction_selects_and_the_prompt_does_not(opened):
     model, tokenizer = opened
     options = {"keep": 0.5, "max_tokens": 1}
     steps = stream_generate(model, tokenizer, "Hello", instruction="French.", **options)
-    assert next(steps).selection.mask_id == model.select("French.").mask_id
+    expected = selected(model, "French.", keep=0.5)
+    assert next(steps).selection.mask_id == expected.mask_id
     with_system = stream_generate(
         model, tokenizer, "Hello", system_prompt="Hm", **options
     )
     chat = [{"role": "system", "content": "Hm"}, {"role": "user", "content": "Hello"}]
-    assert next(with_system).selection.mask_id == model.select(chat).mask_id
+    expected = selected(model, chat, keep=0.5)
+    assert next(with_system).selection.mask_id == expected.mask_id
 
 
 def test_the_first_human_message_selects_for_a_whole_conversation(opened):
@@ -62,7 +70,7 @@ def test_the_first_human_message_selects_for_a_whole_conversation(opened):
         {"role": "user", "content": "What is a fjord?"},
     ]
     step = next(stream_generate(model, tokenizer, chat, max_tokens=1))
-    assert step.selection.mask_id == model.select("Hello").mask_id
+    assert step.selection.mask_id == selected(model, "Hello").mask_id
     assert step.prompt_tokens > len(model.instruction_tokens("Hello"))
 
 
@@ -70,7 +78,26 @@ def test_token_ids_are_taken_as_they_are(opened):
     model, tokenizer = opened
     step = next(stream_generate(model, tokenizer, [5, 9, 7], max_tokens=1))
     assert step.prompt_tokens == 3
-    assert step.selection.mask_id == model.select([5, 9, 7]).mask_id
+    assert step.selection.mask_id == selected(model, [5, 9, 7]).mask_id
+
+
+def test_auto_is_the_default_and_keeps_what_agrees_enough(opened, capsys):
+    given = ["--model", opened[0].path, "-p", "Hello", "-m", 2, "--json"]
+    reports = []
+    for options in ([], ["--keep", "auto"], ["--min-agreement", 1]):
+        status, out, err = run_command(main, capsys, *given, *options)
+        assert status == 0, err
+        reports.append(json.loads(out.splitlines()[-1]))
+    default, auto, strict = (report["selection"] for report in reports)
+    assert default == auto and auto["agreement"] >= 0.8
+    assert auto["kept_channels"] >= 0.75 * auto["total_channels"]
+    assert strict["agreement"] in (None, 1.0)
+    assert strict["kept_channels"] >= auto["kept_channels"]
+    assert reports[0]["promise"] is None
+    status, _, err = run_command(
+        main, capsys, *given, "--keep", 0.1, "--min-agreement", 1
+    )
+    assert status == 2 and "min_agreement=1.0 is asked for" in err
 
 
 def test_a_given_selection_is_used(opened):
@@ -102,13 +129,13 @@ def test_the_command_ends_with_one_line_of_json(opened, capsys, tmp_path):
     assert selection["kept_channels"] == 96 and selection["total_channels"] == 192
     assert selection["layers"] == [64, 16, 16]
     assert (selection["selector"], selection["allocation"]) == (
-        "activation",
+        "blend",
         "first-layer",
     )
     assert set(report["seconds"]) == {"select", "load", "prefill", "decode", "ttft"}
     assert report["peak_memory_bytes"] > 0 and report["generation_tps"] > 0
     assert (
-        f"96 of 192 channels, chosen by activation (first-layer), mask {selection['mask_id']}"
+        f"96 of 192 channels, chosen by blend (first-layer), mask {selection['mask_id']}"
         in err
     )
 
@@ -119,7 +146,9 @@ def test_the_command_ends_with_one_line_of_json(opened, capsys, tmp_path):
     status, again, _ = run_command(
         main, capsys, *arguments, "--mask-file", mask, "--json"
     )
-    assert json.loads(again.splitlines()[-1])["selection"] == selection
+    kl = pytest.approx(selection["kl"], rel=1e-3)  # a file has fewer digits
+    expected = selection | {"kl": kl}
+    assert json.loads(again.splitlines()[-1])["selection"] == expected
     assert json.loads(again.splitlines()[-1])["text"] == report["text"]
 
 
@@ -166,7 +195,11 @@ MISTAKES = {
     "an empty instruction": (["--instruction", ""], "The prompt '' is empty"),
     "no mask file": (["--mask-file", "gone"], "There is no mask file gone."),
     "no tokens wanted": (["-m", "0"], "--max-tokens 0 must be at least 1."),
-    "not a number": (["--keep", "half"], "invalid float value: 'half'"),
+    "not a number": (
+        ["--keep", "half"],
+        "keep='half' is not a share of the units; choose a number above 0 and up to 1 "
+        "(1 keeps them all), or auto.",
+    ),
 }
 
 

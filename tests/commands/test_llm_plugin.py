@@ -61,6 +61,7 @@ def test_the_answer_is_the_engines_and_says_what_was_selected(folder):
     assert "".join(pieces) == expected(folder, messages, keep=0.5)
     about = response.response_json
     assert (about["kept_channels"], about["total_channels"]) == (96, 192)
+    assert 0 <= about["agreement"] <= 1 and about["promise"] is None
     assert response.usage().output == 5
 
 
@@ -73,7 +74,7 @@ def test_experts_that_agree_too_little_are_an_error_of_llms(tmp_path):
     assert (about["unit"], about["kept_channels"]) == ("expert", 6)
     assert 0 < about["agreement"] < 1 and 0 < about["router_mass"] < 1
     strict = options | {"min_agreement": 1.0}
-    with pytest.raises(llm.ModelError, match="keep more than 25% of the experts"):
+    with pytest.raises(llm.ModelError, match="25% of the experts, chooses the dense"):
         llm_plugin.IFP().prompt("hello", options=strict).text()
 
 
@@ -104,6 +105,20 @@ def test_a_conversation_keeps_the_mask_of_its_first_turn(folder):
     alone = llm_plugin.IFP().prompt("now backwards, please", options=options)
     alone.text()
     assert alone.response_json["mask_id"] != first.response_json["mask_id"]
+
+
+def test_auto_is_a_way_to_keep(folder):
+    options = {"model": folder, "max_tokens": 2}
+    said = []
+    for more in ({}, {"keep": "auto"}):
+        response = llm_plugin.IFP().prompt("hello", options=options | more)
+        response.text()
+        said.append(response.response_json)
+    assert said[0]["mask_id"] == said[1]["mask_id"]
+    found = said[1]["agreement"]
+    assert found is None or found >= 0.8  # all of it needs no comparison
+    with pytest.raises(llm.ModelError, match="keep='half'.*or auto"):
+        llm_plugin.IFP().prompt("hello", options=options | {"keep": "half"}).text()
 
 
 def test_a_task_of_the_library_selects(folder):

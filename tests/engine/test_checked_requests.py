@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 def engine(folder):
     with Engine.open(folder, prefill_step=16) as engine:
         for number, text in enumerate(TASKS):
-            engine.prepare(text, name=str(number))
+            engine.prepare(text, name=str(number), keep=0.5)
         yield engine
 
 
@@ -116,7 +116,7 @@ def test_exact_answers_are_the_dense_models_and_others_stay_as_they_are(tmp_path
     expected = {p: dense_tokens(dense, templated(folder, p), 12) for p in PROMPTS}
     with Engine.open(folder, prefill_step=8) as engine:
         for number, text in enumerate(TASKS):
-            engine.prepare(text, name=str(number))
+            engine.prepare(text, name=str(number), keep=0.5)
         asked = [
             (p, {"task": t, "max_tokens": 12}) for p in PROMPTS for t in ("0", "1")
         ]

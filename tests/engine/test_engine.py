@@ -9,7 +9,7 @@ import time
 
 import mlx.core as mx
 import pytest
-from conftest import write_folder
+from conftest import add_card, write_folder
 from damage import change_weights
 
 from ifp_mlx import Selection, generate, load
@@ -135,7 +135,7 @@ def test_load_select_and_stream_on_three_kinds_of_thread(folder):
 
 def test_a_task_is_its_instructions_selection(engine, folder, tmp_path):
     task = engine.prepare(FRENCH, keep=0.5, name="french")
-    selection = load(folder)[0].select(FRENCH, keep=0.5)
+    selection = load(folder)[0].select(FRENCH, keep=0.5, compensate=True)
     assert task.mask_id == selection.mask_id
     assert list(task.widths) == selection.sizes
     assert task.kept_channels == sum(selection.sizes)
@@ -150,6 +150,51 @@ def test_a_task_is_its_instructions_selection(engine, folder, tmp_path):
     engine.forget("again")
     with pytest.raises(UnknownTask, match="'again'"):
         engine.generate("Hi", task="again")
+
+
+def test_auto_keeps_the_smallest_share_that_agrees_enough(folder):
+    strict = {"min_agreement": 1.0}
+    with Engine.open(folder) as engine:
+        task = engine.prepare("Hello", keep="auto")
+        assert task.agreement >= 0.8
+        assert engine.prepare("Hello").identity == task.identity
+        shares = [0.75, task.kept_channels / task.total_channels]
+        whole = engine.prepare("Hello", **strict)
+        assert whole.agreement in (None, 1.0)  # nothing is compared where all is kept
+        shares.append(whole.kept_channels / whole.total_channels)
+        *_, done = engine.stream("Hello", max_tokens=1)
+        assert (done.mask_id, done.agreement) == (task.mask_id, task.agreement)
+        with pytest.raises(InvalidRequest, match="75% of the channels, chooses"):
+            engine.prepare("Hello", keep=0.75, **strict)
+    assert shares == sorted(shares) and shares[0] < shares[2]
+
+
+@pytest.mark.parametrize("load_it", [True, False])
+def test_a_memory_limit_bounds_what_auto_tries(folder, load_it):
+    with Engine.open(folder) as engine:
+        least = engine.prepare("Hello", keep=0.75).bytes
+    with Engine.open(folder, memory_limit=least + 1000) as engine:
+        asked = {"min_agreement": 0.999, "load": load_it}
+        with pytest.raises(InvalidRequest, match="75% of the channels, chooses"):
+            engine.prepare("Hello", **asked)
+        task = engine.prepare("Hello", **asked | {"min_agreement": 0.1})
+    assert task.bytes == least
+    with Engine.open(folder, memory_limit=least - 1) as engine:
+        with pytest.raises(OutOfMemory, match="keep fewer channels"):
+            engine.prepare("Hello", load=load_it)
+
+
+def test_a_task_and_an_answer_quote_the_models_card(tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    add_card(load(folder)[0], {0.5: 0.7, 0.75: 0.9})
+    with Engine.open(folder) as engine:
+        task = engine.prepare("Hello", name="task", min_agreement=0.9)
+        assert task.kept_channels >= 0.75 * task.total_channels  # as it promises enough
+        assert engine.prepare("Hello", keep=0.25).promise is None
+        said = engine.prepare("Hello", keep=0.5, name="half"), engine.task("half")
+        *_, done = engine.stream("Hello", task="half", max_tokens=1)
+        checked = list(engine.stream("Hello", task="half", max_tokens=1, check="exact"))
+        assert [one.promise for one in (*said, done, checked[-1])] == [0.7] * 4
 
 
 def test_bytes_of_a_task_are_those_of_its_model(engine, folder):
@@ -581,6 +626,7 @@ if how == "closed":
 
 @pytest.mark.parametrize("how", ["closed", "forgotten", "checking"])
 def test_a_process_ends_cleanly_however_it_leaves(large_folder, how):
+    load(large_folder)[0].known_prior()  # there, it would read a longer text
     done = subprocess.run(
         [sys.executable, "-c", EXIT, how, str(large_folder)],
         capture_output=True,

@@ -5,6 +5,7 @@ import time
 import pytest
 from conftest import run_command, write_folder
 
+from ifp_mlx import generate, load
 from ifp_mlx.evaluate import main
 from ifp_mlx.evaluation import sandbox, shares
 from ifp_mlx.evaluation.checks import chance, judge
@@ -200,6 +201,18 @@ def test_keeping_everything_answers_like_the_dense_model(asked, tmp_path, capsys
     for line in lines:
         texts.setdefault(line["question"], []).append(line["text"])
     assert all(dense == compact for dense, compact in texts.values())
+
+
+def test_compensated_answers_are_what_generate_says(asked, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["--answers", "odd", "--compensate", "--selector", "blend"]
+    status, _, err = run_command(main, capsys, *asked, *given, "--output", out)
+    assert status == 0, err
+    lines = list(map(json.loads, (out / "rows.jsonl").read_text().splitlines()))
+    model, tokenizer = load(asked[1])
+    how = {"keep": 0.5, "compensate": True, "prefill": "compact", "max_tokens": 3}
+    said = {generate(model, tokenizer, f"Is {n} odd?", **how) for n in (2, 4)}
+    assert {line["text"] for line in lines if line["arm"] != "dense"} == said
 
 
 def test_programs_run_only_when_that_was_allowed(asked, capsys):

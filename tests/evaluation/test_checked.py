@@ -214,8 +214,8 @@ def test_unchecked_ones_are_what_generate_says(asked, tmp_path, capsys):
     run_command(evaluate.main, capsys, *asked, "--check", "off", "--output", out)
     lines = lines_of(out)
     model, tokenizer = load(asked[1])
-    said = {generate(model, tokenizer, f"Is {n} odd?", keep=0.5, max_tokens=6)
-            for n in (2, 4)}  # fmt: skip
+    asked = {"selector": "activation", "keep": 0.5, "max_tokens": 6}
+    said = {generate(model, tokenizer, f"Is {n} odd?", **asked) for n in (2, 4)}
     assert {line["text"] for (arm, _), line in lines.items() if arm != "dense"} == said
 
 

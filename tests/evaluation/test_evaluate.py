@@ -98,13 +98,16 @@ def test_masks_are_those_that_select_gives(opened, selector):
         assert mx.array_equal(masks[settings[0]], expected.mask())
 
 
+@pytest.mark.parametrize("selector", ["activation", "blend"])
 @pytest.mark.parametrize("prefill", ["compact", "dense"])
-def test_a_compensated_setting_is_the_model_that_a_sweep_makes(opened, prefill):
+def test_a_compensated_setting_is_the_model_that_a_sweep_makes(
+    opened, prefill, selector
+):
     model, _ = opened
-    setting = Setting("activation", 0.5, "first-layer", prefill, compensate=True)
-    assert setting.label == "activation, keep 0.5, first-layer, compensated"
+    setting = Setting(selector, 0.5, "first-layer", prefill, compensate=True)
+    assert setting.label == f"{selector}, keep 0.5, first-layer, compensated"
     _, arm = evaluate(model, {"a": [ROW]}, [setting])
-    options = {"keep": 0.5, "selector": "activation", "compensate": True}
+    options = {"keep": 0.5, "selector": selector, "compensate": True}
     _, compact, kv = swept(model, ROW.prompt, **options)
     tokens = mx.array([[*ROW.prompt, *ROW.answer[:-1]]])
     answer = slice(len(ROW.prompt) - 1, None)

@@ -18,6 +18,7 @@ from lm_eval.api.instance import Instance
 from ifp_mlx.evaluation import harness
 
 HALF = Setting("activation", 0.5, "uniform")
+ASKED = {"selector": "activation", "keep": 0.5, "allocation": "uniform"}  # the same
 COMPENSATED = replace(HALF, compensate=True)
 TASK = """\
 task: {name}
@@ -80,7 +81,7 @@ def test_a_request_selects_for_its_continuations(lm, setting):
     question, ends = "Is it so?", (" yes", " nope")
     found = lm.loglikelihood([request("loglikelihood", question, e) for e in ends])
     prompt = lm._tokenize([question])[0]
-    selection = model.select(list(prompt), keep=0.5, allocation="uniform")
+    selection = model.select(list(prompt), **ASKED)
     if setting.compensate:
         selection = selection.compensated(prompt)
     compact = model.compact(selection)
@@ -120,7 +121,7 @@ def test_generated_requests_select_one_by_one(lm):
 
     for text, question in zip(found, asked, strict=True):
         prompt = list(lm._tokenize([question])[0])
-        selection = model.select(prompt, keep=0.5, allocation="uniform")
+        selection = model.select(prompt, **ASKED)
         compact = model.compact(selection)
         assert (
             text == generate(compact, tokenizer, prompt, max_tokens=4).split("\n\n")[0]

@@ -189,17 +189,19 @@ def test_tasks_of_a_mixture_are_made_merged_listed_and_compared(
     opened, data, run, tmp_path
 ):
     model, _ = opened
-    held_out = ("--held-out", data, "--limit", 1, "--json")
-    made = json.loads(run("make", "--name", "talk", "--examples", data, *held_out))
+    half, held_out = ("--keep", 0.5), ("--held-out", data, "--limit", 1, "--json")
+    made = json.loads(
+        run("make", "--name", "talk", "--examples", data, *half, *held_out)
+    )
     assert made["allocation"] == "uniform" and made["layers"] == [4] * model.layers
     assert made["evaluation"].keys() == {"nll", "kl", "agreement", "rows"}
-    run("make", "--name", "sql", "--instruction", "Write a SQL query.")
+    run("make", "--name", "sql", "--instruction", "Write a SQL query.", *half)
     # A profile of another tool, which keeps the same experts in every layer.
     profile = {path.split(".")[2]: [0, 1, 4, 5] for path in model.plan.paths}
     (tmp_path / "profile.json").write_text(json.dumps(profile))
     run("import", "--name", "theirs", "--profile", tmp_path / "profile.json")
     three = ("--tasks", "talk", "sql", "theirs")
-    both = json.loads(run("merge", "--name", "all", *three, "--json"))
+    both = json.loads(run("merge", "--name", "all", *three, *half, "--json"))
     assert both["made"]["merged"] == [*three[1:]] and both["layers"] == made["layers"]
     merged = TaskMask.load(tmp_path / "library/all.safetensors")
     loaded = [TaskMask.load(tmp_path / f"library/{n}.safetensors") for n in three[1:]]

@@ -15,6 +15,8 @@ from ifp_mlx.evaluation.teacher import Evaluator
 from ifp_mlx.generate import main as generate_main
 from ifp_mlx.model import export
 from ifp_mlx.model.checkpoint import IFPModel
+from ifp_mlx.selection.calibration import SKETCH_VERSION
+from ifp_mlx.selection.config import IFPConfig
 from ifp_mlx.selection.masks import find_mask
 from ifp_mlx.slicing.compensation import read_channels
 from ifp_mlx.slicing.plan import plan_of
@@ -111,6 +113,19 @@ def test_a_name_that_is_no_file_name_is_refused(name, opened):
 def test_examples_are_needed(opened):
     with pytest.raises(ValueError, match="french has no examples"):
         tasks.make(opened[0], "french", [])
+
+
+def test_where_no_keep_is_asked_for_it_is_the_checkpoints_own_or_three_quarters(
+    opened, tmp_path
+):
+    folder = write_folder(tmp_path / "own")
+    IFPConfig(target_size=24).save(folder)
+    for model, kept in ((opened[0], 48), (load(folder)[0], 24)):
+        for size, expected in (({}, kept), ({"target_size": 16}, 16)):
+            task = tasks.make(model, "t", EXAMPLES, allocation="uniform", **size)
+            assert task.selection.sizes == [expected] * 3
+            both = tasks.merge(model, "b", [task, task], allocation="uniform", **size)
+            assert both.selection.sizes == [expected] * 3
 
 
 def test_a_merged_mask_has_the_asked_size_and_each_task_the_same_say(opened):
@@ -213,10 +228,12 @@ def test_the_command_makes_lists_merges_and_compares(opened, data, tmp_path, cap
         ["french", "sql"],
     ]
     assert all(len(pair["overlap"]) == len(pair["chance"]) == 3 for pair in pairs)
-    assert pairs[0]["chance"] == [1.0, 0.25, 0.25]
+    # Of two masks the larger decides, which has the default keep.
+    assert pairs[0]["chance"] == [1.0, 0.625, 0.625]
 
     sql = TaskMask.load(tmp_path / "library/sql.safetensors").selection
-    assert sql.mask_id == model.select("Write a SQL query.", keep=0.5).mask_id
+    asked = {"selector": "activation", "keep": 0.75}
+    assert sql.mask_id == model.select("Write a SQL query.", **asked).mask_id
 
 
 def test_other_commands_take_a_task_by_its_name(opened, tmp_path, capsys):
@@ -262,8 +279,14 @@ def test_a_compact_folder_of_a_task_is_compensated_by_its_examples(
     assert (
         "tokens of the task's examples" in (tmp_path / "default/README.md").read_text()
     )
+    tokens = mx.array([[5, 9, 77, 200]])
     better = model.compact(task.selection.compensated())
-    np.testing.assert_allclose(found, better(mx.array([[5, 9, 77, 200]])), atol=1e-4)
+    np.testing.assert_allclose(found, better(tokens), atol=1e-4)
+    # Beside the examples stands the sketch, and the folder's mask names it.
+    saved = Selection.load(tmp_path / "default" / export.MASK_FILE)
+    assert saved.compensation.sketch == SKETCH_VERSION
+    alone = model.compact(task.selection.compensated(sketch=None))
+    assert not np.allclose(found, alone(tokens), atol=1e-3)
     err, found = answer("plain", "--no-compensate")
     assert "ompensated" not in err
     plain = model.compact(task.selection)(mx.array([[5, 9, 77, 200]]))

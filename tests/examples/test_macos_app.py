@@ -75,6 +75,8 @@ class FakeEngine:
             bytes=2_000_000,
             resident=name in self.resident,
             info={},
+            agreement=0.875,
+            promise=0.95,
             seconds=seconds or {},
         )
 
@@ -177,6 +179,11 @@ def test_each_task_keeps_its_own_conversation_and_may_tell_its_instruction():
         await controller.say("One?")
         controller.tell = True
         await controller.select(" Mine ", " Rhyme. ")
+        assert {keep for _, keep in engines[0].prepared.values()} == {None}  # auto
+        assert controller.status == (
+            "Mine keeps 50% of the channels (2 MB): 0.5 s to select, 0.2 s to read; at the "
+            "instruction's end 88% as the whole model; in answers 95%, by its card."
+        )
         assert controller.current == "Mine" and controller.assignment.lines == []
         await controller.say("Two?")
         first, second = engines[0].chats
@@ -424,6 +431,7 @@ def test_the_window_asks_and_shows_the_answer(window):
 
 def test_the_window_selects_for_a_task_of_ones_own_and_unloads(window):
     async def scenario(app):
+        assert (app.keep.value, app.keep_label.text) == (75, "Keep auto")
         app.name.value, app.instruction.value = "Rhymes", "Rhyme."
         app.keep.value, app.tell.value = 50, True
         assert app.keep_label.text == "Keep 50 %"
@@ -490,7 +498,7 @@ def take_screenshot(model, picture, timeout):
 def check_seen(seen):
     facts, code, *rest = seen["rows"]
     assert [facts[0], code[0]] == ["Facts", "Code"]
-    assert [facts[1], code[1]] == ["75%", "75%"]
+    assert {facts[1], code[1]} <= {"75%", "90%", "100%"}  # what auto tries
     assert all(row[1:] == ["", "", ""] for row in rest)
     assert "tokens/s" in seen["figures"] and "MB in use" in seen["figures"]
     assert seen["transcript"].startswith("You\nWrite a Python function")

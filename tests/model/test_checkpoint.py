@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from ifp_mlx import Selection, load
 from ifp_mlx.files.atomic import new_folder
 from ifp_mlx.model import checkpoint
-from ifp_mlx.selection import calibration
 from ifp_mlx.selection.config import IFPConfig
 from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.selection.top_k import select
@@ -21,15 +20,6 @@ from ifp_mlx.slicing.plan import plan_of
 
 TOKENS = mx.array([[5, 9, 77, 200, 13]])
 SELECTORS = ["activation", "prior", "blend", "random", "predictor", "mask file"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_calibration():
-    # The shipped text is 30,000 byte tokens; real models read it elsewhere.
-    chats = [[{"role": "user", "content": text}] for text in ("Hello", "1 + 1 = 2")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "calibration_chats", lambda: chats)
-        yield
 
 
 def add_predictor(folder, layers=3, channels=64, **ifp):
@@ -83,10 +73,10 @@ def test_opening_a_folder_tells_its_shape(tiny_folder):
     assert model.name == "tiny" and tokenizer.has_chat_template
 
 
-def test_half_of_the_channels_are_kept_by_default_with_layer_0_whole(tiny_folder):
-    selection = load(tiny_folder)[0].select("Say hello.")
+def test_layer_0_is_whole_by_default_and_the_calibration_text_has_a_say(tiny_folder):
+    selection = load(tiny_folder)[0].select("Say hello.", keep=0.5)
     assert selection.sizes == [64, 16, 16]
-    assert selection.origin.selector == "activation"
+    assert selection.origin.selector == "blend"
     assert selection.origin.allocation == "first-layer"
     assert selection.origin.instruction == "Say hello."
 
@@ -103,10 +93,10 @@ def test_the_same_instruction_gives_the_same_mask_id_in_another_process(tiny_fol
         "import sys; from ifp_mlx import load; "
         "print(load(sys.argv[1])[0].select('Translate to French.').mask_id)"
     )
+    here = load(tiny_folder)[0].select("Translate to French.").mask_id
     run = subprocess.run(
         [sys.executable, "-c", code, tiny_folder], capture_output=True, text=True
     )
-    here = load(tiny_folder)[0].select("Translate to French.").mask_id
     assert run.stdout.strip() == here, run.stderr
 
 
@@ -139,13 +129,13 @@ def test_keeping_everything_needs_no_scores_and_changes_nothing(
     assert mx.array_equal(model.compact(selection)(TOKENS), model.dense()(TOKENS))
 
 
-def test_auto_takes_the_prior_when_one_is_kept_and_the_predictor_when_there_is_one(
+def test_auto_blends_with_the_prior_and_takes_the_predictor_when_there_is_one(
     tiny_folder,
 ):
     model, _ = load(tiny_folder)
-    assert model.select("Hello").origin.selector == "activation"
-    blended = model.select("Hello", selector="blend")
-    assert (tiny_folder / "prior.safetensors").exists()
+    blended = model.select("Hello")
+    assert blended.origin.selector == "blend"
+    assert (tiny_folder / "prior.safetensors").exists()  # made, and kept
     again = load(tiny_folder)[0].select("Hello")
     assert again.origin.selector == "blend" and again.mask_id == blended.mask_id
     add_predictor(tiny_folder, target_size=24)
@@ -161,7 +151,11 @@ def test_a_prior_that_cannot_be_kept_still_works(tiny_folder, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "new_file", read_only)
     model, _ = load(tiny_folder)
-    assert model.select("Hello", selector="prior").sizes == [64, 16, 16]
+    chosen = model.select("Hello", keep=0.5, selector="prior")
+    assert chosen.sizes == [64, 16, 16]
+    sketch = model.sketch()
+    assert [rows.shape[1] for rows in sketch] == [64] * 3
+    assert all(a is b for a, b in zip(sketch, model.sketch(), strict=True))
     assert not (tiny_folder / "prior.safetensors").exists()
 
 
@@ -266,7 +260,7 @@ def test_a_mask_of_another_model_is_refused(tiny_folder, tmp_path):
 
 
 def test_a_mask_survives_a_change_of_dtype(tiny_folder, tmp_path):
-    mask = load(tiny_folder)[0].select("Hi")
+    mask = load(tiny_folder)[0].select("Hi", keep=0.5)
     weights = mx.load(str(tiny_folder / "model.safetensors"))
     half = {name: w.astype(mx.bfloat16) for name, w in weights.items()}
     mx.save_safetensors(str(tiny_folder / "model.safetensors"), half)
@@ -277,7 +271,8 @@ def test_a_mask_survives_a_change_of_dtype(tiny_folder, tmp_path):
 def test_compact_leaves_nothing_of_the_dense_ffn_in_memory(tmp_path):
     folder = write_folder(tmp_path / "wide", intermediate_size=8192)
     model, _ = load(folder)
-    selection = model.select("Hi", target_size=64, allocation="uniform")
+    options = {"allocation": "uniform", "selector": "activation"}
+    selection = model.select("Hi", target_size=64, **options)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()

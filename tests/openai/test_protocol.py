@@ -109,6 +109,13 @@ def test_openai_names_become_the_engines():
     assert expected.items() <= asked.options.items()
 
 
+def test_a_keep_is_a_share_or_auto():
+    assert read(ifp={"keep": "auto"}).options["keep"] == "auto"
+    for wrong in ("half", ["auto"], 1.5):
+        with pytest.raises(FieldError, match=r"ifp\.keep.*a number from 0 to 1"):
+            read(ifp={"keep": wrong})
+
+
 def test_null_is_as_good_as_nothing():
     fields = [name for name in FIELDS if name not in ("model", "messages", "prompt")]
     assert read(**dict.fromkeys([*fields, *NEUTRAL, "unheard_of"])) == read()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import run_command, write_family, write_folder
+from conftest import add_card, run_command, write_family, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,14 +47,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(folder):
     with Engine.open(folder, max_queue=8, batch=4) as engine:
-        engine.prepare(FRENCH, name="french")
+        engine.prepare(FRENCH, name="french", keep=0.5)
         yield engine
 
 
 @pytest.fixture(scope="module")
 def library(folder, tmp_path_factory):
     library = tmp_path_factory.mktemp("library")
-    load(folder)[0].select("Poems.", keep=0.25).save(library / "poems.safetensors")
+    poems = load(folder)[0].select("Poems.", keep=0.25, compensate=True)
+    poems.save(library / "poems.safetensors")
     return library
 
 
@@ -171,21 +172,22 @@ def test_completions_continue_a_text_or_token_ids(app, engine, folder):
 
 
 def test_server_and_engine_select_by_system_and_first_user_message(app, engine):
-    def masks_of(*said):
+    def weights_of(*said):
         messages = [{"role": role, "content": content} for role, content in said]
-        answer = chat(app, messages=messages).ifp
+        answer = chat(app, messages=messages, extra_body={"ifp": {"keep": 0.5}}).ifp
         for message in messages:
             message["role"] = message["role"].replace("developer", "system")
-        *_, done = engine.stream(messages, max_tokens=1)
+        *_, done = engine.stream(messages, max_tokens=1, keep=0.5)
         assert (answer["mask_id"], answer["identity"]) == (done.mask_id, done.identity)
-        return done.mask_id
+        return done.identity
 
-    french = engine.task("french").mask_id
-    both = masks_of(("system", FRENCH), ("user", "Hello"))
-    assert masks_of(("developer", FRENCH), ("user", "Hello")) == both != french
-    assert masks_of(("system", FRENCH), ("user", "Bye")) != both
-    assert masks_of(("user", FRENCH), ("assistant", "Oui"), ("user", "Bye")) == french
-    assert masks_of(("user", "Hello")) != french
+    french = engine.task("french").identity
+    both = weights_of(("system", FRENCH), ("user", "Hello"))
+    assert weights_of(("developer", FRENCH), ("user", "Hello")) == both != french
+    assert weights_of(("system", FRENCH), ("user", "Bye")) != both
+    first = ("user", FRENCH), ("assistant", "Oui")
+    assert weights_of(*first, ("user", "Bye")) == french
+    assert weights_of(("user", "Hello")) != french
 
 
 def test_the_ifp_field_picks_task_instruction_mask_and_keep(app, engine, library):
@@ -194,12 +196,25 @@ def test_the_ifp_field_picks_task_instruction_mask_and_keep(app, engine, library
 
     french = engine.task("french").mask_id
     assert mask_of(task="french") == french
-    assert mask_of(instruction=FRENCH) == french
+    assert mask_of(instruction=FRENCH, keep=0.5) == french
     assert mask_of(instruction=FRENCH, keep=0.25, allocation="uniform") != french
+    assert mask_of(instruction=FRENCH, keep="auto") == mask_of(instruction=FRENCH)
     poems = engine.prepare("Poems.", keep=0.25, name="poems").mask_id
     engine.forget("poems")
     assert mask_of(mask_file="poems.safetensors") == poems
     assert mask_of(selector="random") != mask_of(selector="activation")
+
+
+def test_an_answer_quotes_the_models_card(tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    add_card(load(folder)[0], {0.5: 0.75})
+    with Engine.open(folder) as engine:
+        app = make_app(engine, Policy("tiny"))
+        quoted = {
+            keep: chat(app, extra_body={"ifp": {"keep": keep}}).ifp["promise"]
+            for keep in (0.25, 0.5, 1.0)
+        }
+    assert quoted == {0.25: None, 0.5: 0.75, 1.0: 1.0}
 
 
 def test_a_checked_answer_is_the_dense_models_streamed_or_not(app):

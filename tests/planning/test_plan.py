@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import plan
 from ifp_mlx.model.checkpoint import load
+from ifp_mlx.model.decide import LADDER
 from ifp_mlx.model.footprint import Footprint, model_bytes
 from ifp_mlx.planning import devices, roofline, rows
 from ifp_mlx.planning.devices import Device, Figure, Runtime
@@ -271,6 +272,14 @@ def test_the_command_says_what_fits(tmp_path, capsys):
     total = spent["select"] + spent["load"] + spent["prefill"]
     assert spent["ttft"] == pytest.approx(total)
     assert "Predicted, not measured" in out and "vendor" in out
+
+
+def test_without_a_limit_it_plans_half_three_quarters_and_all(tmp_path, capsys):
+    folder = write_folder(tmp_path / "m")
+    status, out, _ = run_command(plan.main, capsys, "--model", folder, "--json")
+    found = json.loads(out.splitlines()[-1])
+    assert status == 0 and found["largest_keep"] is None
+    assert [row["keep"] for row in found["rows"]] == [0.5, LADDER[0], 1.0]
 
 
 def test_what_does_not_fit_exits_with_status_1(tmp_path, capsys):

@@ -7,7 +7,7 @@ from itertools import combinations
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import relative_error, run_command
+from conftest import relative_error, run_command, write_family
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -36,13 +36,14 @@ def test_what_decides_the_weights_decides_the_identity(model):
         plain,
         model.select(TEXT, keep=0.5, selector="random"),
         plain.compensated(TEXT, "one text"),
+        plain.compensated(TEXT, "one text", sketch=None),
         plain.compensated(TEXT[:-1], "another text"),
         replace(plain, trained="distillation, 100 steps"),
         replace(plain, unit="expert"),
     ]
     assert len({one.identity for one in ones}) == len(ones)
     assert len({one.mask_id for one in ones}) == 2
-    weights = [model.compact(one)(TOKENS) for one in ones[:4]]
+    weights = [model.compact(one)(TOKENS) for one in ones[:5]]
     for one, other in combinations(weights, 2):
         assert not mx.array_equal(one, other)
 
@@ -54,21 +55,26 @@ def test_how_a_text_is_called_does_not_change_what_it_makes(model):
     assert plain.identity == plain.mask_id == one.plain().identity
 
 
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 7), compensated=st.booleans())
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 7),
+    compensated=st.booleans(),
+    sketch=st.sampled_from([None, "1"]),
+)
 def test_a_mask_file_keeps_mask_id_identity_and_origin(
-    tmp_path_factory, seed, k, compensated
+    tmp_path_factory, seed, k, compensated, sketch
 ):
     scores = np.random.default_rng(seed).normal(size=(3, 8)).astype(np.float32)
     made = select(mx.array(scores), [k] * 3)
     origin = Origin(selector="random", keep=k / 8, made={"examples": seed})
     made = replace(made, origin=origin, text=tuple(range(k)))
-    made = made.compensated() if compensated else made
+    made = made.compensated(sketch=sketch) if compensated else made
     file = tmp_path_factory.mktemp("masks") / "mask.safetensors"
     made.save(file)
     read = Selection.load(file)
     assert (read.mask_id, read.identity) == (made.mask_id, made.identity)
     assert read.origin == replace(origin, keep=float(f"{k / 8:.4g}"))
-    assert read.compensates == compensated and read.text == made.text
+    assert read.compensation == made.compensation and read.text == made.text
 
 
 def test_in_one_engine_a_mask_and_its_compensated_twin_answer_for_themselves(
@@ -145,10 +151,12 @@ def rewritten(source, target, change):
 
 
 def test_mask_files_of_version_0_1_are_read(model, tmp_path):
-    made = model.select("Say hello.", keep=0.5).compensated(TEXT, "the instruction")
+    chosen = model.select("Say hello.", keep=0.5)
+    made = chosen.compensated(TEXT, "the instruction", sketch=None)
     made.save(tmp_path / "new")
 
     def as_before(words, arrays):
+        assert "sketch" not in words
         del words["unit"], words["text digest"]
 
     old = Selection.load(rewritten(tmp_path / "new", tmp_path / "old", as_before))
@@ -166,6 +174,34 @@ def test_mask_files_of_version_0_1_are_read(model, tmp_path):
     assert lost.compensates and lost.compensation.tokens == len(TEXT)
     with pytest.raises(ValueError, match="compensated by 6 tokens of the instruction"):
         model.compact(lost)
+
+
+def test_a_mask_beside_another_sketch_is_refused_and_its_channels_are_not(
+    model, tmp_path
+):
+    made = model.select("Say hello.", keep=0.5).compensated(TEXT)
+    made.save(tmp_path / "mask")
+    later = Selection.load(
+        rewritten(
+            tmp_path / "mask",
+            tmp_path / "later",
+            lambda words, _: words.update(sketch="9"),
+        )
+    )
+    assert later.identity != made.identity
+    with pytest.raises(ValueError, match="the sketch 9 .* this version has 1: use the"):
+        model.compact(later)
+    assert model.compact(later.plain())(TOKENS).shape[-1] == 259
+
+
+def test_experts_are_not_compensated(tmp_path):
+    mixture, _ = load(write_family(tmp_path / "m", "qwen3_moe"))
+    experts = mixture.select("Say hello.", keep=0.5)
+    with pytest.raises(ValueError, match="keeps experts, which cannot make up"):
+        experts.compensated(TEXT)
+    channels = replace(experts, unit="channel").compensated(TEXT)
+    with pytest.raises(ValueError, match="keeps experts, which cannot make up"):
+        mixture.compact(replace(channels, unit="expert"))  # as a mask file might say
 
 
 def test_the_mask_of_trained_weights_says_so(model):

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import run_command, swept, tiny_model
@@ -11,11 +12,19 @@ from mlx_lm import convert
 from ifp_mlx import load
 from ifp_mlx.compact import main as compact
 from ifp_mlx.generate import main as generate
+from ifp_mlx.selection.top_k import select
 from ifp_mlx.slicing import compensation, stock
 from ifp_mlx.slicing.compensation import (
+    WORTH,
     compensated_down,
+    correction_of,
     cut_compensated,
+    down_correction,
+    evidence,
+    merit,
     read_channels,
+    strength_of,
+    worth,
 )
 from ifp_mlx.slicing.plan import plan_of
 
@@ -29,6 +38,12 @@ def channels(tokens):
     return mx.array(RNG.normal(size=(tokens, F)).astype(np.float32))
 
 
+def unit(h):
+    """Return rows of length 1, in double precision."""
+    h = np.array(h, dtype=np.float64)
+    return h / np.linalg.norm(h, axis=1, keepdims=True)
+
+
 def outputs(h, down, index):
     return h @ DOWN.T, h[:, index] @ down.T
 
@@ -38,7 +53,8 @@ def test_dropped_channels_that_follow_from_kept_ones_are_made_up_for():
     h[:, 1] = 2 * h[:, 0] - h[:, 7]
     for dropped in (4, 5, 6, 10):
         h[:, dropped] = 0.5 * h[:, 9]
-    found = compensated_down(DOWN, mx.array(h), KEPT, strength=1e-6)
+    rows = evidence(mx.array(h))
+    found = compensated_down(DOWN, rows, KEPT, strength=1e-5)
     whole, part = outputs(mx.array(h), found, KEPT)
     assert mx.allclose(whole, part, atol=1e-3)
 
@@ -47,7 +63,7 @@ def test_dropped_channels_that_follow_from_kept_ones_are_made_up_for():
 def test_the_output_on_the_text_itself_comes_closer(tokens):
     h = channels(tokens)
     whole, plain = outputs(h, DOWN[:, KEPT], KEPT)
-    _, better = outputs(h, compensated_down(DOWN, h, KEPT), KEPT)
+    _, better = outputs(h, compensated_down(DOWN, evidence(h), KEPT), KEPT)
     scale = mx.linalg.norm(h, axis=1, keepdims=True)  # every token counts the same
     error = [mx.square((whole - part) / scale).sum().item() for part in (plain, better)]
     assert error[1] < 0.9 * error[0]
@@ -56,28 +72,98 @@ def test_the_output_on_the_text_itself_comes_closer(tokens):
 def test_it_is_the_ridge_solution_however_many_tokens_there_are():
     for tokens in (4, 25):
         h = channels(tokens)
-        unit = np.array(h) / np.linalg.norm(np.array(h), axis=1, keepdims=True)
-        kept, down = unit[:, np.array(KEPT)].astype(float), np.array(DOWN)
-        missing = unit @ down.T - kept @ down[:, np.array(KEPT)].T
-        penalty = 0.3 * (kept**2).sum() / tokens
+        rows = unit(h)
+        kept, down = rows[:, np.array(KEPT)], np.array(DOWN)
+        missing = rows @ down.T - kept @ down[:, np.array(KEPT)].T
+        penalty = 0.3 * (kept**2).sum() / tokens  # the kept share of a token's energy
         expected = np.linalg.solve(
             kept.T @ kept + penalty * np.eye(KEPT.size), kept.T @ missing
         )
-        found = compensated_down(DOWN, h, KEPT, strength=0.3) - DOWN[:, KEPT]
-        assert np.allclose(np.array(found).T, expected, atol=1e-4)
+        found = compensated_down(DOWN, evidence(h), KEPT, strength=0.3)
+        found = np.array(found - DOWN[:, KEPT]).T
+        assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_a_correction_in_two_factors_is_the_best_of_its_rank_on_the_text():
+    inlet = nn.Linear(F, D, bias=False)
+    inlet.weight = DOWN
+    rows = evidence(channels(25))
+    whole = down_correction(DOWN, rows, KEPT)
+    reads, writes = correction_of(inlet, rows, KEPT)  # no more tokens than its rank
+    assert mx.allclose(reads @ writes, whole, atol=1e-4)
+    reads, writes = correction_of(inlet, rows, KEPT, rank=2)
+    assert (reads.shape, writes.shape) == ((7, 2), (2, 6))
+    does = np.array(rows[:, KEPT] @ whole)
+    left, sizes, right = np.linalg.svd(does, full_matrices=False)
+    best = (left[:, :2] * sizes[:2]) @ right[:2]
+    assert np.allclose(np.array(rows[:, KEPT] @ reads @ writes), best, atol=1e-4)
+
+
+def test_a_sketch_counts_as_so_many_tokens_beside_the_text():
+    h, sketch = channels(5), channels(3).astype(mx.float16)
+    rows = np.array(evidence(h, sketch), dtype=np.float64)
+    texts = unit(h).T @ unit(h)
+    calibration = np.array(sketch, dtype=np.float64)
+    expected = texts + WORTH * calibration.T @ calibration
+    assert np.allclose(rows.T @ rows, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_more_tokens_beside_a_sketch_are_trusted_less_each_and_without_one_as_ever():
+    sketch = evidence(channels(20)) / 20**0.5  # counts as one token
+    strengths = []
+    for tokens in (30, 2 * WORTH + 60):
+        rows = evidence(channels(tokens), sketch)
+        assert strength_of(rows, sketched=False) == 0.3
+        strengths.append(float(strength_of(rows, sketched=True)))
+    assert strengths == pytest.approx([0.3, 0.3 * (960 / 330) ** 0.5], rel=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [4, 30])
+def test_worth_is_what_the_ridge_of_all_others_leaves_of_a_channel(tokens):
+    rows, penalty = unit(channels(tokens)), 0.3 * 0.8
+    found = np.array(worth(mx.array(rows, mx.float32)))
+    for channel, value in enumerate(found):
+        mine, others = rows[:, channel], np.delete(rows, channel, axis=1)
+        gram = others.T @ others + penalty * np.eye(F - 1)
+        weights = np.linalg.solve(gram, others.T @ mine)
+        error = ((mine - others @ weights) ** 2).sum()
+        expected = error + penalty * (1 + (weights**2).sum())
+        assert value == pytest.approx(expected, rel=1e-3)
+
+
+def test_merit_is_worth_of_few_channels_and_energy_of_many():
+    rows = evidence(channels(9))
+    energy, lost = np.array(mx.square(rows).sum(axis=0)), np.array(worth(rows))
+    few, many = (np.array(merit(rows, keep)) for keep in (1e-3, 1.0))
+    np.testing.assert_allclose(few, lost - 0.3 * 0.8, atol=1e-5)
+    np.testing.assert_allclose(many, lost - 0.3 * 0.8 + 4 * energy, atol=1e-5)
+
+
+def test_of_two_channels_that_say_the_same_neither_is_worth_much():
+    h = np.array(channels(40))
+    h[:, 8] *= 2  # the most energy
+    h[:, 3] = h[:, 8]
+    found = np.array(worth(evidence(mx.array(h))))
+    energy = (unit(h) ** 2).sum(axis=0)
+    alone = [channel for channel in range(F) if channel not in (3, 8)]
+    assert energy[3] > energy[alone].max()
+    assert max(found[3], found[8]) < 0.5 * found[alone].min()
 
 
 def test_nothing_changes_where_nothing_is_dropped_or_read():
     everything = mx.arange(F)
-    assert mx.array_equal(compensated_down(DOWN, channels(5), everything), DOWN)
-    nothing = compensated_down(DOWN, mx.zeros((0, F)), KEPT)
+    assert mx.array_equal(
+        compensated_down(DOWN, evidence(channels(5)), everything), DOWN
+    )
+    nothing = compensated_down(DOWN, evidence(mx.zeros((0, F))), KEPT)
     assert mx.array_equal(nothing, DOWN[:, KEPT])
 
 
 def test_an_infinitely_cautious_correction_is_none():
-    cautious = compensated_down(DOWN, channels(9), KEPT, strength=1e9)
+    rows = evidence(channels(9))
+    cautious = compensated_down(DOWN, rows, KEPT, strength=1e9)
     assert mx.allclose(cautious, DOWN[:, KEPT], atol=1e-5)
-    half = compensated_down(DOWN.astype(mx.float16), channels(9), KEPT)
+    half = compensated_down(DOWN.astype(mx.float16), rows, KEPT)
     assert half.dtype == mx.float16
 
 
@@ -108,27 +194,37 @@ def weights(model):
     return dict(tree_flatten(model.parameters()))
 
 
+@pytest.mark.parametrize("selector", ["activation", "blend"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_sweep_gives_what_selecting_and_then_compensating_gives(
-    tiny_folder, monkeypatch, steps
+    tiny_folder, monkeypatch, steps, selector
 ):
     model, _ = load(tiny_folder)
     text = list(range(40, 90))
     monkeypatch.setattr(stock, "PREFILL_STEP", -(-len(text) // steps))
-    selection, compact, cache = swept(model, text, keep=0.5, compensate=True)
+    options = {"keep": 0.5, "selector": selector}
+    selection, compact, cache = swept(model, text, **options, compensate=True)
     assert selection.text == tuple(text) and selection.compensates
-    chosen = model.select(text, keep=0.5)
-    assert selection.mask_id == chosen.mask_id
-    again = weights(model.compact(chosen.compensated(text, "the instruction")))
-    assert all(mx.array_equal(w, again[n]) for n, w in weights(compact).items())
     # By hand, of the last step's tokens.
     last = len(stock.steps_of(text)[-1])
     dense = model.dense()
     seen = read_channels(dense, plan_of(dense), text)
+    pairs = zip(seen, model.sketch(), strict=True)
+    known = [evidence(h[-last:], rows) for h, rows in pairs]
+    chosen = model.select(text, **options)
+    trusts = [strength_of(rows, sketched=True) for rows in known]
+    if selector == "blend":  # chooses what the others cannot make up for
+        lost = [merit(h, 0.5, trust) for h, trust in zip(known, trusts, strict=True)]
+        chosen = select(mx.stack(lost), selection.sizes)
+    assert selection.mask_id == chosen.mask_id
+    chosen = replace(chosen, fingerprint=selection.fingerprint)
+    again = weights(model.compact(chosen.compensated(text, "the instruction")))
+    assert all(mx.array_equal(w, again[n]) for n, w in weights(compact).items())
     for number, (ffn, index) in enumerate(
         zip(plan_of(dense).modules(dense), chosen.indices, strict=True)
     ):
-        down = compensated_down(ffn.down_proj.weight, seen[number][-last:], index)
+        about = (known[number], index, trusts[number])
+        down = compensated_down(ffn.down_proj.weight, *about)
         found = model.plan.modules(compact)[number].down_proj.weight
         assert mx.allclose(found, down, atol=1e-4)
     # The keys and values are the dense model's.
@@ -141,13 +237,34 @@ def test_a_sweep_gives_what_selecting_and_then_compensating_gives(
 def test_no_more_tokens_than_needed_are_looked_at(tiny_folder, monkeypatch):
     model, _ = load(tiny_folder)
     text = list(range(40, 90))
-    monkeypatch.setattr(compensation, "TOKENS", 20)
+    monkeypatch.setattr(compensation, "TOKENS", 30)
+    monkeypatch.setattr(compensation, "TOKENS_ALONE", 20)
     index = mx.arange(0, 64, 2)
     ffn = model.plan.modules(model.dense())[0]
     seen = read_channels(model.dense(), model.plan, text)
-    expected = compensated_down(ffn.down_proj.weight, seen[0][::3], index)
-    cut_compensated(ffn, model.plan.layers[0], index, seen[0])
+    rows = evidence(seen[0])
+    assert len(rows) <= 20 and mx.array_equal(rows, evidence(seen[0][::3]))
+    beside = evidence(seen[0], mx.ones((2, 64)))
+    assert mx.array_equal(beside[:-2], evidence(seen[0][::2], mx.ones((2, 64)))[:-2])
+    assert len(beside) <= 32
+    expected = compensated_down(ffn.down_proj.weight, rows, index)
+    cut_compensated(ffn, model.plan.layers[0], index, rows)
     assert mx.allclose(ffn.down_proj.weight, expected)
+
+
+def test_a_mask_of_version_0_1_is_made_up_for_by_its_text_alone(tiny_folder):
+    model, _ = load(tiny_folder)
+    text, index = list(range(40, 90)), mx.arange(0, 64, 2)
+    chosen = model.select(text, keep=0.5, selector="random", allocation="uniform")
+    old = replace(chosen, indices=(index,) * 3).compensated(text, sketch=None)
+    found = model.plan.modules(model.compact(old))
+    seen = read_channels(model.dense(), model.plan, text)
+    for h, ffn, dense in zip(
+        seen, found, model.plan.modules(model.dense()), strict=True
+    ):
+        down = compensated_down(dense.down_proj.weight, evidence(h), index)
+        assert mx.allclose(ffn.down_proj.weight, down, atol=1e-4)
+    assert not (tiny_folder / "prior.safetensors").exists()  # nothing else was read
 
 
 def test_gates_are_refused(tiny_folder):
@@ -203,7 +320,11 @@ def test_generate_compensates_where_the_instruction_is_read_anyway(
     again = said("--mask-file", mask, "--prefill", "dense")
     assert again["selection"]["compensated"] and again["text"] == found["text"]
     without = said("--mask-file", mask, "--no-compensate", "--prefill", "compact")
-    assert without["text"] == plain["text"]
+    assert not without["selection"]["compensated"]
+    channels = {one["selection"]["mask_id"] for one in (found, again, without)}
+    assert len(channels) == 1 and without["text"] != found["text"]
+    # Others are chosen where nothing is to be made up for.
+    assert plain["selection"]["mask_id"] not in channels
 
 
 def test_compact_compensates_by_the_instruction_and_says_so(

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ifp_mlx.cli import LOW_AGREEMENT
 from ifp_mlx.files.atomic import new_file
 
 from .measure import RESULTS
 
+LOW_AGREEMENT = 0.7  # below which a selection was warned of when this was measured
 PAGE = Path(__file__).parent / "README.md"
 MARKS = "<!-- table: {} -->", "<!-- end of table: {} -->"
 MODELS = {

@@ -13,7 +13,7 @@ SHARED, OWN, LEFT_OUT = "#264653", "#e76f51", "#dfe3e6"
 LEGEND = (
     "Kept channels, layer by layer. Dark: by every task; orange: not by every task."
 )
-KEEP_FROM, KEEP_TO, KEEP_STEP = 25, 100, 5
+KEEP_FROM, KEEP_AT, KEEP_TO, KEEP_STEP = 25, 75, 100, 5  # once it is moved
 
 
 class ChatApp(toga.App):
@@ -71,13 +71,12 @@ class ChatApp(toga.App):
         self.keep = toga.Slider(
             min=KEEP_FROM,
             max=KEEP_TO,
-            value=100 * self.controller.keep,
+            value=KEEP_AT,
             tick_count=(KEEP_TO - KEEP_FROM) // KEEP_STEP + 1,
             on_change=self.change_keep,
             flex=1,
         )
-        self.keep_label = toga.Label("", width=76)
-        self.change_keep(self.keep)
+        self.keep_label = toga.Label("Keep auto", width=76)
         self.select_button = toga.Button("Select channels", on_press=self.select)
         self.tell = toga.Switch(
             "Tell the model the instruction, too", on_change=self.change_tell

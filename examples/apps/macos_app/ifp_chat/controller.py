@@ -111,7 +111,8 @@ class Controller:
     Attributes:
         assignments: by name, in the order of the table.
         current: the name of the one being talked to.
-        keep: the share of the channels that the next selection keeps.
+        keep: the share of the channels that the next selection keeps; ``None``: the
+            model's own, else the smallest of a few that agrees enough with all.
         tell: whether the next conversation has the instruction as its system message;
             otherwise it selects, and the model does not see it.
         status: one sentence for the user.
@@ -136,7 +137,7 @@ class Controller:
         self._changed = asyncio.Event()
         self.assignments = {n: Assignment(n, text) for n, text in SUGGESTIONS.items()}
         self.current = next(iter(self.assignments))
-        self.keep = 0.75
+        self.keep: float | None = None
         self.tell = False
         self.status = "Open a model folder, or a Hugging Face Hub id."
         self.fraction: float | None = 0.0
@@ -282,7 +283,7 @@ class Controller:
         self.status = (
             f"{task.name} keeps {task.kept_channels / task.total_channels:.0%} of the "
             f"{task.unit}s ({task.bytes / 1e6:.0f} MB): {task.seconds['select']:.1f} s to "
-            f"select, {task.seconds['load']:.1f} s to read."
+            f"select, {task.seconds['load']:.1f} s to read{quality(task)}."
         )
 
     def _chat(self, assignment: Assignment) -> Chat:
@@ -382,3 +383,13 @@ class Controller:
 
     def _touch(self) -> None:
         self._changed.set()
+
+
+def quality(task: Task) -> str:
+    """Return how far a task's model agrees with the whole one, as far as that is known."""
+    words = ""
+    if task.agreement is not None:
+        words += f"; at the instruction's end {task.agreement:.0%} as the whole model"
+    if task.promise is not None:
+        words += f"; in answers {task.promise:.0%}, by its card"
+    return words

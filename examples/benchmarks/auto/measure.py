@@ -1,0 +1,132 @@
+"""Measure what `--keep auto` promises, and what the answers then keep of it.
+
+    python -m examples.benchmarks.auto.measure [smollm2|gemma3] [--rows 4]
+    python -m examples.benchmarks.auto.report
+
+The first measures for one model: its card (`evaluate --card`); prompts of nine families that
+no default was chosen on, as a card does its own prompts, with the self-check of each
+selection; and the answers to five everyday questions, dense and at auto. It goes on where it
+was stopped. The second writes the tables of the page.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from examples.benchmarks.selectors.task_families import write as write_families
+from examples.fetch import fetch
+from ifp_mlx import IFPModel, load
+from ifp_mlx.evaluation import card
+from ifp_mlx.evaluation.log import Log
+from ifp_mlx.model.card import Card
+from ifp_mlx.model.generation import stream_generate
+from ifp_mlx.model.responses import report
+from ifp_mlx.selection.prompts import as_messages, tokenize
+from ifp_mlx.selection.request import Request
+
+RESULTS = Path(__file__).parent / "results"
+# Fixed before any was answered.
+EVERYDAY = (
+    "What is a fjord?",
+    "Write a short email to my landlord saying that the heating is broken.",
+    "Give me three ideas for a quick dinner with eggs.",
+    "Explain how a bicycle stays upright.",
+    "Summarise in one sentence: The museum opens at nine on weekdays and at ten on "
+    "weekends. Tickets cost eight euros, and children under twelve enter free.",
+)
+EVERYDAY_TOKENS = 96
+LONGEST = 200  # tokens of a family's prompt
+# Texts without a question (prose) have no chat to answer.
+FAMILIES = ("code", "math", "qgen", "facts", "dialog", "sql", "data2text", "hella")
+
+
+def family_prompts(model: IFPModel, count: int) -> list[card.CardPrompt]:
+    """Return the first prompts of each family that are not too long, as a card's."""
+    prompts = []
+    for family in FAMILIES:
+        text = (write_families() / "test" / f"{family}.jsonl").read_text("utf-8")
+        asked = [json.loads(line)["prompt"] for line in text.splitlines()]
+        short = [p for p in asked if prompt_tokens(model, p) <= LONGEST]
+        prompts += [
+            card.CardPrompt(f"{family} {number}", family, prompt)
+            for number, prompt in enumerate(short[:count], 1)
+        ]
+    return prompts
+
+
+def prompt_tokens(model: IFPModel, prompt: str) -> int:
+    """Return how many tokens a prompt has with its chat template."""
+    return len(tokenize(model.tokenizer, as_messages(prompt)))
+
+
+def measure_card(model: IFPModel, folder: Path) -> Card:
+    """Measure the model's card, and keep it with the results."""
+    prompts = card.card_prompts()
+    log = Log(folder / "card", card.settings_of(model, prompts), card.KEY)
+    keeps = card.measured_keeps(model, None)
+    made = card.measure(model, prompts, keeps, log, progress=tqdm)
+    (folder / "card.json").write_text(made.as_json(), encoding="utf-8")
+    return made
+
+
+def measure_families(model: IFPModel, known: Card, folder: Path, rows: int) -> None:
+    """Measure the families' prompts at the card's keeps."""
+    prompts = family_prompts(model, rows)
+    log = Log(folder / "families", {"fingerprint": known.fingerprint}, card.KEY)
+    card.measure(model, prompts, known.keeps(), log, progress=tqdm)
+
+
+def answer_everyday(model: IFPModel, measured: Card, folder: Path) -> None:
+    """Answer the everyday questions: dense, at auto, and at auto without the card."""
+    log = Log(folder / "everyday", {}, ("question", "way"))
+    for question in tqdm(EVERYDAY):
+        for way, request, known in (
+            ("dense", Request(keep=1.0), measured),
+            ("auto", Request(keep="auto"), measured),
+            ("auto, no card", Request(keep="auto"), None),
+        ):
+            if (question, way) in log:
+                continue
+            model.__dict__["card"] = known  # instead of one in the model's folder
+            log.add(
+                {"question": question, "way": way} | answered(model, question, request)
+            )
+
+
+def answered(model: IFPModel, question: str, request: Request) -> dict[str, Any]:
+    """Return the answer of a request, and what it took."""
+    start = time.perf_counter()
+    options: dict[str, Any] = {"request": request, "max_tokens": EVERYDAY_TOKENS}
+    steps = list(stream_generate(model, model.tokenizer, question, **options))
+    said = report(steps[-1])
+    selection = {name: said["selection"][name] for name in ("agreement", "kl")}
+    selection["keep"] = steps[-1].selection.share
+    text = "".join(step.text for step in steps)
+    seconds = round(time.perf_counter() - start, 2)
+    ids = [step.token for step in steps]
+    return (
+        {"text": text, "ids": ids, "select": said["seconds"]["select"]}
+        | selection
+        | {"seconds": seconds}
+    )
+
+
+def main() -> None:
+    """Measure one model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", default="smollm2", help="smollm2 or gemma3")
+    parser.add_argument("--rows", type=int, default=4, help="of each family")
+    args = parser.parse_args()
+    model, _ = load(fetch(args.name))
+    folder = RESULTS / args.name
+    made = measure_card(model, folder)
+    measure_families(model, made, folder, args.rows)
+    answer_everyday(model, made, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Write the tables of the page from the results that are there.
+
+python -m examples.benchmarks.auto.report
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ifp_mlx.evaluation.tables import markdown
+from ifp_mlx.files.atomic import new_file
+from ifp_mlx.model.card import Card
+from ifp_mlx.model.decide import LADDER
+from ifp_mlx.selection.request import MIN_AGREEMENT
+
+HERE = Path(__file__).parent
+PAGE, RESULTS = HERE / "README.md", HERE / "results"
+MARKS = "<!-- tables: {} -->", "<!-- end of tables: {} -->"
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
+SIGNS = {"self_agreement": 1, "self_kl": -1}
+LOOP = 4  # times that four words in a row have to come
+
+Line = dict[str, Any]
+
+
+def models() -> dict[str, str]:
+    """Return the titles of the models that have been measured."""
+    measured = {name for name in TITLES if (RESULTS / name / "everyday").is_dir()}
+    return {name: title for name, title in TITLES.items() if name in measured}
+
+
+def card_of(name: str) -> Card:
+    """Return a model's card."""
+    return Card.from_json((RESULTS / name / "card.json").read_text(encoding="utf-8"))
+
+
+def lines_of(name: str, what: str) -> list[Line]:
+    """Return the lines of one of a model's logs."""
+    text = (RESULTS / name / what / "rows.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def compared(name: str) -> list[Line]:
+    """Return what was measured of the families' prompts below keep 1."""
+    return [line for line in lines_of(name, "families") if line["keep"] < 1]
+
+
+def correlation(lines: Sequence[Line], sign: str) -> float:
+    """Return Pearson's, of a sign and the agreement of the answer; above 0 it foretells."""
+    found = np.corrcoef(
+        [SIGNS[sign] * line[sign] for line in lines],
+        [line["agreement"] for line in lines],
+    )
+    return float(found[0, 1])
+
+
+def within(lines: Sequence[Line], sign: str) -> list[float]:
+    """Return :func:`correlation` within each keep, largest keep first."""
+    keeps = sorted({line["keep"] for line in lines}, reverse=True)
+    found = []
+    for keep in keeps:
+        some = [line for line in lines if line["keep"] == keep]
+        flat = len({line[sign] for line in some}) == 1
+        found.append(float("nan") if flat else correlation(some, sign))
+    return found
+
+
+def chosen(name: str, *, card: bool) -> tuple[list[float], list[float]]:
+    """Return, of each family's prompt, the agreement that auto promises and the one that
+    the answer has.
+
+    Args:
+        name: the model.
+        card: whether auto knows the model's card.
+    """
+    lines, known = compared(name), card_of(name)
+    keeps = sorted({line["keep"] for line in lines})
+    if card:
+        ladder = [keep for keep in keeps if keep >= known.smallest(MIN_AGREEMENT)]
+    else:
+        ladder = [min(keeps, key=lambda k: abs(k - share)) for share in LADDER[:-1]]
+    promised, had = [], []
+    for prompt in dict.fromkeys(line["prompt"] for line in lines):
+        own = {line["keep"]: line for line in lines if line["prompt"] == prompt}
+        first = next(
+            (k for k in ladder if own[k]["self_agreement"] >= MIN_AGREEMENT), 1.0
+        )
+        promise = (
+            known.promise(first)
+            if card
+            else own[first]["self_agreement"]
+            if first < 1
+            else 1.0
+        )
+        promised.append(float(promise or 0))
+        had.append(own[first]["agreement"] if first < 1 else 1.0)
+    return promised, had
+
+
+def loops(text: str) -> bool:
+    """Whether an answer goes round in circles: four words in a row come several times."""
+    words = re.findall(r"\w+", text.lower())
+    runs = [tuple(words[n : n + 4]) for n in range(len(words) - 3)]
+    return any(runs.count(run) >= LOOP for run in set(runs))
+
+
+def curve(name: str) -> str:
+    """Return a card's agreement, and what the families' prompts have."""
+    card, lines = card_of(name), compared(name)
+    keeps = card.keeps()[::-1]
+    rows: list[list[str]] = []
+    for kind in card.kinds:
+        at = {p.keep: p for p in card.points if p.kind == kind}
+        rows.append([kind, *(f"{at[k].agreement:.0%}, {at[k].kl:.2f}" for k in keeps)])
+    rows.append(
+        ["**the card's promise**", *(f"**{card.promise(k):.0%}**" for k in keeps)]
+    )
+    rows.append(["families", *(_families(lines, k) for k in keeps)])
+    for kind, share in card.dense_right.items():
+        at = {p.keep: p for p in card.points if p.kind == kind}
+        right = [f"{at[k].right:.0%}" for k in keeps]
+        rows.append([f"{kind}, right (dense {share:.0%})", *right])
+    return markdown(["", *(f"{keep:.2g}" for keep in keeps)], rows)
+
+
+def _families(lines: Sequence[Line], keep: float) -> str:
+    some = [line for line in lines if line["keep"] == keep]
+    agreement, kl = (np.mean([line[n] for line in some]) for n in ("agreement", "kl"))
+    return f"{agreement:.0%}, {kl:.2f}"
+
+
+def foretold() -> str:
+    """Return how the self-check foretells the answer, of both models."""
+    rows = []
+    for name, title in models().items():
+        lines = compared(name)
+        for sign in SIGNS:
+            mean = np.mean([line[sign] for line in lines])
+            inside = ", ".join(f"{value:.2f}" for value in within(lines, sign))
+            rows.append(
+                [
+                    title,
+                    sign.replace("_", "-"),
+                    f"{mean:.2f}",
+                    f"{correlation(lines, sign):.2f}",
+                    inside,
+                ]
+            )
+    return markdown(
+        ["model", "sign", "mean", "over all rows", "within a keep, 0.9 first"], rows
+    )
+
+
+def promises() -> str:
+    """Return what auto promises and what the answers have."""
+    rows = []
+    for name, title in models().items():
+        for card in (True, False):
+            promised, had = chosen(name, card=card)
+            way = "by its card" if card else "by the self-check alone"
+            cells = f"{np.mean(promised):.0%}", f"{np.mean(had):.0%}"
+            rows.append([title, way, str(len(had)), *cells])
+    return markdown(
+        ["model", "auto", "prompts", "promised", "the answers' agreement"], rows
+    )
+
+
+def answers(name: str) -> str:
+    """Return the everyday questions and their answers, as quotations."""
+    parts = []
+    for line in lines_of(name, "everyday"):
+        if line["way"] == "dense":
+            parts.append(f"**{line['question']}**")
+        kept = (
+            ""
+            if line["way"] == "dense"
+            else f", keep {line['keep']:.2g}, {line['select']:.1f} s to select"
+        )
+        text = line["text"].strip().replace("\n", "\n> ")
+        parts.append(f"{line['way']}{kept}:\n\n> {text}")
+    return "\n\n".join(parts)
+
+
+def tables() -> dict[str, str]:
+    """Return what the page has of tables, by name."""
+    if not models():
+        return {}
+    found = {"foretold": foretold(), "promises": promises()}
+    for what, write in (("curves", curve), ("answers", answers)):
+        parts = [f"### {title}\n\n{write(name)}" for name, title in models().items()]
+        found[what] = "\n\n".join(parts)
+    return found
+
+
+def filled(page: str) -> str:
+    """Return the page with its tables."""
+    for name, table in tables().items():
+        begin, end = (mark.format(name) for mark in MARKS)
+        before, _, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        after = after if ended else rest
+        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    return page
+
+
+def main() -> None:
+    """Write the tables into the page."""
+    page = filled(PAGE.read_text(encoding="utf-8"))
+    with new_file(PAGE) as scratch:
+        scratch.write_text(page, encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
