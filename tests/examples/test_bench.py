@@ -1,32 +1,40 @@
 """The bench of selectors: its cheap passes are the compact model's, its means right."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import write_folder
 
-from examples.benchmarks.selectors import bench_calibration, selectors_bench
+from examples.benchmarks.selectors import bench_calibration, quality, selectors_bench
 from examples.benchmarks.selectors import bench_report as report
 from examples.benchmarks.selectors.bench_attention import attention
 from examples.benchmarks.selectors.bench_model import Bench, energy
 from examples.benchmarks.selectors.bench_ways import (
+    ACTIVATION,
+    ALONE,
+    COMPENSATED,
     DEFAULT,
-    NO_PRIOR,
+    MAIN,
+    PLAIN,
     STAGES,
     STATIC,
     Stage,
     Way,
 )
-from ifp_mlx import cli, compact, load
+from ifp_mlx import load
 from ifp_mlx.evaluation import teacher
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.sensitivity import measure_sensitivity
-from ifp_mlx.evaluation.teacher import Evaluator, metrics
+from ifp_mlx.evaluation.teacher import Evaluator, log_probabilities, metrics
+from ifp_mlx.model.decide import decide
+from ifp_mlx.selection.request import Request
 from ifp_mlx.selection.top_k import select
 from ifp_mlx.selection.widths import MEASURED_SHARES
-from ifp_mlx.slicing.compensation import compensated_down
+from ifp_mlx.slicing.compensation import compensated_down, evidence, strength_of
 from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.slicing.reading import scores as use_scores
 
@@ -37,9 +45,13 @@ LONG = Row(ROW.prompt * 3, ROW.answer)  # a sliding window leaves its beginning
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])
 def bench(request, tmp_path_factory):
     folder = write_folder(tmp_path_factory.mktemp("bench") / "tiny", request.param)
-    mx.save_safetensors(
-        str(folder / "prior.safetensors"), {"scores": mx.random.uniform(shape=(3, 64))}
-    )
+    rng = np.random.default_rng(1)
+    arrays = {f"sketch.{layer}": rng.normal(0, 0.1, (9, 64)) for layer in range(3)}
+    arrays = {
+        name: mx.array(sketch.astype(np.float16)) for name, sketch in arrays.items()
+    }
+    scores = mx.array(rng.random((3, 64), np.float32))
+    mx.save_safetensors(str(folder / "prior.safetensors"), arrays | {"scores": scores})
     return Bench(folder)
 
 
@@ -106,14 +118,52 @@ def test_a_familys_scores_are_those_of_a_task_mask(bench, monkeypatch, tmp_path)
     )
 
 
-def test_compensated_slices_are_the_packages(bench):
+@pytest.mark.parametrize("alone", [False, True])
+def test_compensated_slices_are_the_packages(bench, alone):
     selection, reading = selection_of(bench), bench.read(ROW)
-    modules = bench.sliced(selection, reading.channels)
-    for ffn, module, h, index in zip(
-        bench.ffns, modules, reading.channels, selection.indices, strict=True
+    modules = bench.sliced(selection, bench.evidence(reading.channels, alone=alone))
+    sketches = [None] * 3 if alone else bench.model.sketch()
+    for ffn, module, h, sketch, index in zip(
+        bench.ffns, modules, reading.channels, sketches, selection.indices, strict=True
     ):
-        down = compensated_down(ffn.down_proj.weight, h, index)
+        rows = evidence(h, sketch)
+        strength = strength_of(rows, sketched=not alone)
+        down = compensated_down(ffn.down_proj.weight, rows, index, strength)
         np.testing.assert_allclose(module._weights[2].T, down, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", [DEFAULT, ACTIVATION, PLAIN], ids=lambda way: way.name)
+def test_a_way_of_a_prompt_is_what_the_package_makes_of_it(bench, way):
+    calibration, reading = SimpleNamespace(bench=bench), bench.read(ROW)
+    about = way.statistic, calibration, "ant", 0, reading, 0.5
+    scores = selectors_bench.scores_of(*about)
+    modules = selectors_bench.modules_of(
+        calibration, "ant", reading, way, 0.5, {way.statistic: scores}
+    )
+    request = Request(
+        instruction=ROW.prompt,
+        keep=0.5,
+        selector=way.scores,
+        allocation=way.allocation,
+        compensate=bool(way.compensation),
+    )
+    made = bench.model.prepare(decide(request, bench.model))
+    expected = log_probabilities(made.model, ROW)
+    found = bench.compact(ROW, modules)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_blend_is_of_ranks_unless_a_sketch_shows_the_merit_of_channels():
+    assert (DEFAULT.statistic, DEFAULT.name) == (
+        "merit",
+        "blend, first-layer, compensated by prompt",
+    )
+    assert (ALONE.statistic, ALONE.name) == (
+        "blend",
+        "blend of ranks, first-layer, compensated by prompt alone",
+    )
+    assert (PLAIN.statistic, PLAIN.name) == ("blend", "blend, first-layer")
+    assert ACTIVATION.statistic == "activation" and COMPENSATED.statistic == "task"
 
 
 def lines_of(way, rows, keep=0.5):
@@ -292,23 +342,52 @@ def test_a_run_goes_on_from_published_rows(run, monkeypatch):
         run.take_published()
 
 
-def test_the_cost_of_uniform_widths_is_that_of_the_published_rows():
-    found = []
-    for model in ("smollm2", "gemma3"):
-        uniform = DEFAULT._replace(allocation="uniform")
-        compared = Stage((DEFAULT, uniform), 0.5, 1)
-        ways = report.ways_of(report.read_lines(model), compared)
-        found += [report.macro(ways[w.name], "kl") for w in (DEFAULT, uniform)]
-    said = [kl for pair in compact.WIDTHS_KL.values() for kl in pair]
-    assert said == pytest.approx(found, abs=0.0051)
+def test_only_the_ways_that_are_named_are_measured(run):
+    run.ways = [DEFAULT.name]
+    found = {(todo.number, *(way.name for way in todo.ways)) for todo in run.todo()}
+    assert found == {(0, DEFAULT.name), (1, DEFAULT.name)}
+    assert not run.unprepared()
 
 
-def test_the_measured_figures_are_those_of_the_published_rows():
-    lines = report.read_lines("smollm2")
-    way = NO_PRIOR  # of auto, before one was computed
-    found = {}
+def test_rows_of_another_sketch_are_not_mixed_with_these(run, monkeypatch):
+    run.log(0)
+    monkeypatch.setattr(selectors_bench, "SKETCH_VERSION", "another")
+    with pytest.raises(ValueError, match="was begun with sketch '1', not 'another'"):
+        run.lines()
+
+
+MODELS = sorted(quality.MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_published_rows_are_of_the_ways_there_are(model):
+    names = {line["way"] for line in report.read_lines(model)}
+    assert names <= {report.DENSE, report.CALIBRATION, *selectors_bench.WAYS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_models_page_is_what_its_rows_make(model):
+    text = (report.PAGES / f"selectors-{model}.md").read_text(encoding="utf-8")
+    assert report.page_of(model, report.read_lines(model)) == text
+
+
+def test_the_page_on_quality_is_what_all_rows_make():
+    text = (report.PAGES / "quality.md").read_text(encoding="utf-8")
+    assert quality.page() == text
     for stage in STAGES:
-        if way in stage.ways:
-            rows = report.ways_of(lines, stage)[way.name]
-            found[stage.keep] = report.macro(rows, "agreement")
-    assert cli.AGREEMENT == pytest.approx(found, abs=0.0051)
+        assert all(f"| {way.name} |" in text or way == DEFAULT for way in stage.ways)
+    assert f"| **{DEFAULT.name}** (the default) |" in text
+
+
+def test_the_readme_quotes_the_published_rows():
+    lines = report.read_lines("smollm2")
+    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    ways = report.ways_of(lines, Stage(MAIN, 0.5, 1))
+    kl = [f"{report.macro(ways[w.name], 'kl'):.2f}" for w in (DEFAULT, STATIC, ALONE)]
+    share = f"{report.macro(ways[DEFAULT.name], 'agreement'):.0%}".replace("%", " %")
+    counted = ways[DEFAULT.name].items()
+    rows = sum(len(own) for name, own in counted if name not in report.ONE_TOKEN)
+    said = " ".join(text.split())
+    assert f"next token {share} of the time" in said
+    assert f"is then {kl[0]} nats per token" in said
+    assert f"has {kl[1]} ({rows} prompts)" in said and f"alone it is {kl[2]}," in said

@@ -92,11 +92,13 @@ class Calibration:
         column = mx.stack(found).mean(axis=0)[:, None]
         return mx.repeat(column, len(widths.MEASURED_SHARES), axis=1)
 
-    def compensated(self, family: str, selection: Selection) -> list[nn.Module]:
+    def compensated(
+        self, family: str, selection: Selection, *, alone: bool
+    ) -> list[nn.Module]:
         """Return the FFNs of a selection that is the same for all rows of a family,
-        compensated by what its first calibration examples show.
+        compensated by what its first calibration examples show, alone or not.
         """
-        key = family, selection.mask_id
+        key = family, selection.mask_id, alone
         if key not in self._compensated:
             if family not in self._seen:
                 texts = [row.prompt + row.answer for row in self._examples[family]]
@@ -104,7 +106,8 @@ class Calibration:
                 self._seen[family] = read_channels(
                     self.bench.dense, self.bench.plan, tokens
                 )
-            self._compensated[key] = self.bench.sliced(selection, self._seen[family])
+            rows = self.bench.evidence(self._seen[family], alone=alone)
+            self._compensated[key] = self.bench.sliced(selection, rows)
         return self._compensated[key]
 
     @cached_property

@@ -17,7 +17,12 @@ import mlx.nn as nn
 from ifp_mlx import Selection, load
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.teacher import Reference, continued, log_probabilities, read_row
-from ifp_mlx.slicing.compensation import down_correction
+from ifp_mlx.slicing.compensation import (
+    Strength,
+    down_correction,
+    evidence,
+    strength_of,
+)
 from ifp_mlx.slicing.masked import tapped
 from ifp_mlx.slicing.shapes import put_at
 
@@ -77,8 +82,8 @@ class Bench:
     def __init__(self, folder: Path, answer_tokens: int = 96) -> None:
         self.answer_tokens = answer_tokens
         self.model, self.tokenizer = load(folder)
-        prior = self.model.prior
-        self.prior = self.model.compute_prior() if prior is None else prior
+        self.sketch = self.model.sketch()
+        self.prior = self.model.known_prior()
         self.dense = self.model.dense()
         self.plan = self.model.plan
         self.ffns = self.plan.modules(self.dense)
@@ -117,22 +122,37 @@ class Bench:
         with self.swapped(modules):
             return continued(self.dense, row, reading.prompt)
 
+    def evidence(
+        self, channels: Sequence[mx.array], *, alone: bool = False
+    ) -> list[tuple[mx.array, Strength]]:
+        """Return what compensates each layer: rows, ``[m, F]``, and the strength of the
+        ridge that goes with them.
+
+        Args:
+            channels: of a text, for each layer, ``[T, F]``.
+            alone: whether no sketch of the calibration text stands beside them.
+        """
+        sketch = [None] * len(channels) if alone else self.sketch
+        rows = [evidence(*known) for known in zip(channels, sketch, strict=True)]
+        return [(row, strength_of(row, sketched=not alone)) for row in rows]
+
     def sliced(
         self,
         selection: Selection,
-        channels: Sequence[mx.array] | None = None,
+        known: Sequence[tuple[mx.array, Strength]] | None = None,
         *,
         quantise: bool = False,
     ) -> list[nn.Module]:
-        """Return the selected FFNs, compensated by what a text's channels showed, and
-        rounded as quantising ``down_proj`` again does.
+        """Return the selected FFNs, compensated by some :meth:`evidence`, and rounded as
+        quantising ``down_proj`` again does.
         """
         modules: list[nn.Module] = []
         for layer, ffn in enumerate(self.ffns):
             index, down = selection.indices[layer], self.down[layer]
             part = [ffn.gate_proj.weight[index], ffn.up_proj.weight[index], down[index]]
-            if channels is not None:
-                part[2] += down_correction(down.T, channels[layer], index)
+            if known is not None:
+                rows, strength = known[layer]
+                part[2] += down_correction(down.T, rows, index, strength)
             if quantise:
                 part[2] = rounded(part[2])
             mx.eval(part)

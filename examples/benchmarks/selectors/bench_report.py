@@ -126,8 +126,11 @@ def table(ways: Ways) -> list[str]:
             f"{macro(found, 'agreement'):.1%}",
         ]
         for other, per_token in compared:
+            if name == other or other not in ways:
+                cells.append("")
+                continue
             low, high = interval(found, ways[other], per_token=per_token)
-            cells.append("" if name == other else f"[{low:+.2f}, {high:+.2f}]")
+            cells.append(f"[{low:+.2f}, {high:+.2f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

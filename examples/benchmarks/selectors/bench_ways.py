@@ -12,6 +12,8 @@ class Way(NamedTuple):
         scores: where they come from.
         allocation: how the kept channels are spread over the layers.
         compensation: the text that it learns from, ``prompt`` or ``examples``.
+        alone: whether it learns from that text alone, without a sketch of the package's
+            calibration text beside it.
         prompt: which model reads the prompt, ``compact`` or ``dense``.
         costs: on what the layers' costs are measured that the allocation
             ``sensitivity`` goes by: ``tasks``, or the text that ships with the package.
@@ -23,16 +25,27 @@ class Way(NamedTuple):
     scores: str
     allocation: Allocation
     compensation: str = ""
+    alone: bool = False
     prompt: str = "compact"
     costs: str = "tasks"
     quantised: str = ""
 
     @property
+    def statistic(self) -> str:
+        """What its scores are; a ``blend`` that compensates by a sketch too chooses by
+        the ``merit`` of channels, which that shows.
+        """
+        sketched = self.compensation and not self.alone
+        return "merit" if self.scores == "blend" and sketched else self.scores
+
+    @property
     def name(self) -> str:
         """What the table calls it."""
-        text = f"{self.scores}, {self.allocation}"
+        ranks = self.scores == "blend" and self.alone
+        text = f"{self.scores}{' of ranks' if ranks else ''}, {self.allocation}"
         text += "" if self.costs == "tasks" else f" on the {self.costs}'s text"
         text += f", compensated by {self.compensation}" if self.compensation else ""
+        text += " alone" if self.alone else ""
         text += f", 4 bits by {self.quantised}" if self.quantised else ""
         return text + (", dense prompt" if self.prompt == "dense" else "")
 
@@ -57,26 +70,30 @@ class Stage(NamedTuple):
 
 PLAIN = Way("blend", "first-layer")
 DEFAULT = PLAIN._replace(compensation="prompt")
-NO_PRIOR = DEFAULT._replace(scores="activation")  # the default before one is computed
+ALONE = DEFAULT._replace(alone=True)  # the default before there was a sketch
+GRIFFIN = Way("activation", "uniform")
+ACTIVATION = DEFAULT._replace(scores="activation")
 STATIC = Way("others", "first-layer")  # that did not see the family
 TASK = Way("task", "sensitivity")
 COMPENSATED = TASK._replace(compensation="examples")
 MAIN = (
-    Way("activation", "uniform"),
-    Way("activation", "uniform", prompt="dense"),
+    GRIFFIN,
+    GRIFFIN._replace(prompt="dense"),
     DEFAULT,
+    ALONE,
     STATIC,
     COMPENSATED,
+    COMPENSATED._replace(alone=True),
 )
-OTHER_KEEPS = (*MAIN, NO_PRIOR, PLAIN)
-FURTHER = (
+OTHER_KEEPS = (*MAIN, ACTIVATION, ACTIVATION._replace(alone=True), PLAIN)
+FURTHER: tuple[Way, ...] = (
     DEFAULT,
     STATIC,
     Way("random", "uniform"),
     Way("prior", "first-layer"),
     Way("others", "uniform"),
     Way("activation", "first-layer"),
-    NO_PRIOR,
+    ACTIVATION,
     Way("blend", "uniform"),
     PLAIN,
     PLAIN._replace(prompt="dense"),
@@ -96,6 +113,7 @@ FURTHER = (
     COMPENSATED,
     COMPENSATED._replace(allocation="first-layer"),
 )
+FURTHER += tuple(way._replace(alone=True) for way in FURTHER if way.compensation)
 STAGES = (
     Stage(MAIN, 0.5, 1),
     Stage(OTHER_KEEPS, 0.75, 0.1),

@@ -1,21 +1,25 @@
 """Compare ways of selecting on ten families of tasks: the evidence for the defaults.
 
     python -m examples.benchmarks.selectors.selectors_bench [smollm2|gemma3]
-        [--rows 40] [--jobs 2] [--answer-tokens 96] [--published]
+        [--rows 40] [--jobs 2] [--answer-tokens 96] [--published] [--ways NAME ...]
 
 Writes selectors-MODEL.csv and .md beside this file. Every answer token is compared
 with the dense model's next-token distribution. What is measured already is not measured again, so a
 stopped run goes on where it was; rows are taken in turn from all families, so that it can
-be stopped at any time. With ``--published`` it goes on from the rows in the CSV. Where a
-mask comes from:
+be stopped at any time. With ``--published`` it goes on from the rows in the CSV, and with
+``--ways`` it measures no other ways. Where a mask comes from:
 
 - random; activation: of this prompt alone
 - prior: the package's own calibration text, none of these tasks
-- blend: the ranks of activation and prior averaged
+- blend of ranks, and blend where nothing is compensated: the ranks of activation and prior
+  averaged
+- blend where it compensates: what the other channels could not make up for, as this prompt
+  and a sketch of the calibration text show
 - others: one static mask from 16 examples each of the other families
 - task: one static mask from 16 other examples of the same family
 
-In the last two prompts and answers have the same say.
+In the last two prompts and answers have the same say. What compensates is the text that is
+named and the sketch; alone, that text and no sketch.
 
 The allocation `sensitivity` goes by costs measured on a calibration example of each
 family: of the other nine, or of all ten where the mask is the task's own. On the
@@ -25,26 +29,25 @@ dropped, or `down_proj` at 4 bits; gate and up, which lose nothing, stay as they
 """
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
+from examples.benchmarks.jobs import in_parallel
 from examples.fetch import MODELS, fetch
 from ifp_mlx import load
 from ifp_mlx.evaluation.log import Log
 from ifp_mlx.evaluation.rows import Row, read_rows
 from ifp_mlx.evaluation.teacher import metrics
 from ifp_mlx.selection import scores, top_k, widths
+from ifp_mlx.selection.calibration import SKETCH_VERSION
+from ifp_mlx.slicing.compensation import merit
 
 from .bench_attention import attention
 from .bench_calibration import Calibration, Part, file_of, parts_of
@@ -56,6 +59,7 @@ from .task_families import write as write_families
 KEY = ("family", "row", "way", "keep")
 MODULE = "examples.benchmarks.selectors.selectors_bench"  # of this file
 PUBLISHED = "published"  # the log that has the rows of the CSV
+WAYS = tuple(dict.fromkeys(way.name for stage in STAGES for way in stage.ways))
 
 
 class Todo(NamedTuple):
@@ -69,7 +73,10 @@ class Todo(NamedTuple):
 
 
 def missing(
-    families: dict[str, list[Row]], done: Container[tuple], count: int
+    families: dict[str, list[Row]],
+    done: Container[tuple],
+    count: int,
+    wanted: Container[str] = WAYS,
 ) -> list[Todo]:
     """Return every row at every keep, with the ways of its tables that are not done:
     the first row of every family, then the second, ...
@@ -78,6 +85,7 @@ def missing(
         families: their rows.
         done: the keys of what is measured.
         count: rows of each family in the first table.
+        wanted: the names of the ways that are to be measured.
     """
     found = []
     for keep in dict.fromkeys(stage.keep for stage in STAGES):
@@ -88,7 +96,8 @@ def missing(
                 ways = [
                     way
                     for way in dict.fromkeys(sum(tables, ()))
-                    if (family, number, way.name, round(keep, 3)) not in done
+                    if way.name in wanted
+                    and (family, number, way.name, round(keep, 3)) not in done
                 ]
                 if number < len(rows):
                     found.append(Todo(keep, family, number, rows[number], ways))
@@ -127,8 +136,8 @@ def measure_row(calibration: Calibration, todo: Todo) -> Iterator[dict]:
         "seconds": clock.lap(),
     }
     scores = {
-        kind: scores_of(kind, calibration, family, number, reading)
-        for kind in {way.scores for way in ways}
+        kind: scores_of(kind, calibration, family, number, reading, keep)
+        for kind in {way.statistic for way in ways}
     }
     sliced: dict[tuple, list[nn.Module]] = {}
     for way in ways:
@@ -162,23 +171,33 @@ def modules_of(
         k, model.layers, model.channels, way.allocation, step, costs
     )
     granularity = GROUP if way.quantised == "groups" else 1
-    selection = top_k.select(scores[way.scores], sizes, granularity=granularity)
+    selection = top_k.select(scores[way.statistic], sizes, granularity=granularity)
     if way.compensation == "examples":
-        return calibration.compensated(family, selection)
-    seen = reading.channels if way.compensation else None
+        return calibration.compensated(family, selection, alone=way.alone)
+    rows = None
+    if way.compensation:
+        rows = calibration.bench.evidence(reading.channels, alone=way.alone)
     again = way.quantised == "channels" or bool(way.quantised and way.compensation)
-    return calibration.bench.sliced(selection, seen, quantise=again)
+    return calibration.bench.sliced(selection, rows, quantise=again)
 
 
 def scores_of(
-    kind: str, calibration: Calibration, family: str, number: int, reading: Reading
+    kind: str,
+    calibration: Calibration,
+    family: str,
+    number: int,
+    reading: Reading,
+    keep: float,
 ) -> mx.array:
-    """Return one row's scores of a kind, ``[L, F]``."""
+    """Return one row's scores of a kind at a keep, ``[L, F]``."""
     prior = calibration.bench.prior
     if kind in ("others", "task"):
         return calibration.scores(kind, family)
     if kind == "prior":
         return prior
+    if kind == "merit":
+        known = calibration.bench.evidence(reading.channels)
+        return mx.stack([merit(rows, keep, strength) for rows, strength in known])
     if kind == "random":
         L, F = prior.shape
         return scores.random_scores(L, F, seed=number)
@@ -203,21 +222,6 @@ class Clock:
         return round(self._last - before, 2)
 
 
-def own_copy(source: Path) -> Path:
-    """Return a linked copy of a model, to keep its prior apart: a stored prior would
-    change what `--selector auto` means for the model's users.
-    """
-    copy = MODELS / "bench" / source.name
-    if not copy.exists():
-        scratch = copy.with_suffix(".partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(source, scratch, copy_function=os.link)
-        for file in ("prior.safetensors", "sensitivity.safetensors"):
-            (scratch / file).unlink(missing_ok=True)
-        scratch.rename(copy)
-    return copy
-
-
 class Run:
     """A model's bench: what its logs have, and what is left.
 
@@ -225,23 +229,31 @@ class Run:
         name: smollm2 or gemma3.
         rows: of each family, in the first table.
         settings: what decides the results.
+        ways: the names of those that are measured.
     """
 
-    def __init__(self, name: str, rows: int, settings: dict[str, Any]) -> None:
-        self.name, self.rows, self.settings = name, rows, settings
+    def __init__(
+        self,
+        name: str,
+        rows: int,
+        settings: dict[str, Any],
+        ways: Sequence[str] = WAYS,
+    ) -> None:
+        self.name, self.rows, self.settings, self.ways = name, rows, settings, ways
         self.folder = MODELS / "bench" / f"{name}-rows"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.source = own_copy(fetch(name))
+        self.source = fetch(name)
 
     def log(self, job: int | str) -> Log:
         """Return the log that one job writes."""
-        return Log(self.folder / f"job-{job}", self.settings, KEY)
+        about = self.settings | {"sketch": SKETCH_VERSION}
+        return Log(self.folder / f"job-{job}", about, KEY)
 
     def lines(self) -> dict[tuple, dict]:
         """Return the results of all jobs so far, by family, row, way and keep."""
         found: dict[tuple, dict] = {}
         for file in sorted(self.folder.glob("job-*")):
-            found |= Log(file, self.settings, KEY).lines
+            found |= self.log(file.name.removeprefix("job-")).lines
         return found
 
     def todo(self) -> list[Todo]:
@@ -249,7 +261,7 @@ class Run:
         _, tokenizer = load(self.source)
         files = sorted((write_families() / "test").glob("*.jsonl"))
         families = {f.stem: read_rows(f, tokenizer, **self.settings) for f in files}
-        return missing(families, self.lines(), self.rows)
+        return missing(families, self.lines(), self.rows, self.ways)
 
     def take_published(self) -> None:
         """Count the published rows as measured, but for those that a log has.
@@ -272,6 +284,10 @@ class Run:
         needed = [parts_of(todo.ways, todo.keep) for todo in self.todo()]
         mine = sorted(set().union(*needed))[job::jobs]
         return [part for part in mine if not file_of(self.folder, part).exists()]
+
+    def prepare(self) -> None:
+        """Compute the prior and the sketch, which every job needs."""
+        load(self.source)[0].sketch(tqdm)
 
     def calibrate(self, job: int, jobs: int) -> None:
         """Measure this job's share of what the rows need."""
@@ -296,17 +312,6 @@ class Run:
             log.add(*measure_row(calibration, entry))
 
 
-def in_parallel(phase: str, jobs: int) -> None:
-    """Run one phase of this command line in one process per job."""
-    again = [sys.executable, "-m", MODULE, *sys.argv[1:], "--phase", phase, "--job"]
-    # More BLAS threads than cores wait for each other: half the time is lost so.
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    alone = os.environ | {"OPENBLAS_NUM_THREADS": threads}
-    processes = [subprocess.Popen([*again, str(job)], env=alone) for job in range(jobs)]
-    if any([process.wait() for process in processes]):
-        sys.exit("A job failed; run this again to go on.")
-
-
 def main() -> None:
     """Measure, in one process per job, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -316,10 +321,18 @@ def main() -> None:
     add("--answer-tokens", type=int, default=96, help="compared in a row, at most")
     add("--jobs", type=int, default=2, help="processes")
     add("--published", action="store_true", help="go on from the rows in the CSV")
+    add(
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        default=WAYS,
+        metavar="NAME",
+        help="no others",
+    )
     add("--phase", choices=("calibrate", "measure"), help=argparse.SUPPRESS)
     add("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    run = Run(args.name, args.rows, {"answer_tokens": args.answer_tokens})
+    run = Run(args.name, args.rows, {"answer_tokens": args.answer_tokens}, args.ways)
     if args.phase is not None:
         # In this process alone; it knows no streams, which no model here gives.
         mx.fast.scaled_dot_product_attention = attention  # type: ignore[assignment]
@@ -327,8 +340,9 @@ def main() -> None:
         return
     if args.published:
         run.take_published()
+    run.prepare()
     for phase in ("calibrate", "measure"):
-        in_parallel(phase, args.jobs)
+        in_parallel(MODULE, [*sys.argv[1:], "--phase", phase], args.jobs)
     print(write_report(args.name, list(run.lines().values())))
 
 
