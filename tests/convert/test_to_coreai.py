@@ -14,6 +14,8 @@ from convert.to_coreai import compare
 from convert.to_coreml import main
 from ifp_mlx import load
 from ifp_mlx.model.checkpoint import IFPModel
+from ifp_mlx.model.decide import decide
+from ifp_mlx.selection.request import Request
 
 needs_core_ai = pytest.mark.skipif(find_spec("coreai") is None, reason="no coreai-core")
 SIZES = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
@@ -57,9 +59,8 @@ def test_the_command_writes_and_verifies(tmp_path, capsys, quantised):
     assert status == 0 and report["verification"]["tokens_equal"]
     assert report["package"] == str(out)
     model, _ = load(folder)
-    tokens = model.instruction_tokens("Hello")
-    selection = model.select("Hello").compensated(tokens, "the instruction")
-    compact = model.compact(selection)
+    decision = decide(Request(instruction="Hello"), model, lasting=True)
+    compact = model.prepare(decision).model
     if not quantised:  # the finished folder, too
         assert compare(out, compact, [1, 2, 3])[0] < 1e-5
 
