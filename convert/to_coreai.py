@@ -206,7 +206,7 @@ def command(args: Any) -> None:
     request = cli.request_of(args)
     model, _ = load(args.model)
     _check_family(model)  # before the whole model is read to select
-    decision = decide(request, model, lasting=True)
+    decision = decide(request, model, lasting=True, progress=SHOWN)
     report = export_coreai(
         model,
         model.selected(decision, progress=SHOWN),

@@ -405,10 +405,11 @@ def _selections(args: Any, model: IFPModel) -> dict[str, Selection]:
         requests = {
             name: Request(mask_file=str(file), **asked) for name, file in files.items()
         }
-    return {
-        name: model.selected(decide(request, model, lasting=True), progress=SHOWN)
-        for name, request in requests.items()
-    }
+    found = {}
+    for name, request in requests.items():
+        decision = decide(request, model, lasting=True, progress=SHOWN)
+        found[name] = model.selected(decision, progress=SHOWN)
+    return found
 
 
 def _command(args: Any) -> None:

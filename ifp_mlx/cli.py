@@ -91,8 +91,9 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         type=keep_of,
         metavar="SHARE|auto",
         help="kept share of a layer's units, 0 to 1; a unit is an FFN channel, or of a "
-        "mixture an expert; auto: the smallest share that agrees enough with the whole "
-        "model, see --min-agreement; default: a trained checkpoint's own, else auto",
+        "mixture an expert; auto: the smallest share for which the model's card, made by "
+        "its first request, promises --min-agreement; default: a trained checkpoint's "
+        "own, else auto",
     )
     size.add_argument("--target-size", type=int, help="kept units per layer")
     parser.add_argument(
@@ -108,9 +109,10 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-agreement",
         type=float,
-        help="refuse a selection whose compact model chooses the dense model's next "
-        "token at a smaller share of the instruction's last tokens, 0 to 1; default: "
-        f"{MIN_AGREEMENT:g} for --keep auto, else nothing is asked",
+        help="at which share of tokens the compact model is to choose the dense model's "
+        f"next token, 0 to 1: what --keep auto asks of the model's card (default "
+        f"{MIN_AGREEMENT:g}); with a given size, a selection that falls short on the "
+        "instruction's last tokens is refused (default: nothing is asked)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 

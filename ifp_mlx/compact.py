@@ -57,9 +57,9 @@ def _command(args: Any) -> None:
     quantisation = cli.quantisation_of(args)
     group = quantisation.group_size if quantisation else 1
     multiple = group if model.plan.unit == "channel" else 1
-    decision = decide(request, model, lasting=True, multiple=multiple)
-    for rung in decision.rungs:
-        check_can_write(model, rung.sizes, quantisation)
+    options: dict[str, Any] = {"lasting": True, "multiple": multiple}
+    decision = decide(request, model, **options, progress=SHOWN)
+    check_can_write(model, decision.sizes, quantisation)
     made = model.prepare(decision, progress=SHOWN)
     out = write_compact(
         model,

@@ -46,11 +46,13 @@ def no_network(monkeypatch):
 @pytest.fixture(autouse=True)
 def short_calibration(request, monkeypatch):
     """Tiny models read a short calibration text: most tests ask for a prior by the way."""
-    from ifp_mlx.model import checkpoint
+    from ifp_mlx.model import checkpoint, trial
 
     if request.node.get_closest_marker("real") is None:
         chats = checkpoint.calibration_chats()[:2]
         monkeypatch.setattr(checkpoint, "calibration_chats", lambda: chats)
+        some = trial.dialogues()[:1]
+        monkeypatch.setattr(trial, "dialogues", lambda: some)
 
 
 def tiny_config(family: str, **changes) -> dict:

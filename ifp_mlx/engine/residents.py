@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..checking.whole import Whole
-from ..model.agreement import check_agreement, smallest_that_agrees
+from ..model.agreement import check_agreement
 from ..model.checkpoint import Compact, IFPModel
 from ..model.decide import decide, with_instruction
 from ..model.decision import Decision
@@ -84,13 +84,13 @@ class Shelf:
             request = replace(request, task=None, selection=named)
         # Channels that follow an answer are that answer's own.
         asked = with_instruction(replace(request, reselect="off"), messages)
-        decision = decide(asked, self.model)
+        progress = reporting("select", emit, stop)
+        decision = decide(asked, self.model, progress=progress)
         if decision.selection is not None:
             return self.use(decision.selection, decision.checks)
         key = self._key(decision)
         if key not in self._remembered:
             emit(Progress("select", 0, 0))
-            progress = reporting("select", emit, stop)
             self._remembered[key] = self._choose(decision, progress)
         self._remembered.move_to_end(key)
         most = REMEMBERED_BYTES // (4 * self.model.layers * self.model.channels)
@@ -107,17 +107,14 @@ class Shelf:
     def _key(self, decision: Decision) -> tuple:
         """Return what tells a selection from those of other requests."""
         seed = decision.request.seed if decision.selector == "random" else None
-        sizes = tuple(tuple(rung.sizes) for rung in decision.rungs)
-        least = decision.least if decision.larger else None
         form = decision.compares and decision.checks  # which is what is compared
-        how = decision.granularity, decision.compensate, form, seed, least
-        return tuple(decision.tokens), decision.selector, sizes, *how
+        how = decision.granularity, decision.compensate, form, seed
+        return tuple(decision.tokens), decision.selector, tuple(decision.sizes), *how
 
     def _choose(self, decision: Decision, progress: Any) -> Selection:
         if decision.reads:
             self._check_limit(sum(weigh(self.model, decision)))
             self._touch_used()
-            decision = decision.within(self._fits_limit)
             made = self.residents.sweep(decision, progress)
             if decision.checks and made.kv is not None:
                 self.read(decision.tokens, made.kv)
@@ -222,16 +219,10 @@ class Shelf:
         self._check_limit(self.weigh(use) - self.footprint.core_bytes + own)
         return own
 
-    def _fits_limit(self, decision: Decision) -> bool:
-        return self._within_limit(sum(weigh(self.model, decision)))
-
-    def _within_limit(self, more: int) -> bool:
-        return self._limit is None or self.footprint.core_bytes + more <= self._limit
-
     def _check_limit(self, more: int) -> None:
         """Refuse what exceeds the limit, beside the core."""
         needed = self.footprint.core_bytes + more
-        if self._limit is not None and not self._within_limit(more):
+        if self._limit is not None and needed > self._limit:
             raise OutOfMemory(
                 f"This needs {needed / 1e6:.0f} MB, more than the memory limit of "
                 f"{self._limit / 1e6:.0f} MB; keep fewer {self.model.plan.unit}s, shorten "
@@ -279,12 +270,8 @@ class Residents:
         Where nobody checks, nobody goes on from the dense model's KV cache: answers would
         depend on which of two prompts that begin alike came first.
         """
-
-        def attempt(rung: Decision) -> Compact:
-            self._make_room(weigh(self._model, rung)[0])
-            return self._model.attempt(rung, progress=progress)
-
-        made = smallest_that_agrees(decision, attempt)
+        self._make_room(weigh(self._model, decision)[0])
+        made = self._model.prepare(decision, progress=progress)
         use = use_of(self._model, made.selection, made.whole is not None)
         if twin := self._twin(use):
             share(self._model, made.model, twin.model, use.selection)

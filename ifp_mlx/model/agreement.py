@@ -7,9 +7,9 @@ where that can be had for little; how far it foretells the answer is what
 examples/benchmarks/auto measures.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,22 +17,10 @@ import mlx.nn as nn
 from ..checking.rollback import without_last
 from ..selection.masks import Selection
 from ..slicing.stock import log_softmax, logits_at, steps_of
-from .decision import Decision
 
 PLACES = 64  # tokens at which they are compared, at most
 SHARE = 8  # one token of so many is compared: the check may take a small part of select
 FEWEST = 8
-
-
-class Made(Protocol):
-    """What is asked of a compact model that was made."""
-
-    @property
-    def selection(self) -> Selection:
-        """What it keeps."""
-
-
-Compact = TypeVar("Compact", bound=Made)
 
 
 def places_of(tokens: Sequence[int]) -> mx.array:
@@ -61,18 +49,26 @@ def compared(
         tokens: ``T`` ids of the text.
         kv: the dense model's cache of the text; it is as it was afterwards.
     """
-    said, found = _says(model, noted, tokens, kv)
+    said, found = says(model, noted, tokens, kv)
     same = (found.argmax(axis=-1) == said.argmax(axis=-1)).astype(mx.float32).mean()
     kl = (mx.exp(said) * (said - found)).sum(axis=-1).mean()
     origin = replace(selection.origin, agreement=float(same), kl=float(kl))
     return replace(selection, origin=origin)
 
 
-def _says(
+def says(
     model: nn.Module, noted: mx.array, tokens: Sequence[int], kv: list[Any]
 ) -> tuple[mx.array, mx.array]:
-    """Return both models' log-probabilities at :func:`places_of`, dense first, float32
-    ``[n, V]``. One output layer computes both, since all of it is read for either.
+    """Return what both models say after each of a text's last tokens.
+
+    One output layer computes both, since all of it is read for either.
+
+    Args:
+        model, noted, tokens, kv: as for :func:`compared`; ``noted`` of the last ``n``
+            tokens.
+
+    Returns:
+        Log-probabilities, the dense model's first, float32 ``[n, V]`` each.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -89,29 +85,6 @@ def _says(
         with logits_at(model, places, noted) as some:
             both = log_softmax(some(model(mx.array(read)[None], cache=cache))[0])
     return both[:count], both[count:]
-
-
-def smallest_that_agrees(
-    decision: Decision, make: Callable[[Decision], Compact]
-) -> Compact:
-    """Return the smallest compact model of a decision that agrees with the dense one as
-    far as that asks.
-
-    Args:
-        decision: with the larger ones that may be tried.
-        make: selects and loads what one of them says.
-
-    Raises:
-        ValueError: if the largest does not.
-    """
-    while True:
-        made = make(decision)
-        larger = decision.larger
-        if larger is None or _agrees(made.selection, decision.least):
-            check_agreement(made.selection, decision.least)
-            return made
-        decision = larger
-        del made  # its memory is the next one's
 
 
 def _agrees(selection: Selection, least: float | None) -> bool:

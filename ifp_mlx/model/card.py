@@ -23,6 +23,9 @@ VERSION = 1
 NEAR = 0.005  # by which a keep may miss a measured one: layers have whole units
 WEIGHTS = ("model*.safetensors", CHANNEL_FILE, "predictor/*.safetensors")
 SAMPLES, SAMPLE_BYTES = 256, 1024  # of each file of weights
+# On what both were compared: the dense model's own greedy answers, or given ones
+# (ifp_mlx.model.trial).
+OWN, GIVEN = "own", "given"
 
 
 class Opened(Protocol):
@@ -40,8 +43,8 @@ class Point:
         kind: of prompt.
         keep: share of the units that was kept.
         rows: prompts.
-        agreement: at which share of the tokens of the dense model's own greedy answer
-            the compact model would choose the same token, over all its prompts.
+        agreement: at which share of the tokens of the dense model's answers the compact
+            model would choose the same token, over all its prompts.
         kl: from the dense model there, nats per token.
         self_agreement, self_kl: the same at the last tokens of the prompt, as the
             selection says itself, mean over prompts; ``None`` if the dense model did not
@@ -69,12 +72,13 @@ class Card:
         unit: what was kept or dropped.
         selector: what chose it, from each prompt for itself.
         fingerprint: of its weights, from :func:`fingerprint_of`.
-        tokens: of the dense model's answers, which were compared.
+        tokens: of answers, which were compared.
         seconds: that it took.
         package: version of ifp_mlx that measured it.
         points: one for each kind and keep below 1.
         dense_right: kind → the dense model's share of right answers, where they can be
             checked.
+        answers: that were compared, ``own`` or ``given``.
         version: of this form.
     """
 
@@ -87,6 +91,7 @@ class Card:
     package: str
     points: tuple[Point, ...]
     dense_right: dict[str, float]
+    answers: str = OWN
     version: int = VERSION
 
     @staticmethod
@@ -150,9 +155,10 @@ class Card:
                 f"keep {keep:.2g} is less than the card of {self.model} has measured "
                 f"({self.keeps()[0]:.2g})"
             )
+        of = f" ({worst[0]}: {worst[1]:.0%})" if len(self.kinds) > 1 else ""
         return (
             f"by the card of {self.model}, keep {keep:.2g} chooses the dense model's next "
-            f"token at {promise:.0%} of its answers' tokens ({worst[0]}: {worst[1]:.0%})"
+            f"token at {promise:.0%} of its answers' tokens{of}"
         )
 
 

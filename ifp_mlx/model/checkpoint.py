@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,8 +44,8 @@ from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_
 from ..slicing.stock import IN_LAYER, final_norm
 from ..storage.folder import SHIPPED, Folder, resolve, source_of
 from . import sweep
-from .agreement import compared, places_of, smallest_that_agrees
-from .card import Card, load_card
+from .agreement import check_agreement, compared, places_of
+from .card import Card, load_card, save_card
 from .decide import decide
 from .decision import Decision
 from .experts import check_selection
@@ -153,6 +154,14 @@ class IFPModel:
         """What was measured of the model's quality, or ``None``."""
         return load_card(self)
 
+    def keep_card(self, card: Card) -> None:
+        """Know a card from now on, and keep it for later: with the model, or in the
+        user's cache.
+        """
+        self.__dict__["card"] = card
+        with suppress(OSError):  # a machine on which nothing can be written
+            save_card(self, card)
+
     @cached_property
     def sensitivity(self) -> mx.array | None:
         """What pruning each layer alone costs, nats, float32 ``[L, 6]`` for the shares
@@ -226,7 +235,7 @@ class IFPModel:
             ValueError: on a keep, selector or allocation that cannot be had.
         """
         plain = {"instruction": instruction, "compensate": False}
-        decision = decide(Request(**plain | options), self)
+        decision = decide(Request(**plain | options), self, progress=progress)
         return self.selected(decision, scores=scores, progress=progress)
 
     def selected(
@@ -284,8 +293,7 @@ class IFPModel:
         )
 
     def prepare(self, decision: Decision, *, progress: ProgressBar = iter) -> Compact:
-        """Select and load what was decided on; if that agrees too little with the dense
-        model, what was decided on to try next.
+        """Select and load what was decided on.
 
         With the selectors activation and blend both are one pass over the layers, in
         which about one dense layer is in memory above the compact model. The others
@@ -296,17 +304,16 @@ class IFPModel:
             progress: wraps the iterations over calibration texts and over layers.
 
         Raises:
-            ValueError: if it is to be checked, and the model's KV cache cannot go back.
+            ValueError: if it is to be checked, and the model's KV cache cannot go back;
+                or if it agrees less with the dense model than was asked for.
         """
         start = time.perf_counter()
-        made = smallest_that_agrees(decision, partial(self.attempt, progress=progress))
+        made = self._prepared(decision, progress)
+        check_agreement(made.selection, decision.least)
         spent = time.perf_counter() - start - made.load
         return made._replace(select=spent)
 
-    def attempt(self, decision: Decision, *, progress: ProgressBar = iter) -> Compact:
-        """Select and load what was decided on, however far it agrees; see
-        :meth:`prepare`.
-        """
+    def _prepared(self, decision: Decision, progress: ProgressBar) -> Compact:
         from mlx_lm.models.cache import make_prompt_cache
 
         if decision.checks:

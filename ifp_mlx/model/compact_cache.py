@@ -94,8 +94,6 @@ class CompactCache:
             "sizes": decision.sizes,
             "granularity": decision.granularity,
             "compensate": decision.compensate,
-            "larger": [rung.sizes for rung in decision.rungs[1:]],
-            "least": decision.least if decision.larger else None,
             "seed": seed if decision.selector == "random" else None,
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())

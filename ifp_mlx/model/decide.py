@@ -1,11 +1,12 @@
 """Decide on a request what only the model can say."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..files.progress import ProgressBar
 from ..selection.masks import Selection
 from ..selection.prompts import Prompt
 from ..selection.request import MIN_AGREEMENT, SAFE_KEEP, Request, compensates
@@ -17,11 +18,13 @@ from ..selection.widths import (
     target_size,
 )
 from .agreement import check_agreement
+from .card import Card
 from .decision import Checkpoint, Decision
 from .experts import check_number, groups_of
 from .fit import Limits, check_fits, fitting_size, room_beside
+from .trial import tried
 
-LADDER = (SAFE_KEEP, 0.9, 1.0)  # shares that are tried in turn where none is asked for
+TRIED = (SAFE_KEEP, 0.9)  # shares of a model's first card
 
 
 def decide(
@@ -31,6 +34,7 @@ def decide(
     limits: Limits | None = None,
     lasting: bool = False,
     multiple: int = 1,
+    progress: ProgressBar = iter,
 ) -> Decision:
     """Decide what a request leaves to the model.
 
@@ -41,6 +45,7 @@ def decide(
         lasting: whether the compact model is written for good.
         multiple: of which sizes that are to be found are multiples: of channels that
             will be quantised, their group.
+        progress: wraps the iteration over the dialogues of a model's first card.
 
     Raises:
         ValueError: on a choice that cannot be had, or that does not fit.
@@ -70,8 +75,8 @@ def decide(
 
     wanted = _size(model, request, block, step, limits)
     if wanted is None:
-        least = request.min_agreement or MIN_AGREEMENT
-        return _found(decided, model, limits, math.lcm(step, multiple), least)
+        step = math.lcm(step, multiple)
+        return _found(request, decided, model, limits, step, progress)
     return _fitting(decided(wanted), model, limits)
 
 
@@ -97,45 +102,81 @@ def _fitting(decision: Decision, model: Checkpoint, limits: Limits | None) -> De
 
 
 def _found(
+    request: Request,
     decided: Callable[[int], Decision],
     model: Checkpoint,
     limits: Limits | None,
     step: int,
-    least: float,
+    progress: ProgressBar,
 ) -> Decision:
-    """Return the sizes that are tried until one agrees enough, smallest first: those for
-    which the model's card promises enough, else a few that untrained models bear.
+    """Decide on the smallest size for which the model's card promises enough, which is
+    measured now if there is none.
 
-    Where the dense model does not read what selects, nothing can be tried, and where it
-    checks the answer, nothing need be: then it is the first of them, or as much as fits
-    into a limit of memory.
+    Where the dense model does not read what selects, a card says nothing of it, and where
+    it checks the answer, it need not: then it is the size that untrained models bear in
+    general, or as much as fits into a limit of memory.
     """
     units = model.plan.units
-    ladder = sorted(
-        {target_size(units, share, step) for share in _shares(model, least)}
-    )
-    first, most = decided(ladder[0]), units
+    safe = target_size(units, SAFE_KEEP, step)
+    first, most = decided(safe), units
     if limits is not None:
-        sizes = partial(_sizes_of, decided)
-        most = fitting_size(model, first, limits, sizes, step)
-    if not first.reads or first.request.checks:
+        of_layers = partial(_sizes_of, decided)
+        most = fitting_size(model, first, limits, of_layers, step)
+    if not first.reads or request.checks:
         limited = limits is not None and limits.memory_bytes is not None
-        return _fitting(
-            decided(most if limited else min(most, ladder[0])), model, limits
-        )
-    found: Decision | None = None
-    for k in sorted({min(k, most) for k in ladder}, reverse=True):
-        rung = replace(decided(k), least=least, larger=found)
-        found = _fitting(rung, model, limits)
-    assert found is not None
-    return found
+        k = most if limited else min(most, safe)
+    else:
+        card = model.card or first_card(model, progress, most)
+        k = _promised(model, card, request.min_agreement or MIN_AGREEMENT, most, step)
+    return _fitting(replace(decided(k), least=None), model, limits)
 
 
-def _shares(model: Checkpoint, least: float) -> list[float]:
-    if model.card is None:
-        return list(LADDER)
-    first = model.card.smallest(least)
-    return [*(keep for keep in model.card.keeps() if keep >= first), 1.0]
+def first_card(
+    model: Checkpoint, progress: ProgressBar = iter, most: int | None = None
+) -> Card | None:
+    """Return the first card of a model, measured now as requests select by default;
+    ``None`` if it has too few units for that.
+
+    Args:
+        model: whose card it is, which keeps it, unless there is no room for all of it.
+        progress: wraps the iteration over dialogues.
+        most: units that fit into memory.
+    """
+    units = model.plan.units
+    most = most or units
+
+    def decided(tokens: Sequence[int], share: float) -> Decision:
+        return decide(Request(instruction=tokens, keep=share), model)
+
+    sizes = [decided([0], share).size for share in TRIED]
+    shares = sorted({min(k, most) / units for k in sizes} - {1.0})
+    if not shares:
+        return None
+    card = tried(model, shares, decided, progress=progress)
+    if most >= max(sizes):  # else others, who have more memory, want to know more
+        model.keep_card(card)
+    return card
+
+
+def _promised(
+    model: Checkpoint, card: Card | None, least: float, most: int, step: int
+) -> int:
+    """Return the smallest size up to ``most`` for which a card promises enough.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    units, unit = model.plan.units, model.plan.unit
+    smallest = 1.0 if card is None else card.smallest(least)
+    if (k := min(units, target_size(units, smallest, step))) <= most:
+        return k
+    share = most / units
+    said = "" if card is None else f" {card.words(share)};"
+    raise ValueError(
+        f"No more than {share:.0%} of the {unit}s of {model.path} fit.{said} "
+        f"min_agreement={least} is asked for, which takes {smallest:.0%}. Give more memory, "
+        f"ask for less agreement, or take it as it is by keep={share:.2g}."
+    )
 
 
 def _sizes_of(decided: Callable[[int], Decision], k: int) -> list[int]:

@@ -1,7 +1,6 @@
 """What was decided on a request: made once, and handed on."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +40,9 @@ class Checkpoint(Protocol):
     def card(self) -> Card | None:
         """What was measured of its quality."""
 
+    def keep_card(self, card: Card) -> None:
+        """Know a card from now on, and keep it with the model."""
+
     @property
     def sensitivity(self) -> mx.array | None:
         """``[L, 6]``."""
@@ -71,9 +73,8 @@ class Decision:
         groups: equal parts of a layer, of each of which equally many units are kept.
         selection: the one that was given, compensated as decided.
         room: bytes left for dropped channels to stay in memory, where they are needed.
-        least: the share of the instruction's tokens at which compact and dense model must
-            choose alike; ``None`` asks for nothing.
-        larger: what is tried next if they do not.
+        least: the share of the instruction's last tokens at which compact and dense model
+            must choose alike; ``None`` asks for nothing.
     """
 
     request: Request
@@ -90,7 +91,6 @@ class Decision:
     selection: Selection | None = None
     room: int = 0
     least: float | None = None
-    larger: "Decision | None" = None
 
     @property
     def reads(self) -> bool:
@@ -103,18 +103,6 @@ class Decision:
         the dense one says, which is known where that reads it to select by it.
         """
         return self.reads
-
-    @property
-    def rungs(self) -> list["Decision"]:
-        """This decision, and what is tried after it."""
-        return [self, *(self.larger.rungs if self.larger else ())]
-
-    def within(self, fits: "Callable[[Decision], bool]") -> "Decision":
-        """Return this decision with those of the larger ones that fit."""
-        larger = self.larger
-        if larger is not None:
-            larger = larger.within(fits) if fits(larger) else None
-        return replace(self, larger=larger)
 
     @property
     def checks(self) -> bool:

@@ -75,7 +75,8 @@ def stream_generate(
     )
     context = len(tokens) + rest.get("max_tokens", STOCK_MAX_TOKENS)
     limits = Limits(context, request.memory_bytes)
-    decision = decide(with_instruction(request, selecting), model, limits=limits)
+    how: dict[str, Any] = {"limits": limits, "progress": progress}
+    decision = decide(with_instruction(request, selecting), model, **how)
     kept = request.memory_bytes is not None and decision.selection is None
     if kept and not decision.checks:
         compact = prepare_once(model, decision, cache or CompactCache(), progress)

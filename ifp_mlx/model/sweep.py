@@ -114,6 +114,27 @@ def calibration(
     return mx.stack(found), sweep.sketches
 
 
+def read(
+    source: Folder, tokens: Sequence[int], places: int
+) -> tuple[list[Any], mx.array]:
+    """Read a text as the dense model.
+
+    Args:
+        source: where the weights are.
+        tokens: ``T`` ids.
+        places: at how many of the last tokens, of its last step, the dense model is noted.
+
+    Returns:
+        Its KV cache, and :attr:`Swept.noted`.
+    """
+    texts = batches_of([(tokens,)])[0]
+    count = len(steps_of(tokens)[-1])
+    sweep = _Sweep(source, texts, iter(()), places=mx.arange(count - places, count))
+    cache = sweep.run()
+    assert sweep.noted is not None
+    return cache, sweep.noted
+
+
 def compact_model(
     source: Folder,
     tokens: Sequence[int],

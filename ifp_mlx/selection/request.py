@@ -17,8 +17,8 @@ RESELECTS: tuple[Reselect, ...] = ("off", "drift")
 # Share of the units that untrained models bear to keep alone in general:
 # examples/guides/keep.md has the figures.
 SAFE_KEEP = 0.75
-# Of the instruction's last tokens, what auto asks for: a guess until
-# examples/benchmarks/auto has been measured.
+# What auto asks of a model's card: SmolLM2's everyday answers go round in circles below it,
+# and not above (examples/benchmarks/auto).
 MIN_AGREEMENT = 0.8
 MOST_DRAFTED = 16  # tokens a check, where nothing else is said
 PREFILLS: tuple[Prefill, ...] = ("auto", "compact", "dense")
@@ -38,9 +38,8 @@ class Request:
         task: use that of a named task; who knows its library puts a selection or a
             mask file in its place.
         keep: kept share of the units (channels, or experts), rounded to the
-            granularity; or ``auto``: the smallest of a few whose compact model agrees
-            with the dense one as far as ``min_agreement`` says, on the instruction and by
-            the model's card. Default: the checkpoint's own target size, else ``auto``.
+            granularity; or ``auto``: the smallest for which the model's card promises
+            ``min_agreement``. Default: the checkpoint's own target size, else ``auto``.
         target_size: ``k``, kept units per layer, instead of ``keep``.
         selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``, or
             ``auto``: the first of predictor, blend (if a prior is kept with the
@@ -57,9 +56,10 @@ class Request:
         seed: of the selector ``random``.
         prefill: which model reads the prompt: ``compact``, the whole ``dense`` one, or
             ``auto``: dense as far as that has read it to select, else compact.
-        min_agreement: refuse a selection whose compact model chooses the dense model's
-            next token at a smaller share of the instruction's tokens. Default: nothing is
-            asked of a ``keep`` that is given, and ``MIN_AGREEMENT`` of ``auto``.
+        min_agreement: at which share of tokens the compact model is to choose the dense
+            model's next token: what ``auto`` asks of the model's card, by default
+            ``MIN_AGREEMENT``. Of a size that is given it is asked on the instruction's
+            last tokens, by default nothing; what falls short is refused.
         check: whether the whole model checks what the compact one drafts
             (:mod:`ifp_mlx.checking`): ``off``; ``exact``, every token is the whole
             model's; or a tolerance above 0 and below 1, a token stands if the whole model

@@ -95,19 +95,26 @@ def test_what_was_measured_of_a_task_mask_is_said(capsys):
 
 def test_the_models_card_is_quoted_and_names_the_keep_that_takes_enough(capsys):
     about = ("tiny", "channel", "blend", "", 9, 1.0, "0")
-    points = [Point("maths", 0.5, 1, 0.7, 0.1), Point("maths", 0.75, 1, 0.9, 0.1)]
+    points = [
+        Point(kind, keep, 1, agreement + more, 0.1)
+        for keep, agreement in ((0.5, 0.7), (0.75, 0.9))
+        for kind, more in (("maths", -0.05), ("code", 0.05))
+    ]
     card = Card(*about, points=tuple(points), dense_right={})
     quoted = (
         "by the card of tiny, keep {} chooses the dense model's next token at {} of its "
         "answers' tokens (maths: {})"
     )
     [line] = said(capsys, kept(0.75), card)
-    assert line == f"Note: {quoted.format('0.75', '90%', '90%')}."
+    assert line == f"Note: {quoted.format('0.75', '90%', '85%')}."
     [line] = said(capsys, kept(0.5), card)
-    expected = quoted.format("0.5", "70%", "70%")
+    expected = quoted.format("0.5", "70%", "65%")
     assert line == f"Warning: {expected}; 80% takes keep 0.75."
     [line] = said(capsys, kept(0.25), card)
     assert "less than the card of tiny has measured (0.5)" in line
+    of_one = Card(*about, points=tuple(points[::2]), dense_right={})
+    [line] = said(capsys, kept(0.75), of_one)
+    assert line.endswith("at 85% of its answers' tokens.")
 
 
 def test_without_a_card_less_than_three_quarters_is_said_to_be_little(capsys):

@@ -115,8 +115,7 @@ def test_auto_is_a_way_to_keep(folder):
         response.text()
         said.append(response.response_json)
     assert said[0]["mask_id"] == said[1]["mask_id"]
-    found = said[1]["agreement"]
-    assert found is None or found >= 0.8  # all of it needs no comparison
+    assert said[1]["promise"] >= 0.8
     with pytest.raises(llm.ModelError, match="keep='half'.*or auto"):
         llm_plugin.IFP().prompt("hello", options=options | {"keep": "half"}).text()
 

@@ -22,7 +22,7 @@ from convert.coreml.graph import GEMMA_STREAM, Interface, build_program, rope_ta
 from convert.coreml.package import SPEC, save_program
 from convert.coreml_verify import Package, verify
 from convert.to_coreml import Options, export, main, parse_functions
-from ifp_mlx import Selection, load
+from ifp_mlx import load
 from ifp_mlx.model.export import Quantisation, write_compact
 
 pytestmark = pytest.mark.coreml
@@ -309,8 +309,8 @@ def test_the_command_prints_one_line(tmp_path):
     assert said in done.stderr and "the same greedy tokens" in done.stderr
 
 
-@pytest.mark.parametrize(("least", "kept"), [("0.01", [64, 32]), ("1", [64, 52])])
-def test_auto_exports_the_smallest_that_agrees_enough(least, kept, tmp_path, capsys):
+@pytest.mark.parametrize(("least", "kept"), [("0.01", [64, 32]), ("1", [64, 64])])
+def test_auto_exports_the_smallest_that_is_promised_to_agree_enough(least, kept, tmp_path, capsys):
     folder = write_folder(tmp_path / "m", **SMALL)
     main([
         "--model", str(folder), "--instruction", INSTRUCTION, "--keep", "auto",
@@ -319,8 +319,6 @@ def test_auto_exports_the_smallest_that_agrees_enough(least, kept, tmp_path, cap
     ])  # fmt: skip
     about = json.loads(capsys.readouterr().out)["functions"]["main"]
     assert about["layers"] == kept
-    found = Selection.load(tmp_path / "out/masks/main.safetensors").origin.agreement
-    assert found is None or found >= float(least)  # all of it needs no comparison
 
 
 def test_a_folder_that_is_compact_is_exported_whole(

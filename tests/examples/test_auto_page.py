@@ -24,27 +24,27 @@ def test_the_self_check_is_close_to_one_and_says_little_of_the_answer(name):
 
 
 @pytest.mark.parametrize("name", MEASURED)
-@pytest.mark.parametrize("card", [True, False])
-def test_auto_promises_what_answers_keep_within_ten_points(name, card):
-    promised, had = report.chosen(name, card=card)
-    assert len(promised) == len(had) >= 8
-    assert abs(np.mean(promised) - np.mean(had)) <= 0.1
+@pytest.mark.parametrize("which", ["first", "card"])
+def test_auto_promises_what_answers_keep_within_ten_points(name, which):
+    keep, promised, had = report.chosen(name, which)
+    assert promised >= MIN_AGREEMENT and len(had) >= 8
+    assert abs(promised - np.mean(had)) <= 0.1, keep
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_no_everyday_answer_goes_round_in_circles_unless_the_dense_models_does(name):
     answers = {(a["question"], a["way"]): a for a in report.lines_of(name, "everyday")}
     for (question, way), answer in answers.items():
-        if report.loops(answer["text"]):
+        if way == "auto" and report.loops(answer["text"]):
             assert report.loops(answers[question, "dense"]["text"]), (question, way)
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_auto_keeps_what_its_card_promises_enough_for(name):
-    first = report.card_of(name).smallest(MIN_AGREEMENT)
+    first = report.card_of(name, "first").smallest(MIN_AGREEMENT)
     for answer in report.lines_of(name, "everyday"):
         if answer["way"] == "auto":
-            assert answer["keep"] >= first - 0.01
+            assert answer["keep"] == pytest.approx(first, abs=0.01)
 
 
 def test_a_loop_is_four_words_that_keep_coming():

@@ -17,12 +17,12 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import plan
 from ifp_mlx.model.checkpoint import load
-from ifp_mlx.model.decide import LADDER
 from ifp_mlx.model.footprint import Footprint, model_bytes
 from ifp_mlx.planning import devices, roofline, rows
 from ifp_mlx.planning.devices import Device, Figure, Runtime
 from ifp_mlx.planning.roofline import Job, Work
 from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.selection.request import SAFE_KEEP
 from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.slicing.stock import build
 
@@ -279,7 +279,7 @@ def test_without_a_limit_it_plans_half_three_quarters_and_all(tmp_path, capsys):
     status, out, _ = run_command(plan.main, capsys, "--model", folder, "--json")
     found = json.loads(out.splitlines()[-1])
     assert status == 0 and found["largest_keep"] is None
-    assert [row["keep"] for row in found["rows"]] == [0.5, LADDER[0], 1.0]
+    assert [row["keep"] for row in found["rows"]] == [0.5, SAFE_KEEP, 1.0]
 
 
 def test_what_does_not_fit_exits_with_status_1(tmp_path, capsys):

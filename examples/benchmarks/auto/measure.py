@@ -3,10 +3,11 @@
     python -m examples.benchmarks.auto.measure [smollm2|gemma3] [--rows 4]
     python -m examples.benchmarks.auto.report
 
-The first measures for one model: its card (`evaluate --card`); prompts of nine families that
-no default was chosen on, as a card does its own prompts, with the self-check of each
-selection; and the answers to five everyday questions, dense and at auto. It goes on where it
-was stopped. The second writes the tables of the page.
+The first measures for one model: the card that the first request makes, and the one of
+`evaluate --card`; prompts of nine families that no default was chosen on, as a card does its
+own prompts, with the self-check of each selection; and the answers to five everyday
+questions, dense, at auto, and at less. It goes on where it was stopped. The second writes the
+tables of the page.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from examples.fetch import fetch
 from ifp_mlx import IFPModel, load
 from ifp_mlx.evaluation import card
 from ifp_mlx.evaluation.log import Log
-from ifp_mlx.model.card import Card
+from ifp_mlx.model.card import Card, fingerprint_of
+from ifp_mlx.model.decide import first_card
 from ifp_mlx.model.generation import stream_generate
 from ifp_mlx.model.responses import report
 from ifp_mlx.selection.prompts import as_messages, tokenize
@@ -39,7 +41,9 @@ EVERYDAY = (
     "weekends. Tickets cost eight euros, and children under twelve enter free.",
 )
 EVERYDAY_TOKENS = 96
+LESS = 0.75  # what auto was before there was a first card
 LONGEST = 200  # tokens of a family's prompt
+KEEPS = (0.9, 0.75, 0.5)  # of the families' prompts
 # Texts without a question (prose) have no chat to answer.
 FAMILIES = ("code", "math", "qgen", "facts", "dialog", "sql", "data2text", "hella")
 
@@ -63,6 +67,17 @@ def prompt_tokens(model: IFPModel, prompt: str) -> int:
     return len(tokenize(model.tokenizer, as_messages(prompt)))
 
 
+def measure_first(model: IFPModel, folder: Path) -> Card:
+    """Measure the card that the first request makes, unless it is there."""
+    file = folder / "first.json"
+    if not file.exists():
+        made = first_card(model, tqdm)
+        assert made is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(made.as_json(), encoding="utf-8")
+    return Card.from_json(file.read_text(encoding="utf-8"))
+
+
 def measure_card(model: IFPModel, folder: Path) -> Card:
     """Measure the model's card, and keep it with the results."""
     prompts = card.card_prompts()
@@ -73,25 +88,26 @@ def measure_card(model: IFPModel, folder: Path) -> Card:
     return made
 
 
-def measure_families(model: IFPModel, known: Card, folder: Path, rows: int) -> None:
-    """Measure the families' prompts at the card's keeps."""
+def measure_families(model: IFPModel, folder: Path, rows: int) -> None:
+    """Measure the families' prompts at some keeps."""
     prompts = family_prompts(model, rows)
-    log = Log(folder / "families", {"fingerprint": known.fingerprint}, card.KEY)
-    card.measure(model, prompts, known.keeps(), log, progress=tqdm)
+    log = Log(folder / "families", {"fingerprint": fingerprint_of(model)}, card.KEY)
+    keeps = card.measured_keeps(model, KEEPS)
+    card.measure(model, prompts, keeps, log, progress=tqdm)
 
 
-def answer_everyday(model: IFPModel, measured: Card, folder: Path) -> None:
-    """Answer the everyday questions: dense, at auto, and at auto without the card."""
+def answer_everyday(model: IFPModel, first: Card, folder: Path) -> None:
+    """Answer the everyday questions: dense, at auto by the first card, and at less."""
     log = Log(folder / "everyday", {}, ("question", "way"))
     for question in tqdm(EVERYDAY):
-        for way, request, known in (
-            ("dense", Request(keep=1.0), measured),
-            ("auto", Request(keep="auto"), measured),
-            ("auto, no card", Request(keep="auto"), None),
+        for way, request in (
+            ("dense", Request(keep=1.0)),
+            ("auto", Request(keep="auto")),
+            (f"keep {LESS:g}", Request(keep=LESS)),
         ):
             if (question, way) in log:
                 continue
-            model.__dict__["card"] = known  # instead of one in the model's folder
+            model.__dict__["card"] = first  # instead of one in the model's folder
             log.add(
                 {"question": question, "way": way} | answered(model, question, request)
             )
@@ -123,9 +139,9 @@ def main() -> None:
     args = parser.parse_args()
     model, _ = load(fetch(args.name))
     folder = RESULTS / args.name
-    made = measure_card(model, folder)
-    measure_families(model, made, folder, args.rows)
-    answer_everyday(model, made, folder)
+    answer_everyday(model, measure_first(model, folder), folder)
+    measure_families(model, folder, args.rows)
+    measure_card(model, folder)
 
 
 if __name__ == "__main__":

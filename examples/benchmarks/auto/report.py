@@ -5,7 +5,7 @@ python -m examples.benchmarks.auto.report
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import numpy as np
 
 from ifp_mlx.evaluation.tables import markdown
 from ifp_mlx.files.atomic import new_file
-from ifp_mlx.model.card import Card
-from ifp_mlx.model.decide import LADDER
+from ifp_mlx.model.card import NEAR, Card
 from ifp_mlx.selection.request import MIN_AGREEMENT
 
 HERE = Path(__file__).parent
@@ -29,13 +28,14 @@ Line = dict[str, Any]
 
 def models() -> dict[str, str]:
     """Return the titles of the models that have been measured."""
-    measured = {name for name in TITLES if (RESULTS / name / "everyday").is_dir()}
+    measured = {name for name in TITLES if (RESULTS / name / "card.json").is_file()}
     return {name: title for name, title in TITLES.items() if name in measured}
 
 
-def card_of(name: str) -> Card:
-    """Return a model's card."""
-    return Card.from_json((RESULTS / name / "card.json").read_text(encoding="utf-8"))
+def card_of(name: str, which: str = "card") -> Card:
+    """Return one of a model's cards: ``first``, which its first request makes, or ``card``."""
+    text = (RESULTS / name / f"{which}.json").read_text(encoding="utf-8")
+    return Card.from_json(text)
 
 
 def lines_of(name: str, what: str) -> list[Line]:
@@ -69,36 +69,24 @@ def within(lines: Sequence[Line], sign: str) -> list[float]:
     return found
 
 
-def chosen(name: str, *, card: bool) -> tuple[list[float], list[float]]:
-    """Return, of each family's prompt, the agreement that auto promises and the one that
-    the answer has.
+def chosen(name: str, which: str) -> tuple[float, float, list[float]]:
+    """Return what auto keeps by a card, the agreement that this promises, and the one that
+    the answer to each of the families' prompts has.
 
     Args:
         name: the model.
-        card: whether auto knows the model's card.
+        which: of its cards, ``first`` or ``card``.
     """
-    lines, known = compared(name), card_of(name)
-    keeps = sorted({line["keep"] for line in lines})
-    if card:
-        ladder = [keep for keep in keeps if keep >= known.smallest(MIN_AGREEMENT)]
-    else:
-        ladder = [min(keeps, key=lambda k: abs(k - share)) for share in LADDER[:-1]]
-    promised, had = [], []
-    for prompt in dict.fromkeys(line["prompt"] for line in lines):
-        own = {line["keep"]: line for line in lines if line["prompt"] == prompt}
-        first = next(
-            (k for k in ladder if own[k]["self_agreement"] >= MIN_AGREEMENT), 1.0
-        )
-        promise = (
-            known.promise(first)
-            if card
-            else own[first]["self_agreement"]
-            if first < 1
-            else 1.0
-        )
-        promised.append(float(promise or 0))
-        had.append(own[first]["agreement"] if first < 1 else 1.0)
-    return promised, had
+    lines, known = compared(name), card_of(name, which)
+    keep = known.smallest(MIN_AGREEMENT)
+    at: dict[str, dict[float, float]] = {}
+    for line in lines:
+        at.setdefault(line["prompt"], {1.0: 1.0})[line["keep"]] = line["agreement"]
+    had = [
+        float(np.interp(keep, sorted(own), [own[k] for k in sorted(own)]))
+        for own in at.values()
+    ]
+    return keep, float(known.promise(keep) or 0), had
 
 
 def loops(text: str) -> bool:
@@ -110,15 +98,19 @@ def loops(text: str) -> bool:
 
 def curve(name: str) -> str:
     """Return a card's agreement, and what the families' prompts have."""
-    card, lines = card_of(name), compared(name)
+    card, first, lines = card_of(name), card_of(name, "first"), compared(name)
     keeps = card.keeps()[::-1]
     rows: list[list[str]] = []
     for kind in card.kinds:
         at = {p.keep: p for p in card.points if p.kind == kind}
         rows.append([kind, *(f"{at[k].agreement:.0%}, {at[k].kl:.2f}" for k in keeps)])
-    rows.append(
-        ["**the card's promise**", *(f"**{card.promise(k):.0%}**" for k in keeps)]
-    )
+    for words, promise in (
+        ("the card's", card.promise),
+        ("the first card's", _of(first)),
+    ):
+        found = [promise(k) for k in keeps]
+        cells = ["" if share is None else f"**{share:.0%}**" for share in found]
+        rows.append([f"**{words} promise**", *cells])
     rows.append(["families", *(_families(lines, k) for k in keeps)])
     for kind, share in card.dense_right.items():
         at = {p.keep: p for p in card.points if p.kind == kind}
@@ -127,8 +119,19 @@ def curve(name: str) -> str:
     return markdown(["", *(f"{keep:.2g}" for keep in keeps)], rows)
 
 
+def _of(card: Card) -> Callable[[float], float | None]:
+    """Return what a card promises of the keeps that it has, and no others."""
+    return lambda keep: card.promise(keep) if min(_gaps(card, keep)) < NEAR else None
+
+
+def _gaps(card: Card, keep: float) -> list[float]:
+    return [abs(keep - known) for known in card.keeps()]
+
+
 def _families(lines: Sequence[Line], keep: float) -> str:
     some = [line for line in lines if line["keep"] == keep]
+    if not some:
+        return ""
     agreement, kl = (np.mean([line[n] for line in some]) for n in ("agreement", "kl"))
     return f"{agreement:.0%}, {kl:.2f}"
 
@@ -159,13 +162,13 @@ def promises() -> str:
     """Return what auto promises and what the answers have."""
     rows = []
     for name, title in models().items():
-        for card in (True, False):
-            promised, had = chosen(name, card=card)
-            way = "by its card" if card else "by the self-check alone"
-            cells = f"{np.mean(promised):.0%}", f"{np.mean(had):.0%}"
-            rows.append([title, way, str(len(had)), *cells])
+        for which, way in (("first", "the first card"), ("card", "`evaluate --card`")):
+            keep, promised, had = chosen(name, which)
+            cells = f"{keep:.2g}", f"{promised:.0%}", f"{np.mean(had):.0%}"
+            rows.append([title, way, *cells, str(len(had))])
     return markdown(
-        ["model", "auto", "prompts", "promised", "the answers' agreement"], rows
+        ["model", "by", "auto keeps", "promised", "the answers' agreement", "prompts"],
+        rows,
     )
 
 

@@ -33,12 +33,11 @@ from ifp_mlx.evaluation.rows import Row, read_rows
 
 from . import report
 from .models import Selected, Whole, unpacked
-from .points import AFFINE, BASES, FILE, POINTS, REFERENCE, Point
+from .points import AFFINE, ANSWER, BASES, FILE, POINTS, PROMPT, REFERENCE, Point
 from .quantisers import calibration, quantised
 from .reference import SEED, Dense, compare, logits_of, write_model, write_reference
 
 MODULE = "examples.benchmarks.frontier.measure"  # of this file
-PROMPT, ANSWER = 160, 64  # tokens, at most; shorter prompts first where too few are
 LEFT_OUT = ("boolq",)  # its answers have one token
 Key = tuple[str, int]
 Rows = dict[Key, Row]

@@ -6,6 +6,7 @@ REFERENCE, FILE = "reference", "file"  # the weights that a point is made of
 BASES = (4, 8)  # bits, in groups of 64, of the models that are selected from
 KEEPS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
+PROMPT, ANSWER = 100, 32  # tokens, at most; shorter prompts first where too few are
 # Bits per weight that are aimed at, and the two widths that layers can have for it.
 DYNAMIC = {3.0: (2, 4), 4.0: (3, 5), 5.0: (4, 6)}
 
@@ -56,9 +57,10 @@ MIXED = [Point(recipe, int(recipe[6])) for recipe in RECIPES]
 TARGETS = [Point("dynamic", bits) for bits in DYNAMIC]
 SEARCHED = [Point(kind, bits) for kind in ("awq", "dwq") for bits in (4, 3, 2)]
 GPTQ = [Point("gptq", bits) for bits in (8, 4, 2)]  # all that mlx-lm's knows
-SELECTIONS = [Point("select", bits, keep=keep) for keep in KEEPS for bits in BASES]
+SELECTIONS = [Point("select", 4, keep=keep) for keep in KEEPS]
+SELECTIONS += [Point("select", 8, keep=keep) for keep in (0.75, 0.5, 0.33)]
 DENSE = Point("dense")
 AS_FILED = [Point("dense", source=FILE), Point("affine", 4, 32, source=FILE)]
 WHOLE = [*AFFINE, *MIXED, *TARGETS, *SEARCHED, *GPTQ]
-# Those that take long first, so that jobs which take turns end together.
-POINTS = [*SEARCHED, *TARGETS, *SELECTIONS, *GPTQ, *AFFINE, *MIXED, DENSE, *AS_FILED]
+# Those that take long to make last: a run that is stopped has the others.
+POINTS = [DENSE, *AS_FILED, *AFFINE, *SELECTIONS, *GPTQ, *MIXED, *TARGETS, *SEARCHED]

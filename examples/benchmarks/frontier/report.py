@@ -19,7 +19,17 @@ from ifp_mlx.evaluation.tables import markdown
 from ifp_mlx.files.atomic import new_file
 
 from . import distilled
-from .points import AS_FILED, BASES, DENSE, DYNAMIC, SELECTIONS, WHOLE, Point
+from .points import (
+    ANSWER,
+    AS_FILED,
+    BASES,
+    DENSE,
+    DYNAMIC,
+    PROMPT,
+    SELECTIONS,
+    WHOLE,
+    Point,
+)
 from .quantisers import AWQ_PIECES, PIECE
 
 HERE = Path(__file__).parent
@@ -44,8 +54,8 @@ Computed in float32 on a Linux CPU from the quantised weights. Nothing was run o
 HOW = f"""## How it was measured
 
 **Rows.** The nine [families of tasks](../selectors/task_families.py) whose answers have more
-than one token. Of each family the first rows whose prompts have 160 tokens at most, then
-the shortest of the others; of an answer the first 64 tokens. A model reads the prompt and
+than one token. Of each family the first rows whose prompts have {PROMPT} tokens at most, then
+the shortest of the others; of an answer the first {ANSWER} tokens. A model reads the prompt and
 the reference answer itself. KL is from the dense model's next-token distribution, in nats a
 token of the answer; *agreement* is how often both would choose the same token. Means are
 over a row's tokens, over a family's rows, then over families. Intervals are 95 % of a
@@ -79,9 +89,8 @@ model has to be on disk. The KV cache is the same for all, and left out.
 Those that need a text had the package's own dialogues, in pieces of {PIECE} tokens; *awq*,
 whose search takes long, one piece of {AWQ_PIECES}.
 
-**Selections.** Of *affine 4/64* and *8/64*, as `generate` selected by default when this was
-measured: by the ranks of the prompt's activations and of the prior, compensated by the
-prompt alone. What it does now, with a sketch of a calibration text, was not measured.
+**Selections.** Of *affine 4/64* and *8/64*, as `generate` selects by default: from each
+prompt for itself, with a sketch of the package's own dialogues.
 Layers keep whole groups of 64 channels, and their `down_proj` is quantised again. The ridge
 regression that compensates is kin to GRAIL ([2602.23795](https://arxiv.org/abs/2602.23795))
 and MoDeGPT ([2408.09632](https://arxiv.org/abs/2408.09632)), which use one text for all
