@@ -259,12 +259,12 @@ def test_memory_chooses_how_much_is_kept(opened, command, dense_text):
     assert 0 < shares[0] < shares[1]
 
 
-def test_what_fits_is_refused_where_it_agrees_too_little(opened, command):
+def test_what_fits_is_refused_where_it_would_agree_too_little(opened, command):
     opened[0].known_prior()
     fits = ["--keep", "auto", "--memory-gb", 0.0057]
     err = command(*fits, status=2)
-    assert re.search(r"which keeps \d+% of the channels, .* at \d+\.\d% of the", err)
-    assert "min_agreement=0.8 is asked for; keep more (or give it more memory)" in err
+    assert re.search(r"No more than \d+% of the channels .* fit\. by the card of", err)
+    assert "min_agreement=0.8 is asked for, which takes 100%. Give more memory" in err
     report, _ = command(*fits, "--min-agreement", 0.01)
     selection = report["selection"]
     assert selection["agreement"] < 0.8

@@ -310,7 +310,9 @@ def test_the_command_prints_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("least", "kept"), [("0.01", [64, 32]), ("1", [64, 64])])
-def test_auto_exports_the_smallest_that_is_promised_to_agree_enough(least, kept, tmp_path, capsys):
+def test_auto_exports_the_smallest_that_is_promised_to_agree_enough(
+    least, kept, tmp_path, capsys
+):
     folder = write_folder(tmp_path / "m", **SMALL)
     main([
         "--model", str(folder), "--instruction", INSTRUCTION, "--keep", "auto",

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from ifp_mlx import load
 from ifp_mlx.generate import main
 from ifp_mlx.model import checkpoint
+from ifp_mlx.model.card import Card, Point
 from ifp_mlx.model.compact_cache import CompactCache, prepare_once
 from ifp_mlx.model.decide import decide
 from ifp_mlx.model.fit import Limits
@@ -39,6 +40,17 @@ def model(tiny_folder):
     return load(tiny_folder)[0]
 
 
+@pytest.fixture
+def fills(monkeypatch):
+    """Every model's first card promises everything of the most that fits."""
+
+    def promised(model, progress, most):
+        points = (Point("any", most / model.channels, 1, 1.0, 0.0),)
+        return Card("any", "channel", "blend", "", 1, 1.0, "0", points, {})
+
+    monkeypatch.setattr("ifp_mlx.model.decide.first_card", promised)
+
+
 def weights(model):
     return dict(tree_flatten(model.parameters()))
 
@@ -50,9 +62,9 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("megabytes", [0.25, 0.27, 0.29])
-def test_the_largest_selection_that_fits_is_chosen(model, megabytes):
+def test_the_largest_selection_that_fits_is_chosen(model, megabytes, fills):
     memory = round(megabytes * 1e6)
-    size = fit(model, memory).rungs[-1].size
+    size = fit(model, memory).size
     selection = model.select("Hello", target_size=size)
     footprint = Footprint.of(model)
     layer = round(max(footprint.layer_bytes) * model.channels)
@@ -185,7 +197,7 @@ def test_spelling_out_what_is_decided_anyway_finds_the_same_entry(model, tmp_pat
     assert sweep_once(model, "Hello", k, cache)[2]
 
 
-def test_a_prior_that_is_not_there_yet_needs_room_to_be_computed_in(tmp_path):
+def test_a_prior_that_is_not_there_yet_needs_room_to_be_computed_in(tmp_path, fills):
     shape = {"num_hidden_layers": 12, "intermediate_size": 256}
     model, _ = load(write_folder(tmp_path / "deep", **shape))
     # The calibration text in one layer, [512, F] five times, and to be condensed.
@@ -200,7 +212,7 @@ def test_a_prior_that_is_not_there_yet_needs_room_to_be_computed_in(tmp_path):
     opened, _ = load(model.path)
     assert 0 < smaller < fit(opened, memory, selector="prior").size
     for options in asking:
-        assert fit(opened, memory, **options).rungs[-1].size == 256
+        assert fit(opened, memory, **options).size == 256
 
 
 def test_a_prior_is_computed_with_one_dense_layer_in_memory(tmp_path, monkeypatch):
@@ -223,7 +235,7 @@ def test_a_prior_is_computed_with_one_dense_layer_in_memory(tmp_path, monkeypatc
     [(100, 24, False), (300, 30, False), (100, 40, True), (600, 74, True)],
 )
 def test_a_sweep_stays_within_the_memory_it_was_given(
-    tmp_path, tokens, megabytes, compensate
+    tmp_path, tokens, megabytes, compensate, fills
 ):
     shape = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 2048}
     model, _ = load(write_folder(tmp_path / "wide", num_hidden_layers=8, **shape))
@@ -232,7 +244,7 @@ def test_a_sweep_stays_within_the_memory_it_was_given(
     instruction, context = [5, 9, 77, 200] * (tokens // 4), tokens + 8
     memory, options = megabytes * 10**6, NOTHING | {"compensate": compensate}
     decision = fit(model, memory, context, instruction=instruction, **options)
-    size = decision.rungs[-1].size
+    size = decision.size
     assert 0 < size < model.channels
     options["target_size"] = size
     swept(model, instruction, **options)  # what is only made once is not counted

@@ -4,7 +4,7 @@ import functools
 
 import mlx.nn as nn
 import pytest
-from conftest import write_folder
+from conftest import add_card, write_folder
 
 from ifp_mlx import load
 from ifp_mlx.generate import main
@@ -52,7 +52,9 @@ def test_a_generate_builds_twice_and_does_the_rest_once(
     model = write_folder(tmp_path / "model")
     if stored:
         model = write_store(model, tmp_path / "store")
-    load(model)[0].compute_prior()  # its texts are read once, for all that follow
+    opened = load(model)[0]  # what is read once, for all that follow, is there
+    opened.compute_prior()
+    add_card(opened, {0.5: 0.9})
     counts.clear()
     cache = ("--cache-folder", str(tmp_path / "cache"))
     command = ["--model", str(model), "--prompt", "Hello", "--max-tokens", "2"]
