@@ -11,6 +11,7 @@ examples/guides/plan.md.
 import argparse
 from pathlib import Path
 
+from examples.benchmarks.pages import fill
 from ifp_mlx.evaluation.tables import markdown
 from ifp_mlx.model.footprint import Footprint, model_of_config
 from ifp_mlx.planning.devices import find
@@ -18,7 +19,6 @@ from ifp_mlx.planning.roofline import Job, Work, predict, predictor_seconds
 from ifp_mlx.slicing.plan import plan_of
 
 PAGE = Path(__file__).parents[1] / "guides" / "plan.md"
-MARKS = "<!-- table -->", "<!-- end of table -->"
 JOB = Job(prompt_tokens=4000, max_tokens=100, instruction_tokens=4000, samples=4)
 
 OWN = {
@@ -96,10 +96,7 @@ def main() -> None:
     head = ["predicted / paper, s", "select", "load", "prefill", "TTFT", "decode"]
     text = markdown(head, rows())
     if args.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
-        page = f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}"
-        PAGE.write_text(page, encoding="utf-8")
+        fill(PAGE, {"paper": text})
     print(text)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from examples.benchmarks import pages
 from examples.benchmarks.auto import report
 from ifp_mlx.selection.request import MIN_AGREEMENT
 
@@ -11,7 +12,9 @@ MEASURED = sorted(report.models())
 
 def test_the_page_has_the_tables_of_the_results():
     page = report.PAGE.read_text(encoding="utf-8")
-    assert report.filled(page) == page
+    tables = report.tables()
+    assert pages.filled(page, tables) == page
+    assert all(mark.format(name) in page for name in tables for mark in pages.MARKS)
 
 
 @pytest.mark.parametrize("name", MEASURED)

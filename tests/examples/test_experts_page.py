@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("babel")
 pytest.importorskip("reasoning_gym")
 
+from examples.benchmarks import pages
 from examples.benchmarks.experts import measure, report
 
 TEXT = report.PAGE.read_text(encoding="utf-8")
@@ -23,8 +24,8 @@ def points(name, way, share):
 def test_every_table_is_on_the_page_as_the_results_give_it():
     assert {"pools", "no-pools"} <= set(RESULTS)
     for name in report.TABLES:
-        assert all(mark.format(name) in TEXT for mark in report.MARKS)
-    assert report.page(TEXT, RESULTS) == TEXT
+        assert all(mark.format(name) in TEXT for mark in pages.MARKS)
+    assert pages.filled(TEXT, report.tables(RESULTS)) == TEXT
 
 
 def test_no_measured_figure_stands_outside_the_tables():
@@ -85,7 +86,7 @@ def test_a_short_measurement_gives_every_figure_of_the_tables(tmp_path, monkeypa
     sizes = ["--questions", "2", "--examples", "2", "--told", "1"]
     measure.main([*sizes, "--name", "pools", "--results", str(tmp_path)])
     found = json.loads((tmp_path / "pools.json").read_text())
-    page = report.page(TEXT, {"pools": found})
+    page = pages.filled(TEXT, report.tables({"pools": found}))
     assert page != TEXT
     assert list(found["accuracy"]) == list(RESULTS["pools"]["accuracy"])
     assert np.mean(found["whole"]) > np.mean(found["accuracy"]["random"]["4"])

@@ -1,6 +1,6 @@
 """Measure what `--keep auto` promises, and what the answers then keep of it.
 
-    python -m examples.benchmarks.auto.measure [smollm2|gemma3] [--rows 4]
+    python -m examples.benchmarks.auto.measure [smollm2|gemma3] [--rows 3] [--keeps ...]
     python -m examples.benchmarks.auto.report
 
 The first measures for one model: the card that the first request makes, and the one of
@@ -13,6 +13,7 @@ tables of the page.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,11 @@ def measure_first(model: IFPModel, folder: Path) -> Card:
     return Card.from_json(file.read_text(encoding="utf-8"))
 
 
-def measure_card(model: IFPModel, folder: Path) -> Card:
+def measure_card(model: IFPModel, folder: Path, shares: Sequence[float] | None) -> Card:
     """Measure the model's card, and keep it with the results."""
     prompts = card.card_prompts()
     log = Log(folder / "card", card.settings_of(model, prompts), card.KEY)
-    keeps = card.measured_keeps(model, None)
+    keeps = card.measured_keeps(model, shares)
     made = card.measure(model, prompts, keeps, log, progress=tqdm)
     (folder / "card.json").write_text(made.as_json(), encoding="utf-8")
     return made
@@ -135,13 +136,14 @@ def main() -> None:
     """Measure one model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="smollm2", help="smollm2 or gemma3")
-    parser.add_argument("--rows", type=int, default=4, help="of each family")
+    parser.add_argument("--rows", type=int, default=3, help="of each family")
+    parser.add_argument("--keeps", type=float, nargs="+", help="of the card")
     args = parser.parse_args()
     model, _ = load(fetch(args.name))
     folder = RESULTS / args.name
     answer_everyday(model, measure_first(model, folder), folder)
     measure_families(model, folder, args.rows)
-    measure_card(model, folder)
+    measure_card(model, folder, args.keeps)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from examples.benchmarks.pages import fill
 from ifp_mlx.evaluation.tables import markdown
-from ifp_mlx.files.atomic import new_file
 from ifp_mlx.model.card import NEAR, Card
 from ifp_mlx.selection.request import MIN_AGREEMENT
 
 HERE = Path(__file__).parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results"
-MARKS = "<!-- tables: {} -->", "<!-- end of tables: {} -->"
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
 SIGNS = {"self_agreement": 1, "self_kl": -1}
 LOOP = 4  # times that four words in a row have to come
@@ -199,22 +198,9 @@ def tables() -> dict[str, str]:
     return found
 
 
-def filled(page: str) -> str:
-    """Return the page with its tables."""
-    for name, table in tables().items():
-        begin, end = (mark.format(name) for mark in MARKS)
-        before, _, rest = page.partition(begin)
-        _, ended, after = rest.partition(end)
-        after = after if ended else rest
-        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
-    return page
-
-
 def main() -> None:
     """Write the tables into the page."""
-    page = filled(PAGE.read_text(encoding="utf-8"))
-    with new_file(PAGE) as scratch:
-        scratch.write_text(page, encoding="utf-8")
+    fill(PAGE, tables())
     print(PAGE)
 
 

@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.results == report.RESULTS:
         report.write()
     else:
-        print(report.page(report.PAGE.read_text(encoding="utf-8"), args.results))
+        print(*report.tables(args.results).values(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.benchmarks.pages import fill
 from ifp_mlx.evaluation import checked
 from ifp_mlx.evaluation.tables import markdown
-from ifp_mlx.files.atomic import new_file
 
 HERE = Path(__file__).parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results"
-MARKS = "<!-- table: {} -->", "<!-- end of table: {} -->"
 TIE = 1e-5  # of the spread of the logits: below, float32 kernels decide
 STORE = "SmolLM2 from a store"
 EXACT = [
@@ -170,21 +169,9 @@ def tables(folder: Path = RESULTS) -> dict[str, str]:
     return found | {"speed": speed(folder), "memory": memory(folder)}
 
 
-def page(text: str, folder: Path = RESULTS) -> str:
-    """Return a page with its tables written anew."""
-    for name, table in tables(folder).items():
-        first, last = (mark.format(name) for mark in MARKS)
-        before, _, rest = text.partition(first)
-        _, _, after = rest.partition(last)
-        text = f"{before}{first}\n\n{table}\n\n{last}{after}"
-    return text
-
-
 def write() -> None:
     """Write the page."""
-    text = page(PAGE.read_text(encoding="utf-8"))
-    with new_file(PAGE) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+    fill(PAGE, tables())
 
 
 if __name__ == "__main__":

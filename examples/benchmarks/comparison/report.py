@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ifp_mlx.files.atomic import new_file
+from examples.benchmarks.pages import fill
 from ifp_mlx.pictures.plates import draw_matrices
 
 from .run import RESULTS, SCALES, folder_of
 from .tasks import Task, all_tasks
 
 PICTURE = "overlap.svg"
-MARKS = "<!-- tables of {} -->", "<!-- end of tables of {} -->"
 ABOUT = {
     "dense_full": "dense, all channels (the bound)",
     "dense_small": "dense of the kept size, equal examples",
@@ -168,16 +167,6 @@ def _overlap(found: Sequence[dict[str, Any]]) -> str:
     return f"{within:.2f} / {between:.2f} (chance {found[0]['chance']:.2f})"
 
 
-def write_tables(text: str, page: Path, mix: str) -> None:
-    """Put the tables between a mix's two marks of a page."""
-    first, last = (mark.format(mix) for mark in MARKS)
-    before, _, rest = page.read_text(encoding="utf-8").partition(first)
-    after = rest.partition(last)[2]
-    whole = f"{before}{first}\n{text}\n{last}{after}"
-    with new_file(page) as scratch:
-        scratch.write_text(whole, encoding="utf-8")
-
-
 def tables(mix: str, folder: Path) -> str:
     """Return a mix's tables, and draw its picture beside the results."""
     results, tasks = load_results(folder), all_tasks(mix)
@@ -212,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         text = tables(mix, folder_of(mix, args.results))
         print(text)
         if args.write:
-            write_tables(text, Path(__file__).parent / "README.md", mix)
+            fill(Path(__file__).parent / "README.md", {mix: text})
 
 
 if __name__ == "__main__":

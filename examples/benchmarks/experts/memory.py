@@ -26,11 +26,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from examples.benchmarks.pages import fill
 from examples.benchmarks.store.store_check import PROMPT, child, write_empty
 from ifp_mlx import load
 from ifp_mlx.evaluation.runners import bytes_read, clear, forget_files
 from ifp_mlx.evaluation.tables import markdown
-from ifp_mlx.files.atomic import new_file, new_folder
+from ifp_mlx.files.atomic import new_folder
 from ifp_mlx.files.companions import copy_companions
 from ifp_mlx.model.checkpoint import IFPModel
 from ifp_mlx.model.decide import decide
@@ -43,7 +44,6 @@ from ifp_mlx.storage.writer import write_store
 
 HERE = Path(__file__)
 RESULTS, PAGE = HERE.with_suffix(".json"), HERE.with_suffix(".md")
-MARKS = "<!-- table -->", "<!-- end of table -->"
 BITS, GROUP = 4, 64
 
 
@@ -487,14 +487,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_page(results: dict[str, Any]) -> None:
-    """Put the table between the marks of the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    begin, end = MARKS
-    before, rest = page.split(begin)
-    after = rest.split(end)[1]
-    with new_file(PAGE) as scratch:
-        text = f"{before}{begin}\n\n{table(results)}\n\n{end}{after}"
-        scratch.write_text(text, encoding="utf-8")
+    """Put the table into the page."""
+    fill(PAGE, {"memory": table(results)})
 
 
 # The command

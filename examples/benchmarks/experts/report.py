@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ifp_mlx.files.atomic import new_file
+from examples.benchmarks.pages import fill
 
 from .measure import RESULTS
 
 LOW_AGREEMENT = 0.7  # below which a selection was warned of when this was measured
 PAGE = Path(__file__).parent / "README.md"
-MARKS = "<!-- table: {} -->", "<!-- end of table: {} -->"
 MODELS = {
     "pools": "the checkpoint",
     "pools-seed-301": "a second seed",
@@ -203,14 +202,9 @@ TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
 }
 
 
-def page(text: str, results: dict[str, Result]) -> str:
-    """Return a page with the tables put between their marks."""
-    for name, made in TABLES.items():
-        first, last = (mark.format(name) for mark in MARKS)
-        before, found, rest = text.partition(first)
-        if found:
-            text = f"{before}{first}\n{made(results)}\n{last}{rest.partition(last)[2]}"
-    return text
+def tables(results: dict[str, Result]) -> dict[str, str]:
+    """Return every table by its name."""
+    return {name: made(results) for name, made in TABLES.items()}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -219,13 +213,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="also into README.md")
     args = parser.parse_args(arguments)
-    results = load_results(args.results)
-    for name, made in TABLES.items():
-        print(f"{name}\n\n{made(results)}\n")
+    found = tables(load_results(args.results))
+    for name, text in found.items():
+        print(f"{name}\n\n{text}\n")
     if args.write:
-        text = page(PAGE.read_text(encoding="utf-8"), results)
-        with new_file(PAGE) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+        fill(PAGE, found)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from examples.benchmarks.pages import fill
 from ifp_mlx.evaluation.plotting import pyplot
 from ifp_mlx.evaluation.statistics import bootstrap, macro_mean
 from ifp_mlx.evaluation.tables import markdown
@@ -20,7 +21,6 @@ from ifp_mlx.files.atomic import new_file
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, PICTURE = HERE / "results", HERE / "README.md", "curves.svg"
-BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 RUNS = {"long": "450 steps", "short": "150 steps"}
 SETS = ("facts", "seen", "unseen", "families")
 KINDS = ("dense", "static", "apart", "added", "oracle")
@@ -202,13 +202,7 @@ def main() -> None:
     runs = {n: Report(read_results(RESULTS / n)) for n in RUNS}
     runs["long"].draw(HERE / PICTURE)
     text = "\n\n".join(report.text(RUNS[n]) for n, report in runs.items())
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    with new_file(PAGE) as scratch:
-        scratch.write_text(
-            f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}",
-            encoding="utf-8",
-        )
+    fill(PAGE, {"runs": text})
 
 
 if __name__ == "__main__":
