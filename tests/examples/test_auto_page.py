@@ -1,5 +1,7 @@
 """The page of auto says what its results say."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,14 @@ def test_auto_keeps_what_its_card_promises_enough_for(name):
     for answer in report.lines_of(name, "everyday"):
         if answer["way"] == "auto":
             assert answer["keep"] == pytest.approx(first, abs=0.01)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_self_check_takes_a_small_part_of_selecting(name):
+    file = report.RESULTS / name / "seconds.json"
+    if file.is_file():
+        for one in json.loads(file.read_text())["selections"]:
+            assert 0 < one["check"] <= 0.15 * one["select"]
 
 
 def test_a_loop_is_four_words_that_keep_coming():

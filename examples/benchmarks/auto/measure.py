@@ -1,20 +1,24 @@
 """Measure what `--keep auto` promises, and what the answers then keep of it.
 
     python -m examples.benchmarks.auto.measure [smollm2|gemma3] [--rows 3] [--keeps ...]
+    python -m examples.benchmarks.auto.measure [smollm2|gemma3] --seconds
     python -m examples.benchmarks.auto.report
 
 The first measures for one model: the card that the first request makes, and the one of
 `evaluate --card`; prompts of nine families that no default was chosen on, as a card does its
 own prompts, with the self-check of each selection; and the answers to five everyday
-questions, dense, at auto, and at less. It goes on where it was stopped. The second writes the
-tables of the page.
+questions, dense, at auto, and at less. It goes on where it was stopped. The second measures
+what selecting, its self-check and the first card take, and wants a machine with nothing else
+to do. The third writes the tables of the page.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tqdm import tqdm
@@ -24,8 +28,9 @@ from examples.fetch import fetch
 from ifp_mlx import IFPModel, load
 from ifp_mlx.evaluation import card
 from ifp_mlx.evaluation.log import Log
+from ifp_mlx.model import checkpoint
 from ifp_mlx.model.card import Card, fingerprint_of
-from ifp_mlx.model.decide import first_card
+from ifp_mlx.model.decide import decide, first_card
 from ifp_mlx.model.generation import stream_generate
 from ifp_mlx.model.responses import report
 from ifp_mlx.selection.prompts import as_messages, tokenize
@@ -45,6 +50,7 @@ EVERYDAY_TOKENS = 96
 LESS = 0.75  # what auto was before there was a first card
 LONGEST = 200  # tokens of a family's prompt
 KEEPS = (0.9, 0.75, 0.5)  # of the families' prompts
+TIMES = 5  # that a selection is timed, of which the median counts
 # Texts without a question (prose) have no chat to answer.
 FAMILIES = ("code", "math", "qgen", "facts", "dialog", "sql", "data2text", "hella")
 
@@ -132,15 +138,55 @@ def answered(model: IFPModel, question: str, request: Request) -> dict[str, Any]
     )
 
 
+@contextmanager
+def timed(home: Any, name: str) -> Iterator[list[float]]:
+    """Note the seconds of each call of a function, meanwhile."""
+    real, seconds = getattr(home, name), []
+
+    def call(*args: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        found = real(*args, **options)
+        seconds.append(time.perf_counter() - start)
+        return found
+
+    setattr(home, name, call)
+    try:
+        yield seconds
+    finally:
+        setattr(home, name, real)
+
+
+def measure_seconds(model: IFPModel, folder: Path) -> None:
+    """Measure what selecting by a short and a long instruction takes, and the first card."""
+    selections = []
+    for text in (EVERYDAY[0], f"{EVERYDAY[3]} " * 18):
+        select = []
+        with timed(checkpoint, "compared") as check:
+            for _ in range(TIMES):
+                request = Request(instruction=text, keep=KEEPS[0])
+                select.append(model.prepare(decide(request, model)).select)
+        about = {"tokens": len(model.instruction_tokens(text)), "keep": KEEPS[0]}
+        selections.append(about | {"select": median(select), "check": median(check)})
+    start = time.perf_counter()
+    first_card(model)
+    spent = time.perf_counter() - start
+    text = json.dumps({"selections": selections, "first_card": spent}, indent=1)
+    (folder / "seconds.json").write_text(f"{text}\n", encoding="utf-8")
+
+
 def main() -> None:
     """Measure one model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", default="smollm2", help="smollm2 or gemma3")
     parser.add_argument("--rows", type=int, default=3, help="of each family")
     parser.add_argument("--keeps", type=float, nargs="+", help="of the card")
+    parser.add_argument("--seconds", action="store_true", help="measure these alone")
     args = parser.parse_args()
     model, _ = load(fetch(args.name))
     folder = RESULTS / args.name
+    if args.seconds:
+        measure_seconds(model, folder)
+        return
     answer_everyday(model, measure_first(model, folder), folder)
     measure_families(model, folder, args.rows)
     measure_card(model, folder, args.keeps)

@@ -171,6 +171,22 @@ def promises() -> str:
     )
 
 
+def seconds() -> str:
+    """Return what selecting, its self-check and the first card take."""
+    rows = []
+    for name, title in models().items():
+        if not (file := RESULTS / name / "seconds.json").is_file():
+            continue
+        known = json.loads(file.read_text(encoding="utf-8"))
+        for one in known["selections"]:
+            select, check = one["select"], one["check"]
+            cells = f"{select:.2f}", f"{check:.2f}, {check / select:.0%}"
+            card = f"{known['first_card']:.0f}"
+            rows.append([title, str(one["tokens"]), *cells, card])
+    head = ["model", "tokens", "select, s", "of this self-check, s"]
+    return markdown([*head, "first card, once, s"], rows)
+
+
 def answers(name: str) -> str:
     """Return the everyday questions and their answers, as quotations."""
     parts = []
@@ -191,7 +207,7 @@ def tables() -> dict[str, str]:
     """Return what the page has of tables, by name."""
     if not models():
         return {}
-    found = {"foretold": foretold(), "promises": promises()}
+    found = {"foretold": foretold(), "promises": promises(), "seconds": seconds()}
     for what, write in (("curves", curve), ("answers", answers)):
         parts = [f"### {title}\n\n{write(name)}" for name, title in models().items()]
         found[what] = "\n\n".join(parts)
