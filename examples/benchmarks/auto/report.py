@@ -19,6 +19,8 @@ from ifp_mlx.selection.request import MIN_AGREEMENT
 HERE = Path(__file__).parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results"
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
+FIRST, FULL = "the first card", "`evaluate --card`"
+CARDS = {FIRST: "first", FULL: "card"}  # their files
 SIGNS = {"self_agreement": 1, "self_kl": -1}
 LOOP = 4  # times that four words in a row have to come
 
@@ -27,14 +29,20 @@ Line = dict[str, Any]
 
 def models() -> dict[str, str]:
     """Return the titles of the models that have been measured."""
-    measured = {name for name in TITLES if (RESULTS / name / "card.json").is_file()}
+    measured = {name for name in TITLES if (RESULTS / name / "families").is_dir()}
     return {name: title for name, title in TITLES.items() if name in measured}
 
 
-def card_of(name: str, which: str = "card") -> Card:
-    """Return one of a model's cards: ``first``, which its first request makes, or ``card``."""
-    text = (RESULTS / name / f"{which}.json").read_text(encoding="utf-8")
-    return Card.from_json(text)
+def cards_of(name: str) -> dict[str, Card]:
+    """Return a model's cards by what makes them: its first request, and, where that was
+    measured, `evaluate --card`.
+    """
+    files = {way: RESULTS / name / f"{file}.json" for way, file in CARDS.items()}
+    return {
+        way: Card.from_json(file.read_text(encoding="utf-8"))
+        for way, file in files.items()
+        if file.is_file()
+    }
 
 
 def lines_of(name: str, what: str) -> list[Line]:
@@ -68,24 +76,19 @@ def within(lines: Sequence[Line], sign: str) -> list[float]:
     return found
 
 
-def chosen(name: str, which: str) -> tuple[float, float, list[float]]:
+def chosen(name: str, card: Card) -> tuple[float, float, list[float]]:
     """Return what auto keeps by a card, the agreement that this promises, and the one that
     the answer to each of the families' prompts has.
-
-    Args:
-        name: the model.
-        which: of its cards, ``first`` or ``card``.
     """
-    lines, known = compared(name), card_of(name, which)
-    keep = known.smallest(MIN_AGREEMENT)
+    keep = card.smallest(MIN_AGREEMENT)
     at: dict[str, dict[float, float]] = {}
-    for line in lines:
+    for line in compared(name):
         at.setdefault(line["prompt"], {1.0: 1.0})[line["keep"]] = line["agreement"]
     had = [
         float(np.interp(keep, sorted(own), [own[k] for k in sorted(own)]))
         for own in at.values()
     ]
-    return keep, float(known.promise(keep) or 0), had
+    return keep, float(card.promise(keep) or 0), had
 
 
 def loops(text: str) -> bool:
@@ -96,26 +99,23 @@ def loops(text: str) -> bool:
 
 
 def curve(name: str) -> str:
-    """Return a card's agreement, and what the families' prompts have."""
-    card, first, lines = card_of(name), card_of(name, "first"), compared(name)
-    keeps = card.keeps()[::-1]
-    rows: list[list[str]] = []
-    for kind in card.kinds:
-        at = {p.keep: p for p in card.points if p.kind == kind}
+    """Return the cards' agreement, and what the families' prompts have."""
+    cards, lines = cards_of(name), compared(name)
+    keeps = sorted({k for card in cards.values() for k in card.keeps()}, reverse=True)
+    keeps = keeps if FULL in cards else sorted({line["keep"] for line in lines})[::-1]
+    rows, right = [], []
+    for kind in cards[FULL].kinds if FULL in cards else ():
+        at = {p.keep: p for p in cards[FULL].points if p.kind == kind}
         rows.append([kind, *(f"{at[k].agreement:.0%}, {at[k].kl:.2f}" for k in keeps)])
-    for words, promise in (
-        ("the card's", card.promise),
-        ("the first card's", _of(first)),
-    ):
-        found = [promise(k) for k in keeps]
+        if (dense := cards[FULL].dense_right.get(kind)) is not None:
+            shares = [f"{at[k].right:.0%}" for k in keeps]
+            right.append([f"{kind}, right (dense {dense:.0%})", *shares])
+    for way, card in cards.items():
+        found = [_of(card)(k) for k in keeps]
         cells = ["" if share is None else f"**{share:.0%}**" for share in found]
-        rows.append([f"**{words} promise**", *cells])
+        rows.append([f"**promised by {way}**", *cells])
     rows.append(["families", *(_families(lines, k) for k in keeps)])
-    for kind, share in card.dense_right.items():
-        at = {p.keep: p for p in card.points if p.kind == kind}
-        right = [f"{at[k].right:.0%}" for k in keeps]
-        rows.append([f"{kind}, right (dense {share:.0%})", *right])
-    return markdown(["", *(f"{keep:.2g}" for keep in keeps)], rows)
+    return markdown(["", *(f"{keep:.2g}" for keep in keeps)], rows + right)
 
 
 def _of(card: Card) -> Callable[[float], float | None]:
@@ -161,8 +161,8 @@ def promises() -> str:
     """Return what auto promises and what the answers have."""
     rows = []
     for name, title in models().items():
-        for which, way in (("first", "the first card"), ("card", "`evaluate --card`")):
-            keep, promised, had = chosen(name, which)
+        for way, card in cards_of(name).items():
+            keep, promised, had = chosen(name, card)
             cells = f"{keep:.2g}", f"{promised:.0%}", f"{np.mean(had):.0%}"
             rows.append([title, way, *cells, str(len(had))])
     return markdown(

@@ -38,7 +38,9 @@ from .quantisers import calibration, quantised
 from .reference import SEED, Dense, compare, logits_of, write_model, write_reference
 
 MODULE = "examples.benchmarks.frontier.measure"  # of this file
-LEFT_OUT = ("boolq",)  # its answers have one token
+# One has answers of one token, and the others' prompts are so long that a row takes three
+# times as long.
+LEFT_OUT = ("boolq", "dialog", "facts", "qgen", "sql")
 Key = tuple[str, int]
 Rows = dict[Key, Row]
 
@@ -199,7 +201,8 @@ class Run:
             "text": calibration(dense).size,
             "failed": failed,
         }
-        report.write_results(self.name, self.lines().values(), about)
+        rows = (line for key, line in self.lines().items() if key[1:] in self.rows)
+        report.write_results(self.name, rows, about)
         report.write()
 
 

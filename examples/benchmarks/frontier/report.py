@@ -53,8 +53,8 @@ Computed in float32 on a Linux CPU from the quantised weights. Nothing was run o
 
 HOW = f"""## How it was measured
 
-**Rows.** The nine [families of tasks](../selectors/task_families.py) whose answers have more
-than one token. Of each family the first rows whose prompts have {PROMPT} tokens at most, then
+**Rows.** Five [families of tasks](../selectors/task_families.py), whose prompts are short:
+code, maths, prose, sentences to be finished, and data to be put into words. Of each family the first rows whose prompts have {PROMPT} tokens at most, then
 the shortest of the others; of an answer the first {ANSWER} tokens. A model reads the prompt and
 the reference answer itself. KL is from the dense model's next-token distribution, in nats a
 token of the answer; *agreement* is how often both would choose the same token. Means are
