@@ -235,7 +235,7 @@ class PlainReader(UnitReader):
     ) -> dict[str, mx.array]:
         """Wait for all of a layer's jobs, which were given to the threads before."""
         wait(jobs)  # also those that outlive an error
-        self.bytes_read += sum(job.result() or 0 for job in jobs)
+        self._count(sum(job.result() or 0 for job in jobs))
         return arrays
 
     def _cut(self, wanted: Wanted) -> None:
@@ -245,7 +245,7 @@ class PlainReader(UnitReader):
                 home = at(wanted.module, piece.module)
                 names = tensors_along(home, piece)
                 nbytes = sum(home[name].nbytes for name in names)
-                self.bytes_read += nbytes
+                self._count(nbytes)
                 self.throttle(nbytes, time.perf_counter())
             cut(wanted.module, rest, wanted.units, self.plan.units)
 

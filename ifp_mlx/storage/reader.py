@@ -98,7 +98,7 @@ class ChannelReader(UnitReader):
     ) -> dict[str, mx.array]:
         """Wait for all of a layer's jobs, which were given to the threads before."""
         wait(jobs)  # also those that outlive an error
-        self.bytes_read += sum(job.result() for job in jobs)
+        self._count(sum(job.result() for job in jobs))
         arriving.complete()
         self._spare.append(arriving.scratch)
         return arriving.tensors()

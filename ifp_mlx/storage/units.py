@@ -61,12 +61,18 @@ class UnitReader(ABC):
         self.throttle: Callable[[int, float], None] = lambda nbytes, began: None
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="units")
         self._own = threading.local()
+        self._counting = threading.Lock()
         self._disk: Device | None = None
 
     @property
     def reads_all(self) -> bool:
         """Whether nothing of a layer's units has to be cut in memory."""
         return True
+
+    def _count(self, nbytes: int) -> None:
+        """Count bytes that were read, in whatever thread."""
+        with self._counting:
+            self.bytes_read += nbytes
 
     def fill(
         self, module: nn.Module, layer: int, index: mx.array | None = None

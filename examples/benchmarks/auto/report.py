@@ -193,11 +193,7 @@ def answers(name: str) -> str:
     for line in lines_of(name, "everyday"):
         if line["way"] == "dense":
             parts.append(f"**{line['question']}**")
-        kept = (
-            ""
-            if line["way"] == "dense"
-            else f", keep {line['keep']:.2g}, {line['select']:.1f} s to select"
-        )
+        kept = f", keep {line['keep']:.2g}" if line["way"] == "auto" else ""
         text = line["text"].strip().replace("\n", "\n> ")
         parts.append(f"{line['way']}{kept}:\n\n> {text}")
     return "\n\n".join(parts)
