@@ -311,7 +311,7 @@ def report(card: Card) -> str:
     rows = [[k, *(_agreement(at[k, keep]) for keep in keeps)] for k in card.kinds]
     rows.append(["mean", *(f"{card.promise(keep):.0%}" for keep in keeps)])
     parts = [
-        f"{card.model}: {card.tokens} tokens of the dense model's own greedy answers; "
+        f"{card.model}: {card.sample}; "
         f"each prompt selects {card.unit}s for itself ({card.selector}). By the kept "
         "share: how often the compact model would choose the same token, and the KL to "
         "the dense model, nats a token.",

@@ -121,6 +121,13 @@ class Card:
         """The kinds of prompts, in order."""
         return list(dict.fromkeys(point.kind for point in self.points))
 
+    @property
+    def sample(self) -> str:
+        """What was compared, in words."""
+        if self.answers == GIVEN:
+            return f"{self.tokens} tokens of given answers to a few questions"
+        return f"{self.tokens} tokens of the dense model's own greedy answers"
+
     def keeps(self) -> list[float]:
         """Return the keeps below 1 that were measured, smallest first."""
         return sorted({point.keep for point in self.points})
@@ -158,7 +165,7 @@ class Card:
         of = f" ({worst[0]}: {worst[1]:.0%})" if len(self.kinds) > 1 else ""
         return (
             f"by the card of {self.model}, keep {keep:.2g} chooses the dense model's next "
-            f"token at {promise:.0%} of its answers' tokens{of}"
+            f"token at {promise:.0%} of answers' tokens{of}"
         )
 
 

@@ -34,10 +34,10 @@ UNTRAINED = (
 # Of the dense model; a file like its own would look as if it were this folder's.
 CURVE = """
 
-The dense model has a card: {tokens} tokens of its own greedy answers to the prompts of
-ifp_mlx, each of which selected for itself ({selector}). By the kept share, how often the
-compact model would choose the same token, and the kind of prompt at which least often. This
-folder keeps {share:.2g} and was not measured itself.
+The dense model has a card: {sample}, in which
+each question selected for itself ({selector}). By the kept share, how often the compact model
+would choose the same token, and the kind of question at which least often. This folder keeps
+{share:.2g} and was not measured itself.
 
 | kept | same token | least often |
 |---|---|---|
@@ -149,7 +149,7 @@ def _curve(card: Card | None, selection: Selection) -> str:
     for keep in card.keeps():
         kind, least = card.worst(keep) or ("", 1.0)
         rows.append(f"| {keep:.2g} | {card.promise(keep):.0%} | {kind}, {least:.0%} |")
-    about = {"tokens": card.tokens, "selector": card.selector}
+    about = {"sample": card.sample, "selector": card.selector}
     return CURVE.format(**about, share=selection.share, rows="\n".join(rows))
 
 

@@ -271,8 +271,8 @@ def _parts(subject: Subject, context: int) -> list[tuple[str, int]]:
 def _about(card: Card) -> str:
     return (
         "Agreement, by the model's card: how often the compact model chooses the dense "
-        f"model's next token, measured on {card.tokens} tokens of its own answers to "
-        f"{len(card.kinds)} kinds of prompts; between measured keeps a straight line."
+        f"model's next token, measured on {card.sample}; between measured keeps a "
+        "straight line."
     )
 
 

@@ -102,7 +102,7 @@ def test_the_models_card_is_quoted_and_names_the_keep_that_takes_enough(capsys):
     ]
     card = Card(*about, points=tuple(points), dense_right={})
     quoted = (
-        "by the card of tiny, keep {} chooses the dense model's next token at {} of its "
+        "by the card of tiny, keep {} chooses the dense model's next token at {} of "
         "answers' tokens (maths: {})"
     )
     [line] = said(capsys, kept(0.75), card)
@@ -114,7 +114,7 @@ def test_the_models_card_is_quoted_and_names_the_keep_that_takes_enough(capsys):
     assert "less than the card of tiny has measured (0.5)" in line
     of_one = Card(*about, points=tuple(points[::2]), dense_right={})
     [line] = said(capsys, kept(0.75), of_one)
-    assert line.endswith("at 85% of its answers' tokens.")
+    assert line.endswith("at 85% of answers' tokens.")
 
 
 def test_without_a_card_less_than_three_quarters_is_said_to_be_little(capsys):

@@ -132,6 +132,7 @@ def test_of_experts_whole_ones_are_tried(tmp_path):
     decision = decided(model)
     units = model.channels
     assert model.card.keeps() == sorted({round(s * units) / units for s in (0.75, 0.9)})
+    assert "tokens of given answers" in model.card.sample
     assert model.card.unit == "expert" and decision.size <= units
     assert not decision.compensate
 
