@@ -220,8 +220,8 @@ def _self_check(selection: Selection) -> Iterator[str]:
     if origin.agreement < MIN_AGREEMENT - 1e-6:  # float32
         yield (
             f"Warning: below {MIN_AGREEMENT:.0%} the compact model is another than the "
-            f"dense one on the very text that selected; keep more {selection.unit}s "
-            "(--keep auto), or measure a task mask on examples."
+            f"dense one on the very text that selected; keep more {selection.unit}s, "
+            "or measure a task mask on examples."
         )
 
 
