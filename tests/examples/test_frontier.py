@@ -251,3 +251,12 @@ def test_a_point_that_cannot_be_made_is_written_down(run, tmp_path, monkeypatch)
     assert model.about["failed"] == {"awq 2/64": said}
     assert f"- *awq 2/64*: {said}" in model.failures()
     assert set(model.results) == {SELECT.name, "affine 2/64"}
+
+
+def test_a_point_counts_once_all_of_its_rows_are_measured(run, tmp_path, monkeypatch):
+    measure.Run(run.name, 1, run.points[1:2], run.folder).measure(0, 1)
+    run.measure(2, 3)  # the last point
+    monkeypatch.setattr(report, "write", lambda: None)
+    monkeypatch.setattr(report.write_results, "__defaults__", (tmp_path,))
+    run.write()
+    assert set(report.Model("smollm2", tmp_path).results) == {"affine 2/64"}

@@ -24,7 +24,7 @@ def test_no_measured_figure_stands_in_what_is_not_made_of_results():
 def test_every_point_has_all_rows(model):
     rows = {name: set(result.rows) for name, result in model.results.items()}
     assert len(set(map(frozenset, rows.values()))) == 1
-    assert len({family for family, _ in rows["dense"]}) == 9
+    assert len({family for family, _ in rows["dense"]}) == 5
 
 
 @each_model
@@ -77,3 +77,21 @@ def test_spans_are_where_the_best_that_fits_is_a_selection(model):
         best = min(fits, key=report.Result.mean)
         inside = [s for s in spans if s[0] <= budget and (not s[1] or budget < s[1])]
         assert bool(inside) == (best.point.kind == "select")
+
+
+def test_the_readme_quotes_the_results():
+    found = MODELS["smollm2"].results
+    said = " ".join((report.HERE.parents[2] / "README.md").read_text("utf-8").split())
+    three, half, distilled = (
+        found[name] for name in ("affine 3/64", "select 4/64 keep 0.5", "dwq 3/64")
+    )
+    for one in (three, half):
+        assert f"{one.bytes / 1e6:.0f} MB and " in said
+    assert (
+        f"takes {three.bytes / 1e6:.0f} MB and is at a KL of {three.mean():.2f}" in said
+    )
+    assert f"are at {half.mean():.2f}. But 3 bits" in said
+    assert f"are at {distilled.mean():.2f}: select" in said
+    assert (
+        half.bytes < three.bytes and half.less(three)[1] > 0 > half.less(distilled)[2]
+    )

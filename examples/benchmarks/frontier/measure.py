@@ -13,6 +13,7 @@ import argparse
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -189,7 +190,9 @@ class Run:
                 log.add(line | {"seconds": round(time.process_time() - start, 2)})
 
     def write(self) -> None:
-        """Write the results of all jobs beside this file, then the page."""
+        """Write the results of all jobs beside this file, then the page; a point counts
+        once all of its rows are measured.
+        """
         failed: dict[str, str] = {}
         for path in sorted(self.folder.glob("failures/*")):
             lines = self.failures(path.name).lines.values()
@@ -201,7 +204,9 @@ class Run:
             "text": calibration(dense).size,
             "failed": failed,
         }
-        rows = (line for key, line in self.lines().items() if key[1:] in self.rows)
+        found = {k: line for k, line in self.lines().items() if k[1:] in self.rows}
+        counts = Counter(point for point, *_ in found)
+        rows = [line for k, line in found.items() if counts[k[0]] == len(self.rows)]
         report.write_results(self.name, rows, about)
         report.write()
 
