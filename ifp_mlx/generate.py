@@ -115,8 +115,6 @@ def _command(args: Any) -> None:
         **decoding,
     )
     text, last = _print_stream(steps)
-    if args.save_mask:
-        last.selection.save(args.save_mask)
     print(_summary(last), file=sys.stderr)
     _say_checks(last)
     cli.say_quality(last.selection, model.card)
@@ -126,6 +124,8 @@ def _command(args: Any) -> None:
         promise = model.card and model.card.promise(last.selection.share)
         more = {"down_proj": slicing, "promise": promise}
         print(json.dumps({"text": text} | report(last) | more))
+    if args.save_mask:  # last: if that fails, all else has been said
+        last.selection.save(args.save_mask)
 
 
 def _say_checks(last: GenerationResponse) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -247,6 +248,17 @@ def run_command(main, capsys, *arguments) -> tuple[int, str, str]:
         status = stop.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+@contextlib.contextmanager
+def full_disk(room: int = 0):
+    """Let no file take more than ``room`` bytes: to who writes, the disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def swept(model, instruction, *, progress=iter, **options):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files.atomic import new_file
+from ..files.atomic import new_file, writing
 
 Line = dict[str, Any]
 SETTINGS, ROWS = "settings.json", "rows.jsonl"
@@ -46,7 +46,7 @@ class Log:
         """Keep lines, in memory and in the file."""
         self.lines.update({self.key_of(line): line for line in lines})
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
+            with writing(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -70,5 +70,6 @@ def _whole_lines(path: Path) -> list[Line]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        with new_file(path) as scratch:
+            scratch.write_text(whole, encoding="utf-8")
     return [json.loads(line) for line in whole.splitlines()]

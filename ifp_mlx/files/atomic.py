@@ -1,14 +1,61 @@
 """Write beside, then rename: no output is ever left half-written."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Unwritten(OSError):
+    """A file or folder could not be written for want of room.
+
+    Attributes:
+        why: as the system says it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], why: str) -> None:
+        super().__init__(
+            f"{path} cannot be written: {why}; make room on its disk, or choose another "
+            "place."
+        )
+        self.why = why
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise :class:`Unwritten` of ``path`` for a disk without room, whoever finds out.
+
+    Python's own error names no file, MLX raises a ``RuntimeError``, and what copies a
+    tree a list of errors; inside another such block it is the outer path that counts.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if why := _no_room(error):
+            raise Unwritten(path, why) from error
+        raise
+
+
+def _no_room(error: Exception) -> str | None:
+    """Return what says that there is no room, if an error says so."""
+    if isinstance(error, Unwritten):
+        return error.why
+    if isinstance(error, shutil.Error):
+        return str(error.args[0][0][-1])
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in NO_ROOM else None
+    # MLX begins what it says with the function.
+    said = re.fullmatch(r"\[(?:write|save\w*)\] (.+?)\.?", str(error))
+    return said and said[1]
 
 
 @contextmanager
@@ -23,20 +70,22 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if ``path`` is already there.
+        Unwritten: if the disk is full.
     """
     target = Path(path)
     refuse_existing(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _delete_leftovers(target)
-    scratch, lock = _locked_scratch(target)
-    try:
-        yield scratch
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        refuse_existing(target)
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(target)
+        scratch, lock = _locked_scratch(target)
+        try:
+            yield scratch
+            scratch.chmod(0o755)  # mkdtemp makes it private
+            refuse_existing(target)
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(lock)
 
 
 def _locked_scratch(target: Path) -> tuple[Path, int]:
@@ -75,22 +124,27 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the file to write; an existing file is replaced in one step.
+
+    Raises:
+        IsADirectoryError: if ``path`` is a folder.
+        Unwritten: if the disk is full.
     """
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent
-    )
-    os.close(handle)
-    scratch = Path(name)
-    try:
-        yield scratch
-        scratch.chmod(0o644)
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.stem}.", suffix=target.suffix, dir=target.parent
+        )
+        os.close(handle)
+        scratch = Path(name)
+        try:
+            yield scratch
+            scratch.chmod(0o644)
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:

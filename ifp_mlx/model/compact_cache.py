@@ -136,7 +136,7 @@ class CompactCache:
                 mx.save_safetensors(
                     str(scratch / CHANNELS), {name: arrays[name] for name in names}
                 )
-        except (OSError, RuntimeError):  # full, not writable, or another was quicker
+        except OSError:  # full, not writable, or another was quicker
             return
         self._trim(key)
 

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -37,8 +38,7 @@ def here(folder: Path | None = None, *, again: bool = False) -> Device:
     path = cache_file(folder)
     if again or not path.exists():
         found = measure(folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as scratch:
+        with suppress(OSError), new_file(path) as scratch:  # else it is measured again
             scratch.write_text(json.dumps(asdict(found), indent=2) + "\n")
         return found
     try:

@@ -296,7 +296,7 @@ class Selection:
             scores: ``[L, F]`` that the selection was made from, to be kept with it
                 in float16; :meth:`load` leaves them where they are.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         arrays = {}
         for layer, index in enumerate(self.indices):
@@ -320,7 +320,7 @@ class Selection:
             if self.compensation.sketch:
                 about[SKETCH] = self.compensation.sketch
         with new_file(path) as scratch:
-            save_file(arrays, scratch, metadata=self.as_text() | about)
+            scratch.write_bytes(save(arrays, self.as_text() | about))
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Selection":

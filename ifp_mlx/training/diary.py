@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files.atomic import new_file
+from ..files.atomic import new_file, writing
 from .validation import Report
 
 LOG = "log.jsonl"
@@ -40,7 +40,7 @@ class Diary:
         line = {"step": step, **report}
         self.lines.append(line)
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self.listen is not None:
             self.listen(line)

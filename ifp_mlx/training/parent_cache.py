@@ -10,6 +10,7 @@ largest probabilities taken out of the sampling.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -141,10 +142,12 @@ def fill_cache(
     for number in progress(missing):
         part = records[number * PART : (number + 1) * PART]
         rows = [_compress(parent, record, form) for record in part]
+        part_file = io.BytesIO()
+        np.save(part_file, np.concatenate(rows), allow_pickle=False)
+        content = part_file.getvalue()
         with new_file(folder / names[number]) as scratch:
-            np.save(scratch, np.concatenate(rows), allow_pickle=False)
-            digest = hashlib.sha256(scratch.read_bytes()).hexdigest()
-        index["parts"][names[number]] = digest
+            scratch.write_bytes(content)
+        index["parts"][names[number]] = hashlib.sha256(content).hexdigest()
         with new_file(folder / INDEX) as scratch:
             scratch.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return ParentCache(folder, records, form)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..files.atomic import new_file
 from ..selection.widths import check_multiple, target_size
 from ..slicing.shapes import Unit
 from .maskers import Budget
@@ -281,8 +282,8 @@ def same_run(config: TrainConfig, path: Path) -> None:
     free |= {"compile", "grad_checkpoint"}
     here = asdict(config)
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        with new_file(path) as scratch:
+            scratch.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
         return
     there = json.loads(path.read_text(encoding="utf-8"))
     for name, value in here.items():

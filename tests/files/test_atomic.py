@@ -1,10 +1,13 @@
+import shutil
 import signal
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
+from conftest import full_disk
 
-from ifp_mlx.files.atomic import new_file, new_folder
+from ifp_mlx.files.atomic import new_file, new_folder, writing
 
 
 def test_a_folder_appears_only_when_it_is_complete(tmp_path):
@@ -84,3 +87,56 @@ def test_a_file_is_replaced_in_one_step_or_not_at_all(tmp_path):
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [
         "a.txt"
     ]
+
+
+def write_text(folder, path):
+    path.write_text("1234")
+
+
+def write_tensors(folder, path):
+    mx.save_safetensors(str(path), {"one": mx.zeros(4)})
+
+
+def copy_a_file(folder, path):
+    shutil.copyfile(folder / "here/a", path)
+
+
+def copy_a_tree(folder, path):
+    shutil.copytree(folder / "here", path.with_name("there"))
+
+
+def write_inside(folder, path):
+    with new_file(path) as scratch:
+        scratch.write_text("1234")
+
+
+WRITERS = [write_text, write_tensors, copy_a_file, copy_a_tree, write_inside]
+NO_ROOM = (
+    r"out\.safetensors cannot be written: .*(large|Unable).*; make room on its disk"
+)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("kind", [new_file, new_folder])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(kind, writer, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a").write_text("1234")
+    out = tmp_path / "place/out.safetensors"
+    with pytest.raises(OSError, match=NO_ROOM), full_disk(), kind(out) as scratch:
+        writer(tmp_path, scratch if kind is new_file else scratch / "a.safetensors")
+    left = {"there"} if (kind, writer) == (new_file, copy_a_tree) else set()
+    assert {path.name for path in out.parent.iterdir()} == left
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[read] Unable to read 4 bytes"),
+        PermissionError(13, "Permission denied", "a"),
+        OSError("model.safetensors ends early; fetch the model again."),
+    ],
+)
+def test_what_is_no_matter_of_room_is_said_as_it_is(error, tmp_path):
+    with pytest.raises(type(error)) as caught, writing(tmp_path / "out"):
+        raise error
+    assert caught.value is error

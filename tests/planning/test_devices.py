@@ -5,7 +5,7 @@ from typing import get_args
 
 import mlx.core as mx
 import pytest
-from conftest import write_folder
+from conftest import full_disk, write_folder
 
 from ifp_mlx.planning import devices, machine
 from ifp_mlx.planning.devices import DEVICES
@@ -96,6 +96,12 @@ def test_this_machine_is_measured_once_and_remembered(tmp_path, cache, monkeypat
     assert machine.here(folder) == first and not calls
     assert machine.here(folder, again=True) == first and calls == [folder]
     assert machine.here(None) == first and calls == [folder, None]  # another disk
+
+
+def test_what_was_measured_counts_where_it_cannot_be_kept(cache):
+    with full_disk():
+        assert machine.here().memory.value > 0
+    assert not any(cache.rglob("*.json"))
 
 
 def test_no_storage_is_measured_without_weights(tmp_path, cache):
