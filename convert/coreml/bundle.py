@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ifp_mlx.files.companions import copy_companions, licence_of
+from ifp_mlx.files.companions import UNKNOWN_LICENCE, copy_companions, licence_of
 from ifp_mlx.model.checkpoint import IFPModel
 from ifp_mlx.selection.masks import Selection
 
@@ -103,9 +103,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _card(manifest: dict[str, Any]) -> str:
-    licence = (
-        manifest["licence"] or "not stated in the source folder; see the base model"
-    )
+    licence = manifest["licence"] or UNKNOWN_LICENCE
     functions = "\n".join(
         f"| `{name}` | `{about['mask_id']}` | {sum(about['layers'])} of "
         f"{about['channels'] * len(about['layers'])} FFN channels |"

@@ -148,8 +148,9 @@ def _card(gguf: GGUF) -> str:
     """Return a model card with the name and the licence that the file states."""
     from huggingface_hub import ModelCardData
 
-    licence = gguf.get("general.license", str, None)
-    data = ModelCardData(library_name="mlx", license=licence)
+    licence = gguf.get("general.license", object, None)
+    named = licence if isinstance(licence, str) else None  # some files list several
+    data = ModelCardData(library_name="mlx", license=named)
     name = gguf.get("general.name", str, gguf.file.stem)
     return f"---\n{data}\n---\n\n# {name}\n\nConverted from {gguf.file.name}.\n"
 

@@ -20,9 +20,18 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def licence_of(path: Path) -> str | None:
-    """Return the licence that the card of a model folder states, or ``None``."""
-    from huggingface_hub import ModelCard
+UNKNOWN_LICENCE = "not named by the card of the source folder; see the base model"
 
-    readme = path / "README.md"
-    return ModelCard.load(readme).data.license if readme.is_file() else None
+
+def licence_of(path: Path) -> str | None:
+    """Return the licence that the card of a model folder names; ``None`` if there is no
+    card, or none that can be read, or it does not name one.
+    """
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    try:
+        licence = (metadata_load(path / "README.md") or {}).get("license")
+    except (OSError, ValueError, YAMLError):
+        return None
+    return licence if isinstance(licence, str) else None

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..files.atomic import new_folder, refuse_existing
-from ..files.companions import copy_companions, licence_of
+from ..files.companions import UNKNOWN_LICENCE, copy_companions, licence_of
 from ..files.progress import ProgressBar
 from ..selection.masks import Selection
 from ..selection.widths import check_multiple
@@ -26,7 +26,6 @@ from .requantisation import requantisation_cost
 # Safetensors inside; not in name, for some loaders take every such file for weights,
 # those of subfolders too (mlx-swift-lm 3.31.4).
 MASK_FILE = "ifp.mask"
-UNKNOWN_LICENCE = "not stated in the source folder; see the base model"
 UNTRAINED = (
     "They were selected without training the model further, unless the selector\n"
     "above is a trained predictor. The quality of this folder was not measured."

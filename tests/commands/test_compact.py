@@ -258,11 +258,15 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(tmp_path):
     assert (out / "LICENSE").read_text() == "the licence"
 
 
-def test_a_card_without_a_known_licence_says_so(tmp_path):
-    model, _ = load(write_folder(tmp_path / "tiny"))
+@pytest.mark.parametrize("card", [None, "---\nlicense: [mit, apache-2.0]\n---\n"])
+def test_a_card_without_a_known_licence_says_so(card, tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    model, _ = load(folder)
     selection = model.select("Hi", allocation="uniform")
     card = (write_compact(model, selection, tmp_path / "out") / "README.md").read_text()
-    assert "| Licence of the base | not stated in the source folder" in card
+    assert "| Licence of the base | not named by the card of the source" in card
     assert "license:" not in card
 
 

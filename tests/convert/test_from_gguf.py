@@ -179,6 +179,11 @@ def test_name_and_licence_come_along(tiny_gguf, tmp_path):
     assert (out / "LICENSE").read_text() == "the licence"
 
 
+def test_several_licences_in_a_file_are_no_reason_to_refuse_it(tiny_gguf, unpack):
+    file, _ = tiny_gguf(add={"general.license": ["mit", "apache-2.0"]})
+    assert "license" not in (unpack(file) / "README.md").read_text()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_tied_embeddings_are_those_without_output(tiny_gguf, unpack, architecture):
     file, model = tiny_gguf(architecture, tie_word_embeddings=True)
