@@ -150,12 +150,14 @@ def smaller(path: str, model: IFPModel) -> Rival:
         path: its folder or hub id.
         model: the large one; where both have the same tokens, KL can be measured.
     """
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import load_tokenizer
 
     folder: Path = resolve(path)
-    config = source_of(folder).config
+    source = source_of(folder)
+    config = source.config
     other = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
-    small, _ = load_model(folder)
+    small = source.dense()
+    mx.eval(small.parameters())  # now, and not while it is timed
     same = same_tokens(model.tokenizer, other)
     same &= config["vocab_size"] == model.config["vocab_size"]
     return Rival(f"dense, {folder.resolve().name}", small, None if same else other)

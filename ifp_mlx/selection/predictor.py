@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..files.atomic import new_folder
+from ..files.literal import literal
 
 HEAD = "head.safetensors"
 
@@ -106,7 +107,8 @@ class SparsityPredictor(nn.Module):
 
         folder = Path(folder)
         head, layers, channels, pooling = _read_head(folder / HEAD)
-        backbone, config = load_model(folder)
+        with literal(folder) as path:
+            backbone, config = load_model(path)
         rank = head["reduce.weight"].shape[0] if "reduce.weight" in head else 1
         self = cls(
             backbone, layers, channels, rank, config=config, pooling=cast(Any, pooling)

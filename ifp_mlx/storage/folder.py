@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.literal import literal
 from ..files.tensors import digest_of, weights_of
 from ..slicing.plan import plan_of
 from ..slicing.shapes import Plan
@@ -286,7 +287,8 @@ class Folder:
             model_class.load_weights(model, weights, strict=False)
 
         classes = {"get_model_classes": lambda config: (build, args_class)}
-        model, self.config = load_model(self.path, lazy=True, **classes)
+        with literal(self.path) as path:
+            model, self.config = load_model(path, lazy=True, **classes)
         for name in ("sanitize", "load_weights"):
             vars(model).pop(name, None)
         return model
@@ -477,16 +479,12 @@ def _check_headers(path: Path) -> dict[str, Path]:
     """Return the file that holds each tensor."""
     from safetensors import SafetensorError, safe_open
 
-    folder = path.resolve()
-    homes = [folder]
-    if folder.parent.name == "snapshots":  # the hub's cache links to its blobs
-        homes.append(folder.parent.parent / "blobs")
     files: dict[str, Path] = {}
     for file in sorted(path.glob("model*.safetensors")):
-        if file.resolve().parent not in homes:
-            raise ValueError(
-                f"{file} is a link to {file.resolve()}, outside its model folder; "
-                "copy the file into the folder."
+        if not file.exists():
+            raise FileNotFoundError(
+                f"{file} is a link to {file.readlink()}, which is not there; put that "
+                "back, or fetch the model again."
             )
         try:
             with safe_open(file, framework="numpy") as header:

@@ -17,6 +17,8 @@ from huggingface_hub import constants, errors
 
 from ifp_mlx.storage.folder import index_files, resolve, source_of
 
+TOKENS = mx.array([[1, 2, 3]])
+
 # resolve
 
 
@@ -239,12 +241,28 @@ def test_an_index_gives_each_file_once(tmp_path):
     assert files == [tmp_path / "a", tmp_path / "b"]
 
 
-def test_a_link_out_of_the_folder_is_refused(tiny_folder, tmp_path):
-    secret = tmp_path / "elsewhere.safetensors"
-    (tiny_folder / "model.safetensors").rename(secret)
-    (tiny_folder / "model.safetensors").symlink_to(secret)
-    with pytest.raises(ValueError, match=f"is a link to {secret}, outside"):
+def test_weights_may_be_links_to_another_place(tiny_folder, tmp_path):
+    before = source_of(tiny_folder).dense()(TOKENS)
+    blob = tmp_path / "blobs/0123"
+    blob.parent.mkdir()
+    (tiny_folder / "model.safetensors").rename(blob)
+    (tiny_folder / "model.safetensors").symlink_to(blob)
+    assert mx.array_equal(source_of(tiny_folder).dense()(TOKENS), before)
+
+
+def test_a_link_to_nowhere_is_said(tiny_folder):
+    (tiny_folder / "model.safetensors").unlink()
+    (tiny_folder / "model.safetensors").symlink_to("/nowhere/weights")
+    with pytest.raises(FileNotFoundError, match="a link to /nowhere/weights, which is"):
         source_of(tiny_folder)
+
+
+@pytest.mark.parametrize("name", ["model [4bit]", "model*", "what?", "[!a]"])
+def test_a_folders_name_is_no_pattern(name, tmp_path):
+    write_folder(tmp_path / "model of another", seed=1)
+    folder = write_folder(tmp_path / name)
+    expected = source_of(write_folder(tmp_path / "plain")).dense()(TOKENS)
+    assert mx.array_equal(source_of(folder).dense()(TOKENS), expected)
 
 
 def garbage(data: bytes) -> bytes:
