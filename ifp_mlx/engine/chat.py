@@ -24,8 +24,8 @@ class Chat:
     Args:
         engine: where it is held.
         system: the system message.
-        reselect: ``"turn"`` selects again with every user message; the conversation
-            is then prefilled again wherever the mask changes.
+        reselect: ``"turn"`` selects again with every user message, as if it were the
+            first; the conversation is then prefilled again wherever the mask changes.
         options: defaults of every turn, as of :meth:`Engine.stream`.
 
     Source: Hou et al. 2025 (arXiv:2501.02086) sec. 3.
@@ -45,9 +45,9 @@ class Chat:
         if reselect and options.keys() & {"task", "mask_file", "instruction"}:
             raise InvalidRequest("reselect='turn' goes with no fixed task or mask.")
         self._engine, self._options, self._reselect = engine, options, reselect
-        self.messages: list[Message] = []
-        if system is not None:
-            self.messages.append({"role": "system", "content": system})
+        said = [] if system is None else [{"role": "system", "content": system}]
+        self._system: list[Message] = said
+        self.messages: list[Message] = list(said)
 
     def stream(self, text: str, **options: Any) -> Iterator[Event]:
         """Say ``text`` and stream the answer; it joins ``messages`` as far as it came."""
@@ -76,16 +76,20 @@ class Chat:
         return text_of(self.stream(text, **options))
 
     def _turn(self, text: str) -> list[Message]:
-        return [*self.messages, {"role": "user", "content": text}]
+        return [*self.messages, _asked(text)]
 
     def _choose(self, text: str, options: dict[str, Any]) -> dict[str, Any]:
-        own = {"instruction": text} if self._reselect else {}
+        own = {"instruction": [*self._system, _asked(text)]} if self._reselect else {}
         return self._options | own | options
 
     def _said(self, text: str, answer: str) -> None:
         if answer:  # a turn that failed or was cancelled at once is forgotten
             answered = {"role": "assistant", "content": answer}
             self.messages = [*self._turn(text), answered]
+
+
+def _asked(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def text_of(events: Iterator[Event]) -> str:

@@ -395,6 +395,16 @@ def test_reselecting_each_turn_changes_mask_and_starts_a_new_cache(engine):
     assert second.cached_tokens == 0
 
 
+def test_each_reselecting_turn_selects_as_the_first_of_a_conversation(engine):
+    said = {"role": "system", "content": "You are a poet of few words."}
+    options = {"keep": 0.25, "max_tokens": 2}
+    chat = engine.chat(system=said["content"], reselect="turn", **options)
+    for text in ("Tell me about fjords.", "def f(x): return 12345 + x"):
+        turn = list(chat.stream(text))[-1]
+        messages = [said, {"role": "user", "content": text}]
+        assert turn.identity == list(engine.stream(messages, **options))[-1].identity
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_cached_conversation_continues_as_an_uncached_one(tmp_path, family):
     folder = write_folder(tmp_path / family, family)
