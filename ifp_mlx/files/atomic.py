@@ -16,7 +16,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Unwritten(OSError):
-    """A file or folder could not be written for want of room.
+    """There is no room for a file or folder, or no leave to make it.
 
     Attributes:
         why: as the system says it.
@@ -24,38 +24,50 @@ class Unwritten(OSError):
 
     def __init__(self, path: str | os.PathLike[str], why: str) -> None:
         super().__init__(
-            f"{path} cannot be written: {why}; make room on its disk, or choose another "
-            "place."
+            f"{path} cannot be written: {why}; choose another place, or see that this one "
+            "has room and may be written."
         )
         self.why = why
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise :class:`Unwritten` of ``path`` for a disk without room, whoever finds out.
+    """Raise :class:`Unwritten` of ``path`` when it cannot be written, whoever finds out.
 
-    Python's own error names no file, MLX raises a ``RuntimeError``, and what copies a
-    tree a list of errors; inside another such block it is the outer path that counts.
+    For a full disk, Python's own error names no file, MLX raises a ``RuntimeError``, and
+    what copies a tree a list of errors; inside another such block it is the outer path
+    that counts. An error of another file stays what it is.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if why := _no_room(error):
+        if why := _reason(error, Path(path)):
             raise Unwritten(path, why) from error
         raise
 
 
-def _no_room(error: Exception) -> str | None:
-    """Return what says that there is no room, if an error says so."""
+def _reason(error: Exception, target: Path) -> str | None:
+    """Return why ``target`` cannot be written, if an error says that."""
     if isinstance(error, Unwritten):
         return error.why
     if isinstance(error, shutil.Error):
         return str(error.args[0][0][-1])
     if isinstance(error, OSError):
+        named = error.filename
+        if isinstance(named, str) and _is_place_of(target, Path(named)):
+            return error.strerror
         return error.strerror if error.errno in NO_ROOM else None
     # MLX begins what it says with the function.
     said = re.fullmatch(r"\[(?:write|save\w*)\] (.+?)\.?", str(error))
     return said and said[1]
+
+
+def _is_place_of(target: Path, named: Path) -> bool:
+    """Whether a path is ``target``, a folder that it is in, or its scratch name."""
+    scratch = named.parent == target.parent and named.name.startswith(
+        f".{target.stem}."
+    )
+    return scratch or target.is_relative_to(named)
 
 
 @contextmanager
@@ -70,7 +82,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileExistsError: if ``path`` is already there.
-        Unwritten: if the disk is full.
+        Unwritten: if the disk is full, or nothing may be written there.
     """
     target = Path(path)
     refuse_existing(target)
@@ -127,7 +139,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         IsADirectoryError: if ``path`` is a folder.
-        Unwritten: if the disk is full.
+        Unwritten: if the disk is full, or nothing may be written there.
     """
     target = Path(path)
     if target.is_dir():

@@ -112,7 +112,7 @@ def write_inside(folder, path):
 
 WRITERS = [write_text, write_tensors, copy_a_file, copy_a_tree, write_inside]
 NO_ROOM = (
-    r"out\.safetensors cannot be written: .*(large|Unable).*; make room on its disk"
+    r"out\.safetensors cannot be written: .*(large|Unable).*; choose another place"
 )
 
 
@@ -128,6 +128,23 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(kind, writer, tmp_path):
     assert {path.name for path in out.parent.iterdir()} == left
 
 
+@pytest.mark.parametrize("kind", [new_file, new_folder])
+def test_a_place_where_nothing_can_be_made_is_said(kind, tmp_path):
+    (tmp_path / "file").write_text("1")
+    out = tmp_path / "file/out"
+    sentence = f"{out} cannot be written: (Not a directory|File exists); choose another"
+    with pytest.raises(OSError, match=sentence), kind(out):
+        pass
+
+
+@pytest.mark.parametrize("name", ["", "out", ".out.ifp-1", ".out.2.txt"])
+def test_a_place_that_may_not_be_written_is_said(name, tmp_path):
+    error = PermissionError(13, "Permission denied", str(tmp_path / name))
+    sentence = f"{tmp_path / 'out'} cannot be written: Permission denied; choose"
+    with pytest.raises(OSError, match=sentence), writing(tmp_path / "out"):
+        raise error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -136,7 +153,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(kind, writer, tmp_path):
         OSError("model.safetensors ends early; fetch the model again."),
     ],
 )
-def test_what_is_no_matter_of_room_is_said_as_it_is(error, tmp_path):
+def test_what_is_no_matter_of_writing_is_said_as_it_is(error, tmp_path):
     with pytest.raises(type(error)) as caught, writing(tmp_path / "out"):
         raise error
     assert caught.value is error
