@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..model.checkpoint import IFPModel
 from ..selection.masks import Selection
+from ..selection.tokenizer import open_tokenizer
 from ..slicing.shapes import Plan
 from ..slicing.sliced import sliced_names
 from ..storage.folder import resolve, source_of
@@ -150,12 +151,10 @@ def smaller(path: str, model: IFPModel) -> Rival:
         path: its folder or hub id.
         model: the large one; where both have the same tokens, KL can be measured.
     """
-    from mlx_lm.utils import load_tokenizer
-
     folder: Path = resolve(path)
     source = source_of(folder)
     config = source.config
-    other = load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    other = open_tokenizer(folder, config)
     small = source.dense()
     mx.eval(small.parameters())  # now, and not while it is timed
     same = same_tokens(model.tokenizer, other)

@@ -33,6 +33,7 @@ from ..selection.prompts import (
 )
 from ..selection.request import Request
 from ..selection.scores import blend_scores, random_scores
+from ..selection.tokenizer import open_tokenizer
 from ..selection.top_k import select
 from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
@@ -624,12 +625,10 @@ def load(model: str | os.PathLike[str] = SHIPPED) -> tuple[IFPModel, Any]:
         FileNotFoundError: if there is no such folder or hub id.
         ValueError: if its content is damaged or of an unsupported type.
     """
-    from mlx_lm.utils import load_tokenizer
-
     path = resolve(model)
     source = source_of(path)
     _ = source.plan  # or it says why nothing can be selected
-    tokenizer = load_tokenizer(path, eos_token_ids=source.config.get("eos_token_id"))
+    tokenizer = open_tokenizer(path, source.config)
     name = path.resolve().name if Path(model).exists() else str(model)
     return IFPModel(source, name, tokenizer), tokenizer
 

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..files.atomic import new_folder
 from ..files.literal import literal
+from .tokenizer import open_tokenizer
 
 HEAD = "head.safetensors"
 
@@ -103,7 +104,7 @@ class SparsityPredictor(nn.Module):
             FileNotFoundError: if the folder lacks the head or the model.
             ValueError: if the head, its metadata and the backbone do not fit together.
         """
-        from mlx_lm.utils import load_model, load_tokenizer
+        from mlx_lm.utils import load_model
 
         folder = Path(folder)
         head, layers, channels, pooling = _read_head(folder / HEAD)
@@ -122,7 +123,7 @@ class SparsityPredictor(nn.Module):
             )
         self.load_weights(list(head.items()), strict=False)
         if any(folder.glob("tokenizer*")):
-            self.tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
+            self.tokenizer = open_tokenizer(folder, config)
         mx.eval(self.parameters())
         return self.eval()
 

@@ -1,6 +1,5 @@
 """Where full weights live: find a model folder, check it, open it without reading."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files.literal import literal
+from ..files.objects import read_object
 from ..files.tensors import digest_of, weights_of
 from ..slicing.plan import plan_of
 from ..slicing.shapes import Plan
@@ -418,21 +418,6 @@ def _mismatch(
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; give a complete model folder.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        error = ValueError(f"a JSON {type(content).__name__}")
-    except ValueError as syntax:
-        error = syntax
-    raise ValueError(
-        f"{path} is not a JSON object ({error}); fetch or convert the model again."
-    ) from error
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """Return the content of a config.json.
 
@@ -440,7 +425,7 @@ def read_config(path: Path) -> dict[str, Any]:
         FileNotFoundError: if it is missing.
         ValueError: if it is no model's, or asks to run code.
     """
-    config = _read_json(path)
+    config = read_object(path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
         raise ValueError(
@@ -458,7 +443,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def index_files(index: Path) -> list[Path]:
     """Return the files that a ``*.index.json`` names, all of them in its folder."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no weight_map; delete it or fetch it again.")
     names = sorted({str(name) for name in weight_map.values()})

@@ -15,11 +15,12 @@ from ..files.atomic import new_folder
 from ..files.companions import copy_companions
 from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
 from ..selection.predictor import SparsityPredictor
+from ..selection.tokenizer import open_tokenizer
 from ..slicing.masked import mask_model
 from ..slicing.plan import plan_of
 from ..slicing.shapes import Plan, is_quantised
 from ..slicing.stock import build
-from ..storage.folder import resolve, source_of
+from ..storage.folder import read_config, resolve, source_of
 from .mixtures import check_mixture, freeze_routers
 from .recipe import TrainConfig
 from .step import Parent
@@ -51,11 +52,9 @@ def open_trainee(config: TrainConfig) -> Trainee:
         FileNotFoundError, ValueError: as :func:`ifp_mlx.load`, or if the settings do
             not suit a mixture.
     """
-    from mlx_lm.utils import load_tokenizer
-
     path = resolve(config.model)
     if config.from_scratch:
-        about = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        about = read_config(path / "config.json")
         about.pop("quantization", None)
         model = build(about)
     else:
@@ -66,7 +65,7 @@ def open_trainee(config: TrainConfig) -> Trainee:
     if config.dtype != "stored":
         model.set_dtype(getattr(mx, config.dtype))
     mx.eval(model.parameters())
-    tokenizer = load_tokenizer(path, eos_token_ids=about.get("eos_token_id"))
+    tokenizer = open_tokenizer(path, about)
     return Trainee(path, about, tokenizer, model, plan)
 
 
@@ -187,12 +186,10 @@ def _pretrained_backbone(
     trainee: Trainee, name: str
 ) -> tuple[nn.Module, dict[str, Any], Any]:
     """Return a stock language model, its config, and its tokenizer if another one."""
-    from mlx_lm.utils import load_tokenizer
-
     path = resolve(name)
     source = source_of(path)
     about, backbone = source.config, source.dense()
-    tokenizer = load_tokenizer(path, eos_token_ids=about.get("eos_token_id"))
+    tokenizer = open_tokenizer(path, about)
     same = tokenizer.get_vocab() == trainee.tokenizer.get_vocab()
     return backbone, about, None if same else tokenizer
 

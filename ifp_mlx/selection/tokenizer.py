@@ -1,0 +1,57 @@
+"""The tokenizer of a model folder: data alone, no code of the folder ever runs."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files.companions import lone_template
+from ..files.objects import read_object
+
+CONFIG = "tokenizer_config.json"
+FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
+
+
+def open_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
+    """Return mlx-lm's ``TokenizerWrapper`` of a model folder.
+
+    Args:
+        folder: the model's, or a predictor's.
+        config: its config.json, which names the tokens that end an answer.
+
+    Raises:
+        ValueError: if the tokenizer is missing, damaged, or code of the folder's own.
+    """
+    from mlx_lm.utils import load_tokenizer
+
+    # Not said at all, transformers would ask on stdin whether to run it.
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if (template := lone_template(folder)) is not None:
+        options["chat_template"] = template
+    ends = config.get("eos_token_id")
+    try:
+        return load_tokenizer(folder, options, eos_token_ids=ends)
+    except Exception as error:  # whatever the libraries below raise
+        raise ValueError(_reason(folder, config, error)) from error
+
+
+def _reason(folder: Path, config: dict[str, Any], error: Exception) -> str:
+    """Say why a tokenizer cannot be opened: a file by name, wherever it is one."""
+    found = {file: folder / file for file in FILES if (folder / file).exists()}
+    try:
+        read = {file: read_object(path) for file, path in found.items()}
+    except ValueError as damaged:
+        return str(damaged)
+    homes = {CONFIG: read.get(CONFIG, {}), "config.json": config}
+    for file, content in homes.items():
+        if code := content.get("auto_map"):
+            return (
+                f"auto_map={code} in {folder / file} asks to run code from the model "
+                "folder, which is never done; use a model whose tokenizer the "
+                "transformers library has built in."
+            )
+    if not found and not (folder / "tokenizer.model").exists():
+        return f"{folder} has no tokenizer; put its tokenizer.json there."
+    first = str(error).strip().split("\n")[0]
+    return (
+        f"The tokenizer in {folder} cannot be opened ({type(error).__name__}: {first}); "
+        "fetch or convert the model again."
+    )
