@@ -19,6 +19,7 @@ from convert.gguf.vocabulary import unpack_sentencepiece
 from ifp_mlx.cli import Parser, run
 from ifp_mlx.files.atomic import new_folder, refuse_existing
 from ifp_mlx.files.companions import LICENCES, copy_companions
+from ifp_mlx.selection.tokenizer import open_tokenizer
 from ifp_mlx.storage.folder import index_files, resolve, source_of
 from ifp_mlx.storage.writer import fill_store
 
@@ -122,6 +123,9 @@ def _convert_model(
     if need_tokenizer and not (folder / "tokenizer.json").exists():
         unpack_sentencepiece(companions, folder)
     config = source_of(origin).config
+    if need_tokenizer:
+        save_config(config, folder / "config.json")  # which it is opened with
+        open_tokenizer(folder, config)  # or it says what is wrong with it
     model = source_of(origin).dense()
     if dtype is not None:
         _cast(model, getattr(mx, dtype))

@@ -24,7 +24,6 @@ from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, load
 from .selection.calibration import calibration_chats
 from .selection.masks import Selection
-from .selection.prompts import tokenize
 from .selection.request import MOST_DRAFTED, Request
 from .selection.widths import target_size
 
@@ -97,10 +96,10 @@ def _command(args: Any) -> None:
             f"--check {args.check[0]} has no cold runs and no picture; leave out --cold "
             "and --plot."
         )
-    model, tokenizer = load(args.model)
+    model, _ = load(args.model)
     if args.cold:
         forget_files(model.path)  # or it says now that it cannot
-    texts = (tokenize(tokenizer, chat[-2:]) for chat in calibration_chats())
+    texts = (model.tokens_of(chat[-2:]) for chat in calibration_chats())
     text = [token for tokens in texts for token in tokens]
     if args.check:
         _check(args, model, text)

@@ -9,7 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from . import cli
+from .checking.rule import BOUNDS, Decoding
 from .files.progress import SHOWN
+from .files.texts import decoded
 from .model.checkpoint import load
 from .model.compact_cache import CompactCache
 from .model.generation import stream_generate
@@ -78,7 +80,7 @@ def build_parser() -> cli.Parser:
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
-    add("--top-p", type=float, default=1.0, help="sampling top-p")
+    add("--top-p", type=float, default=1.0, help="sampling top-p; 0 is greedy")
     add("--min-p", type=float, default=0.0, help="sampling min-p")
     add("--top-k", type=int, default=0, help="sampling top-k")
     add("--ignore-chat-template", action="store_true", help="prompt as plain text")
@@ -87,9 +89,9 @@ def build_parser() -> cli.Parser:
 
 
 def _command(args: Any) -> None:
-    from mlx_lm.sample_utils import make_sampler
-
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = decoded(sys.stdin.buffer.read(), "The text on stdin")
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
     as_messages(prompt)  # an empty prompt is refused before anything is loaded
@@ -97,11 +99,11 @@ def _command(args: Any) -> None:
     how: dict[str, Any] = {"check": cli.check_of(args.check), "reselect": args.reselect}
     how |= {"draft_tokens": args.draft_tokens, "memory_bytes": memory}
     request = cli.request_of(args, prefill=args.prefill, **how)
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in BOUNDS}
+    choosing = Decoding(**chosen)
     model, tokenizer = load(args.model)
     mx.random.seed(args.seed)
-    chosen: dict[str, Any] = {"temp": args.temp, "top_p": args.top_p}
-    chosen |= {"min_p": args.min_p, "top_k": args.top_k}
-    decoding = chosen if request.checks else {"sampler": make_sampler(**chosen)}
+    decoding = chosen if request.checks else {"sampler": choosing.sampler()}
     steps = stream_generate(
         model,
         tokenizer,

@@ -23,10 +23,11 @@ from .evaluation.tasks import (
 )
 from .files.atomic import new_file, refuse_existing
 from .files.progress import SHOWN
+from .files.texts import read_text
 from .model.checkpoint import IFPModel, load
 from .selection import profiles
 from .selection.masks import Selection, find_mask
-from .selection.prompts import as_messages, tokenize
+from .selection.prompts import as_messages
 from .selection.request import SAFE_KEEP
 
 EXAMPLES = 16
@@ -90,8 +91,8 @@ def build_parser() -> cli.Parser:
 
 def _make(args: Any) -> None:
     check_name(args.name)
-    model, tokenizer = load(args.model)
-    examples = _examples(args, tokenizer)
+    model, _ = load(args.model)
+    examples = _examples(args, model)
     task = make(
         model,
         args.name,
@@ -101,20 +102,21 @@ def _make(args: Any) -> None:
         allocation=args.allocation,
         progress=SHOWN,
     )
-    _measure_and_save(args, model, tokenizer, task, examples)
+    _measure_and_save(args, model, task, examples)
 
 
-def _examples(args: Any, tokenizer: Any) -> list[Row]:
+def _examples(args: Any, model: IFPModel) -> list[Row]:
     if args.examples is not None:
-        return read_rows(args.examples, tokenizer, limit=args.limit)
+        how = {"limit": args.limit, "vocabulary": model.vocabulary}
+        return read_rows(args.examples, model.tokenizer, **how)
     text = args.instruction
     if args.instruction_file is not None:
-        text = args.instruction_file.read_text(encoding="utf-8")
-    return [Row(tokenize(tokenizer, as_messages(text)), [])]
+        text = read_text(args.instruction_file)
+    return [Row(model.tokens_of(as_messages(text)), [])]
 
 
 def _merge(args: Any) -> None:
-    model, tokenizer = load(args.model)
+    model, _ = load(args.model)
     folders = cli.tasks_folders(args)
     task = merge(
         model,
@@ -124,14 +126,14 @@ def _merge(args: Any) -> None:
         target_size=args.target_size,
         allocation=args.allocation,
     )
-    _measure_and_save(args, model, tokenizer, task, [])
+    _measure_and_save(args, model, task, [])
 
 
 def _import(args: Any) -> None:
     if not args.profile.is_file():
         raise FileNotFoundError(f"There is no profile {args.profile}.")
     text = args.profile.read_bytes()
-    model, tokenizer = load(args.model)
+    model, _ = load(args.model)
     task = adopt(model, args.name, text, keep=args.keep, target_size=args.target_size)
     made, size = task.selection.origin.made or {}, task.selection.target_size
     print(
@@ -139,7 +141,7 @@ def _import(args: Any) -> None:
         f"{model.channels} experts in each of {model.layers} layers.",
         file=sys.stderr,
     )
-    _measure_and_save(args, model, tokenizer, task, [])
+    _measure_and_save(args, model, task, [])
 
 
 def _export(args: Any) -> None:
@@ -155,10 +157,10 @@ def _export(args: Any) -> None:
 
 
 def _measure_and_save(
-    args: Any, model: IFPModel, tokenizer: Any, task: TaskMask, seen: list[Row]
+    args: Any, model: IFPModel, task: TaskMask, seen: list[Row]
 ) -> None:
     if args.held_out is not None:
-        rows = read_rows(args.held_out, tokenizer)
+        rows = read_rows(args.held_out, model.tokenizer, vocabulary=model.vocabulary)
         others = [row for row in rows if row not in seen]
         progress = partial(tqdm, disable=None, leave=False)
         task = measure(model, task, others[: args.limit], progress=progress)

@@ -24,24 +24,63 @@ Check = Literal["exact"] | float
 Processor = Callable[[mx.array, mx.array], mx.array]
 
 
+# What decoding may be asked for: at least, at most.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "temp": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "top_k": (0, math.inf),
+}
+
+
+def check_bounds(values: object, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raise ``ValueError`` if an attribute is not ``None`` and outside its bounds."""
+    for name, (low, high) in bounds.items():
+        value = getattr(values, name)
+        if value is not None and not low <= value <= high:  # so NaN is outside
+            limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"{name}={value} must be {limit}.")
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How a token is chosen from logits.
 
     Attributes:
         temp: temperature; 0 is greedy.
-        top_p, min_p, top_k: as mlx-lm's ``make_sampler``.
+        top_p: draw from the most likely tokens that have so much probability together;
+            0 is greedy, 1 takes all.
+        min_p, top_k: as mlx-lm's ``make_sampler``.
         processors: mlx-lm's logits processors, which may depend on nothing but the tokens
             before.
         seed: of all draws.
+
+    Raises:
+        ValueError: on a value out of ``BOUNDS``.
     """
 
     temp: float = 0.0
-    top_p: float = 0.0
+    top_p: float = 1.0
     min_p: float = 0.0
     top_k: int = 0
     processors: Sequence[Processor] = field(default=())
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, BOUNDS)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, and nothing drawn."""
+        return 0 in (self.temp, self.top_p)
+
+    def sampler(self) -> Callable[[mx.array], mx.array]:
+        """Return mlx-lm's sampler, for which ``top_p=0`` would be no limit at all."""
+        from mlx_lm.sample_utils import make_sampler
+
+        if self.greedy:
+            return make_sampler(0)
+        return make_sampler(self.temp, self.top_p, self.min_p, top_k=self.top_k)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -52,12 +91,9 @@ class Decoding:
         """Return the options of ``mlx_lm.stream_generate`` that decode so, and seed MLX's
         draws.
         """
-        from mlx_lm.sample_utils import make_sampler
-
         mx.random.seed(self.seed)
-        about = {"top_p": self.top_p, "min_p": self.min_p, "top_k": self.top_k}
-        sampler = make_sampler(self.temp, **about)
-        return {"sampler": sampler, "logits_processors": list(self.processors)}
+        options = {"sampler": self.sampler()}
+        return options | {"logits_processors": list(self.processors)}
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -97,7 +133,7 @@ class Decoding:
 
         logits = logits.astype(mx.float32)
         found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        if 0 < self.top_p < 1:
+        if self.top_p < 1:
             found = apply_top_p(found, self.top_p)
         if self.min_p:
             found = apply_min_p(found, self.min_p)
@@ -124,7 +160,7 @@ class Rule:
     @property
     def greedy(self) -> bool:
         """Whether nothing is drawn, so that drafting need not wait for a draw."""
-        return not self.decoding.temp
+        return self.decoding.greedy
 
     def begin(self) -> None:
         """Begin a run of drafted tokens."""

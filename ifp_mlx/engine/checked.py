@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..checking.loop import Checked, CheckedRun, DraftLength
-from ..checking.rule import Decoding, Rule
+from ..checking.rule import Rule
 from ..checking.whole import Whole
 from ..slicing.sliced import twin
 from .errors import CheckFailed, InvalidRequest
@@ -99,14 +99,7 @@ class CheckedLane(Seats):
     def _run(self, ticket: Ticket, cache: list[Any] | None, known: int) -> CheckedRun:
         request, sampling, whole = ticket.request, ticket.sampling, self._whole
         assert request.check != "off"
-        decoding = Decoding(
-            temp=sampling.temp,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            top_k=sampling.top_k,
-            processors=ticket.processors,
-            seed=seed_of(sampling) % 2**64,
-        )
+        decoding = sampling.decoding(seed_of(sampling) % 2**64, ticket.processors)
         follow = request.reselect == "drift"
         if follow:  # which changes the compact model: not that of the others
             whole = Whole(whole.source, twin(whole.model))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..selection.prompts import Prompt
+from ..selection.prompts import Prompt, ids_of
 from ..selection.request import RESELECTS, Request
 from .chat import Chat, text_of
 from .checked import Tally
@@ -225,8 +225,8 @@ class Engine:
         """Generate, as events; closing the iterator cancels.
 
         Args:
-            messages: a user's text, the messages of a conversation, or token ids,
-                taken as they are.
+            messages: a user's text, the messages of a conversation (an assistant's at
+                the end is continued), or token ids, taken as they are.
             stop: cancels within one prefill step or one token, or check; the stream
                 then ends with ``Done("cancelled")``.
             chat_template: ``False`` leaves the chat template out.
@@ -316,9 +316,11 @@ class Engine:
         if not self.alive:
             raise EngineClosed("The engine is closed; open another one.")
         request, sampling = split_options(options)
+        with typed_errors(InvalidRequest):
+            tokens = ids_of(messages)  # an array may be of the caller's thread
         return partial(
             Ticket,
-            messages,
+            tokens or messages,
             request,
             Sampling(**sampling),
             CancelToken(stop),

@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 from ..model.checkpoint import load
 from ..model.footprint import physical_memory
-from ..selection.prompts import Prompt, as_messages, instruction_of, is_tokens, tokenize
+from ..selection.prompts import (
+    Prompt,
+    as_messages,
+    ids_of,
+    instruction_of,
+    known_tokens,
+    tokenize,
+)
 from ..storage.folder import resolve
 from .checked import CheckedLane, Tally
 from .errors import (
@@ -155,16 +162,12 @@ class Host:
 
     def tokens_of(self, ticket: Ticket) -> list[int]:
         """Return the ids of a request's prompt."""
-        if is_tokens(ticket.messages):
-            tokens = list(ticket.messages)
-            if min(tokens) < 0 or max(tokens) >= self.vocabulary:
-                raise InvalidRequest(
-                    f"The prompt's token ids go from {min(tokens)} to {max(tokens)}; "
-                    f"the model's from 0 to {self.vocabulary - 1}."
-                )
-            return tokens
-        messages = as_messages(ticket.messages)
-        return tokenize(self.tokenizer, messages, chat_template=ticket.chat_template)
+        tokens = ids_of(ticket.messages)
+        if tokens is None:
+            messages = as_messages(ticket.messages)
+            how: Any = {"chat_template": ticket.chat_template, "open_end": True}
+            tokens = tokenize(self.tokenizer, messages, **how)
+        return known_tokens(tokens, self.vocabulary)
 
     def _take_in(self, ticket: Ticket) -> None:
         """Give a request its tokens and its selection, and let it wait for a lane."""
@@ -195,7 +198,7 @@ class Host:
 
     def _selecting(self, ticket: Ticket) -> Prompt:
         """Return what selects where nothing else is said, tokenised as the prompt."""
-        if ticket.chat_template or is_tokens(ticket.messages):
+        if ticket.chat_template or ids_of(ticket.messages) is not None:
             return ticket.messages
         messages = instruction_of(as_messages(ticket.messages))
         return tokenize(self.tokenizer, messages, chat_template=False)

@@ -352,14 +352,11 @@ def seed_of(sampling: Sampling) -> int:
 
 def sampler_of(sampling: Sampling) -> Any:
     """Return the sampler of one request; its seed does not depend on the batch."""
-    from mlx_lm.sample_utils import make_sampler
-
-    sampler = make_sampler(
-        sampling.temp, sampling.top_p, sampling.min_p, top_k=sampling.top_k
-    )
-    if sampling.temp == 0:
-        return sampler
     seed = seed_of(sampling)
+    decoding = sampling.decoding(seed)
+    sampler = decoding.sampler()
+    if decoding.greedy:
+        return sampler
     numbers = itertools.count()
 
     def seeded(logprobs: mx.array) -> mx.array:

@@ -1,9 +1,11 @@
 """How a caller may ask an engine to decode. Checked at once."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..checking.rule import BOUNDS, Decoding, Processor, check_bounds
 from .errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 512
@@ -16,7 +18,7 @@ class Sampling:
     Attributes:
         max_tokens: at most so many; ``None`` is 512, or what the context leaves.
         temp: temperature; 0 is greedy.
-        top_p, min_p, top_k: as mlx-lm's ``make_sampler``.
+        top_p, min_p, top_k: as of :class:`ifp_mlx.checking.rule.Decoding`.
         seed: makes sampling repeatable, alone or in a batch.
         stop_strings: end the text before the first of these.
         logprobs: report the token's log probability.
@@ -42,21 +44,26 @@ class Sampling:
     json_schema: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        bounds: dict[str, tuple[float, float]] = {
+        bounds = BOUNDS | {
             "max_tokens": (1, math.inf),
-            "temp": (0, 100),
-            "top_p": (0, 1),
-            "min_p": (0, 1),
-            "top_k": (0, math.inf),
             "top_logprobs": (0, 20),
             "repetition_penalty": (0, 100),
             "presence_penalty": (-2, 2),
             "frequency_penalty": (-2, 2),
         }
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
-                raise InvalidRequest(f"{name}={value} must be {limit}.")
+        try:
+            check_bounds(self, bounds)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from None
         if any(not text for text in self.stop_strings):
             raise InvalidRequest("A stop string is empty; leave it out.")
+
+    def decoding(self, seed: int, processors: Sequence[Processor] = ()) -> Decoding:
+        """Return how a token is chosen.
+
+        Args:
+            seed: of all draws.
+            processors: mlx-lm's logits processors.
+        """
+        how = {name: getattr(self, name) for name in BOUNDS}
+        return Decoding(**how, seed=seed, processors=processors)

@@ -13,10 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checking.loop import Checks
+from ..files.texts import read_text
 from ..model import generation
 from ..model.checkpoint import IFPModel
 from ..model.decide import decide
-from ..selection.prompts import as_messages, tokenize
+from ..selection.prompts import as_messages
 from . import checked, shares
 from .checks import KINDS, PROGRAM, Check, chance, judge
 from .log import Line, Log
@@ -63,7 +64,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         ValueError: if a line has neither, or cannot be checked.
     """
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             fields = json.loads(line)
             question = Question(fields["prompt"], fields["check"])
@@ -190,7 +191,7 @@ def _answer(
 ) -> Answer:
     from mlx_lm import stream_generate
 
-    prompt = tokenize(model.tokenizer, as_messages(question.prompt))
+    prompt = model.tokens_of(as_messages(question.prompt))
     if setting is not None and setting.check is not None:
         steps = _as_generate(model, prompt, setting, max_tokens=max_tokens, seed=seed)
     else:
@@ -223,7 +224,7 @@ def _beside(
     own: list[int] | None,
 ) -> Line:
     """Return how an answer compares with the dense model's own, by default itself."""
-    prompt = tokenize(model.tokenizer, as_messages(question.prompt))
+    prompt = model.tokens_of(as_messages(question.prompt))
     line: Line = {"ids": answer.ids, "nats": checked.nats(dense, prompt, answer.ids)}
     line |= checked.compare(answer.ids, own or answer.ids)
     return line | checked.figures(answer.check)

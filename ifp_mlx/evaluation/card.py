@@ -26,7 +26,7 @@ from ..model.card import Card, Point, fingerprint_of
 from ..model.checkpoint import Compact, IFPModel
 from ..model.decide import decide
 from ..model.dense_prefill import Reading, read_densely
-from ..selection.prompts import as_messages, tokenize
+from ..selection.prompts import as_messages
 from ..selection.request import Request
 from ..slicing.stock import log_softmax
 from .log import Line, Log
@@ -159,7 +159,7 @@ def _measure_prompt(
     log: Log,
 ) -> None:
     """Log the dense model's answer, and what each keep makes of it."""
-    tokens = tokenize(model.tokenizer, as_messages(prompt.prompt))
+    tokens = model.tokens_of(as_messages(prompt.prompt))
     if (prompt.name, DENSE) not in log:
         start = time.perf_counter()
         ids, text = _answer(dense, model.tokenizer, tokens, None, prompt.max_tokens)

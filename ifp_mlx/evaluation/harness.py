@@ -24,7 +24,7 @@ from mlx_lm.evaluate import MLXLM
 from ..model.checkpoint import IFPModel
 from ..model.decide import decide
 from ..selection.masks import Selection
-from ..selection.prompts import tokenize
+from ..selection.prompts import known_tokens, tokenize
 from ..slicing import reading
 from ..slicing.compensation import TEXT_TOKENS
 from ..slicing.masked import mask_model, set_masks
@@ -123,6 +123,13 @@ class SelectingLM(MLXLM):
         if self._setting is not None and self._task_masks is None:
             self._select(prompt)
         return super()._process_prompt(prompt, step_size)
+
+    def _tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """All that is read goes through here; none of it may be beyond the embedding."""
+        found: list[tuple[int, ...]] = super()._tokenize(texts)
+        for tokens in found:
+            known_tokens(tokens, self._ifp.vocabulary)
+        return found
 
     def _by_task(self, requests: list[Any], answer: Callable[[list], list]) -> list:
         if self._task_masks is None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..selection.prompts import Message, tokenize
+from ..files.texts import read_text
+from ..selection.prompts import Message, encode, known_tokens, tokenize
 
 Example = dict[str, Any]
 
@@ -39,6 +40,7 @@ def read_rows(
     *,
     limit: int | None = None,
     answer_tokens: int | None = None,
+    vocabulary: int | None = None,
 ) -> list[Row]:
     """Read a JSONL file of mlx-lm's formats: chat (``messages``, the last one the
     answer), completions (``prompt``, ``completion``) or plain ``text``, whose second
@@ -49,23 +51,31 @@ def read_rows(
         tokenizer: mlx-lm's.
         limit: rows to take from the start; ``None`` takes all.
         answer_tokens: compare this many tokens of an answer at most.
+        vocabulary: rows of the model's embedding; ``None`` does not look at it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line has neither format.
+        ValueError: if a line has neither format, or a token beyond the vocabulary.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}.")
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     for number, line in enumerate(lines[:limit], start=1):
+        where = f"Line {number} of {path}"
         try:
-            row = _read_row(json.loads(line), tokenizer)
+            example = _parsed(line)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"Line {number} of {path} is no example: give messages that end with "
-                "an assistant's, or prompt and completion, or text."
+                f"{where} is no example: give messages that end with an assistant's, or "
+                "prompt and completion, or text."
             ) from error
+        try:
+            row = _tokenized(example, tokenizer)
+            if vocabulary is not None:
+                known_tokens(row.prompt + row.answer, vocabulary)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         rows.append(Row(row.prompt, row.answer[:answer_tokens], row.example))
     return [row for row in rows if row.prompt and row.answer]
 
@@ -79,9 +89,9 @@ def retokenize(row: Row, tokenizer: Any, other: Any) -> Row:
         tokenizer: mlx-lm's.
         other: mlx-lm's, of another model.
     """
-    answer = list(other.encode(answer_text(row, tokenizer), add_special_tokens=False))
+    answer = encode(other, answer_text(row, tokenizer), special=False)
     if "text" in row.example:
-        prompt = list(other.encode(tokenizer.decode(row.prompt)))
+        prompt = encode(other, tokenizer.decode(row.prompt))
     else:
         prompt = tokenize(other, _split(row.example)[0])
     return Row(prompt, answer, row.example)
@@ -97,13 +107,25 @@ def same_tokens(tokenizer: Any, other: Any) -> bool:
     return tokenizer.get_vocab() == other.get_vocab()
 
 
-def _read_row(example: Example, tokenizer: Any) -> Row:
+def _parsed(line: str) -> Example:
+    example = json.loads(line)
     if "text" in example:
-        tokens = list(tokenizer.encode(example["text"]))
+        texts = [example["text"]]
+    else:
+        prompt, answer = _split(example)
+        texts = [answer, *(m[key] for m in prompt for key in ("role", "content"))]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("not text")
+    return example
+
+
+def _tokenized(example: Example, tokenizer: Any) -> Row:
+    if "text" in example:
+        tokens = encode(tokenizer, example["text"])
         half = len(tokens) // 2
         return Row(tokens[:half], tokens[half:], example)
     prompt, answer = _split(example)
-    tokens = list(tokenizer.encode(answer, add_special_tokens=False))
+    tokens = encode(tokenizer, answer, special=False)
     return Row(tokenize(tokenizer, prompt), tokens, example)
 
 

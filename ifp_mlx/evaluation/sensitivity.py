@@ -86,7 +86,7 @@ def data_texts(model: IFPModel, files: Sequence[Path]) -> list[list[int]]:
     each = max(1, DATA_TEXTS // len(files))
     texts = []
     for file in files:
-        rows = read_rows(file, model.tokenizer)
+        rows = read_rows(file, model.tokenizer, vocabulary=model.vocabulary)
         found = sorted((row.prompt + row.answer for row in rows), key=len)
         enough = [text for text in found if len(text) >= TOKENS // 2] or found[-1:]
         texts += [text[:TOKENS] for text in enough[:each]]

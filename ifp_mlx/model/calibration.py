@@ -1,7 +1,6 @@
 """The package's calibration text, in a model's tokens."""
 
 from ..selection import calibration
-from ..selection.prompts import tokenize
 from .checkpoint import IFPModel
 
 TEXTS, TOKENS = 6, 96
@@ -14,6 +13,6 @@ def calibration_texts(model: IFPModel) -> list[list[int]]:
     for chat in chats[:: len(chats) // TEXTS][:TEXTS]:
         # Some chat templates know no system message.
         turns = [message for message in chat if message["role"] != "system"]
-        texts.append(tokenize(model.tokenizer, turns))
+        texts.append(model.tokens_of(turns))
     shortest = min(TOKENS, *map(len, texts))
     return [text[:shortest] for text in texts]

@@ -27,8 +27,9 @@ from ..selection.prompts import (
     Message,
     Prompt,
     as_messages,
+    ids_of,
     instruction_of,
-    is_tokens,
+    known_tokens,
     tokenize,
 )
 from ..selection.request import Request
@@ -42,7 +43,7 @@ from ..slicing.compensation import merit, strength_of
 from ..slicing.reading import Example
 from ..slicing.routing import mass_share
 from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
-from ..slicing.stock import IN_LAYER, final_norm
+from ..slicing.stock import IN_LAYER, final_norm, vocabulary_of
 from ..storage.folder import SHIPPED, Folder, resolve, source_of
 from . import sweep
 from .agreement import check_agreement, compared, places_of
@@ -284,7 +285,7 @@ class IFPModel:
 
     def _origin(self, decision: Decision) -> Origin:
         instruction, text = decision.request.instruction, None
-        if instruction is not None and not is_tokens(instruction):
+        if instruction is not None and ids_of(instruction) is None:
             text = instruction_of(as_messages(instruction))[-1]["content"]
         return Origin(
             selector=decision.selector,
@@ -491,27 +492,23 @@ class IFPModel:
 
     def instruction_tokens(self, instruction: Prompt) -> list[int]:
         """Return the token ids that select, for anything :meth:`select` takes."""
-        if is_tokens(instruction):
-            return self._known_tokens(instruction)
-        return tokenize(self.tokenizer, instruction_of(as_messages(instruction)))
+        if (tokens := ids_of(instruction)) is not None:
+            return known_tokens(tokens, self.vocabulary)
+        return self.tokens_of(instruction_of(as_messages(instruction)))
+
+    def tokens_of(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation; see
+        :func:`ifp_mlx.selection.prompts.tokenize`.
+
+        Raises:
+            ValueError: also on a token that the model has no embedding for.
+        """
+        return known_tokens(tokenize(self.tokenizer, messages), self.vocabulary)
 
     @cached_property
     def vocabulary(self) -> int:
-        """How many tokens the model knows: rows of its largest embedding, since config
-        files have no one name for it, and some leave it to a default.
-        """
-        kinds = (nn.Embedding, nn.QuantizedEmbedding)
-        found = (m for m in self.source.skeleton.modules() if isinstance(m, kinds))
-        return max(int(embedding.weight.shape[0]) for embedding in found)
-
-    def _known_tokens(self, tokens: Sequence[int]) -> list[int]:
-        ids = [int(token) for token in tokens]
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
-            raise ValueError(
-                f"The instruction's token ids go from {min(ids)} to {max(ids)}, the "
-                f"model's from 0 to {self.vocabulary - 1}; tokenise it with this model."
-            )
-        return ids
+        """How many tokens the model knows."""
+        return vocabulary_of(self.source.skeleton)
 
     def scores(
         self,
@@ -596,9 +593,9 @@ class IFPModel:
 
     def _calibration_tokens(self, chat: list[Message]) -> list[int]:
         try:
-            return tokenize(self.tokenizer, chat)
+            return self.tokens_of(chat)
         except ValueError:  # some chat templates know no system message
-            return tokenize(self.tokenizer, [m for m in chat if m["role"] != "system"])
+            return self.tokens_of([m for m in chat if m["role"] != "system"])
 
     def _predict(self, tokens: Sequence[int]) -> mx.array:
         assert self.predictor is not None

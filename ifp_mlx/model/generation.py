@@ -12,8 +12,9 @@ from ..files.progress import ProgressBar
 from ..selection.prompts import (
     Prompt,
     as_messages,
+    ids_of,
     instruction_of,
-    is_tokens,
+    known_tokens,
     tokenize,
 )
 from ..selection.request import Request
@@ -50,7 +51,8 @@ def stream_generate(
         model: from :func:`ifp_mlx.load`.
         tokenizer: the one that came with it.
         prompt: what is generated from: a user's text, messages (both go through the
-            chat template), or token ids, taken as they are.
+            chat template, and an assistant's message at the end is continued), or
+            token ids in any sequence or array, taken as they are.
         request: what to select; default: what ``options`` say.
         system_prompt: put before the prompt, and so part of the default instruction.
         chat_template: ``False`` leaves the chat template out.
@@ -73,6 +75,7 @@ def stream_generate(
     tokens, selecting = _read_prompt(
         tokenizer, prompt, system_prompt=system_prompt, chat_template=chat_template
     )
+    tokens = known_tokens(tokens, model.vocabulary)
     context = len(tokens) + rest.get("max_tokens", STOCK_MAX_TOKENS)
     limits = Limits(context, request.memory_bytes)
     how: dict[str, Any] = {"limits": limits, "progress": progress}
@@ -203,10 +206,11 @@ def _read_prompt(
     chat_template: bool,
 ) -> tuple[list[int], Prompt]:
     """Return the prompt's tokens and its default instruction."""
-    if is_tokens(prompt):
-        return list(prompt), list(prompt)
+    if (ids := ids_of(prompt)) is not None:
+        return ids, ids
     messages = as_messages(prompt, system_prompt)
-    tokens = tokenize(tokenizer, messages, chat_template=chat_template)
+    how: dict[str, Any] = {"chat_template": chat_template, "open_end": True}
+    tokens = tokenize(tokenizer, messages, **how)
     if chat_template:
         return tokens, messages
     return tokens, tokenize(tokenizer, instruction_of(messages), chat_template=False)

@@ -2,23 +2,50 @@
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, TypeGuard
-
-from jinja2 import TemplateError
+from typing import Any
 
 Message = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
-def is_tokens(prompt: Prompt) -> TypeGuard[Sequence[int]]:
-    """Whether a prompt is token ids, which are taken as they are.
+def ids_of(prompt: Any) -> list[int] | None:
+    """Return the ids of a prompt that is token ids, which are taken as they are, from any
+    sequence or array; ``None`` for a text or messages.
 
     Raises:
-        ValueError: if it holds nothing.
+        ValueError: if it holds nothing, or more than one row of ids.
     """
-    if not len(prompt):
+    items: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not len(items):
         raise ValueError(f"The prompt {prompt!r} is empty; give some text.")
-    return isinstance(prompt[0], Integral)
+    if not isinstance(items, str) and all(isinstance(n, Integral) for n in items):
+        return [int(token) for token in items]
+    if items is not prompt:
+        raise ValueError(
+            f"The prompt is an array of shape {tuple(prompt.shape)} and type "
+            f"{prompt.dtype}; give one row of token ids, whole numbers."
+        )
+    return None
+
+
+def known_tokens(tokens: Sequence[int], vocabulary: int) -> list[int]:
+    """Return token ids, all of which a model has a row of its embedding for.
+
+    Args:
+        tokens: of a prompt, or of an example.
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        ValueError: naming one that it has none for; MLX would read past the embedding.
+    """
+    beyond = [token for token in tokens if not 0 <= token < vocabulary]
+    if beyond:
+        raise ValueError(
+            f"The token id {beyond[0]} is beyond the model's, which go from 0 to "
+            f"{vocabulary - 1}; leave that token out of the text, or use the tokenizer "
+            "that belongs to the model."
+        )
+    return list(tokens)
 
 
 def as_messages(prompt: Prompt, system: str | None = None) -> list[Message]:
@@ -29,7 +56,7 @@ def as_messages(prompt: Prompt, system: str | None = None) -> list[Message]:
         system: put before them as the system message.
 
     Raises:
-        ValueError: if there is no text in it.
+        ValueError: if there is no text in it, or broken text.
     """
     user = [{"role": "user", "content": prompt}]
     messages: list[Any] = user if isinstance(prompt, str) else list(prompt)
@@ -37,7 +64,22 @@ def as_messages(prompt: Prompt, system: str | None = None) -> list[Message]:
         raise ValueError(f"The prompt {prompt!r} is empty; give some text.")
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
+    for message in messages:
+        check_text(message["content"])
     return messages
+
+
+def check_text(text: str) -> None:
+    """Raise ``ValueError`` if a text has bytes in it that were not UTF-8 (Python keeps
+    them as half surrogates), which no tokenizer reads.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text is not UTF-8 at character {error.start + 1} "
+            f"({text[error.start]!a}); give it as UTF-8."
+        ) from None
 
 
 def instruction_of(messages: Sequence[Message]) -> list[Message]:
@@ -53,9 +95,14 @@ def instruction_of(messages: Sequence[Message]) -> list[Message]:
 
 
 def tokenize(
-    tokenizer: Any, messages: Sequence[Message], *, chat_template: bool = True
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    chat_template: bool = True,
+    open_end: bool = False,
 ) -> list[int]:
-    """Return the token ids of a conversation that the model is to continue.
+    """Return the token ids of a conversation, with what begins an answer after all but
+    the assistant's messages.
 
     As mlx_lm.generate does it: through the chat template where there is one, else
     the plain text with the tokenizer's own special tokens.
@@ -64,20 +111,57 @@ def tokenize(
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         messages: the conversation.
         chat_template: ``False`` leaves the template out.
+        open_end: an assistant's message at the end is the beginning of the answer:
+            what would close it is left out.
 
     Raises:
-        ValueError: if the chat template refuses the conversation.
+        ValueError: if the chat template refuses the conversation, or leaves nothing of it.
     """
-    if chat_template and tokenizer.has_chat_template:
-        generating = messages[-1]["role"] != "assistant"
-        try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generating
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"The model's chat template refuses this conversation: {error}."
-            ) from error
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    text = "\n\n".join(message["content"] for message in messages)
-    return list(tokenizer.encode(text))
+    if not (chat_template and tokenizer.has_chat_template):
+        return encode(tokenizer, "\n\n".join(m["content"] for m in messages))
+    text = render(tokenizer, messages, open_end=open_end)
+    tokens = encode(tokenizer, text, special=False)
+    if not tokens:
+        raise ValueError(
+            "The model's chat template makes no text of this conversation; leave it out "
+            "with --ignore-chat-template, or correct it."
+        )
+    return tokens
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, open_end: bool = False
+) -> str:
+    """Return what the chat template makes of a conversation; see :func:`tokenize`.
+
+    Raises:
+        ValueError: if the template refuses the conversation.
+    """
+    answered = messages[-1]["role"] == "assistant"
+    ending = {"add_generation_prompt": not answered}
+    if answered and open_end:
+        ending["continue_final_message"] = True
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **ending)
+    except Exception as error:  # a template is a program: whatever it raises
+        raise ValueError(
+            f"The model's chat template refuses this conversation: {error}."
+        ) from error
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Return the token ids of a text.
+
+    Args:
+        tokenizer: mlx-lm's.
+        text: plain, or what a chat template made.
+        special: put the tokenizer's own special tokens around it; a text that begins
+            with the first of them itself has it once, as in mlx-lm.
+
+    Raises:
+        ValueError: if the text is broken.
+    """
+    check_text(text)
+    if special and tokenizer.bos_token is not None:
+        special = not text.startswith(tokenizer.bos_token)
+    return list(tokenizer.encode(text, add_special_tokens=special))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 from .masks import Selection
-from .prompts import Prompt
+from .prompts import Prompt, ids_of
 from .scores import SELECTORS
 from .widths import ALLOCATIONS, Allocation
 
@@ -93,6 +93,8 @@ class Request:
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if hasattr(self.instruction, "tolist"):  # an array, of which there is no truth
+            object.__setattr__(self, "instruction", ids_of(self.instruction))
         self._check_sizes()
         self._check_names()
         self._check_sources()
@@ -102,8 +104,7 @@ class Request:
                 "number above 0 and up to 1."
             )
         self._check_checks()
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be 0 or more; choose another.")
+        check_seed(self.seed)
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise ValueError(
                 f"memory_bytes={self.memory_bytes} must be more than 0; leave it out "
@@ -197,6 +198,12 @@ class Request:
                 "kept; leave out keep, target_size, selector, allocation and "
                 "granularity."
             )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ``ValueError`` on a seed that MLX and NumPy do not both take."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must be 0 to 2^64 - 1; choose another.")
 
 
 def compensates(

@@ -175,6 +175,15 @@ def _calls_of(model: nn.Module, path: str) -> int:
     return calls
 
 
+def vocabulary_of(model: nn.Module) -> int:
+    """Return how many tokens a model knows: rows of its largest embedding, since config
+    files have no one name for it, and some leave it to a default.
+    """
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    found = (module for module in model.modules() if isinstance(module, kinds))
+    return max(int(embedding.weight.shape[0]) for embedding in found)
+
+
 class StandIn:
     """Stands in for a module of a model, and answers for it in all else.
 

@@ -10,6 +10,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..files.atomic import new_file
+from ..selection.request import check_seed
 from ..selection.widths import check_multiple, target_size
 from ..slicing.shapes import Unit
 from .maskers import Budget
@@ -148,6 +149,7 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        check_seed(self.seed)
         if self.stage == "recover":
             self._check_recovery()
         if self.train == "frozen" and self.masker == "dense":

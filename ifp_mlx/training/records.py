@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 
-from ..selection.prompts import Message, instruction_of, tokenize
+from ..selection.prompts import (
+    Message,
+    encode,
+    instruction_of,
+    known_tokens,
+    render,
+    tokenize,
+)
 from .batches import Record
 
 Stage = Literal["pretrain", "sft", "recover"]
@@ -34,6 +40,8 @@ class Reader:
         chunk: tokens of a chunk.
         predictor_tokenizer: of the predictor's language model, if it has its own.
         skip_bad: leave bad rows out instead of refusing the file.
+        vocabulary: rows of the model's embedding, for a row with a token beyond them to
+            be bad; ``None`` does not look at it.
 
     Attributes:
         tasks: the number of every task's name.
@@ -51,6 +59,7 @@ class Reader:
         chunk: int = 512,
         predictor_tokenizer: Any = None,
         skip_bad: bool = False,
+        vocabulary: int | None = None,
     ) -> None:
         if stage == "pretrain" and not 0 < 2 * chunk <= max_length:
             raise ValueError(
@@ -59,7 +68,7 @@ class Reader:
             )
         self.tokenizer, self.predictor_tokenizer = tokenizer, predictor_tokenizer
         self.stage, self.max_length, self.chunk = stage, max_length, chunk
-        self.skip_bad = skip_bad
+        self.skip_bad, self.vocabulary = skip_bad, vocabulary
         self.tasks: dict[str, int] = {}
         self.skipped: list[str] = []
 
@@ -107,7 +116,7 @@ class Reader:
             return list(self._chunks(row, task))
         messages = _messages(row)
         if messages is None and self.stage == "recover":
-            tokens = list(self.tokenizer.encode(row["text"]))[: self.max_length]
+            tokens = encode(self.tokenizer, row["text"])[: self.max_length]
             if len(tokens) < 2:
                 raise ValueError(
                     "has a text of less than two tokens: nothing follows the first"
@@ -128,7 +137,7 @@ class Reader:
     def _chunks(self, row: dict[str, Any], task: int) -> Iterator[Record]:
         messages = _messages(row)
         if messages is None:
-            tokens = list(self.tokenizer.encode(row["text"]))
+            tokens = encode(self.tokenizer, row["text"])
         else:
             tokens = _conversation(self.tokenizer, messages)[0]
         if len(tokens) <= self.chunk:
@@ -145,6 +154,8 @@ class Reader:
     def _record(
         self, selecting: list[int], tokens: list[int], loss: Any, task: int
     ) -> Record:
+        if self.vocabulary is not None:
+            known_tokens([*selecting, *tokens], self.vocabulary)
         if self.predictor_tokenizer is not None:
             text = self.tokenizer.decode(selecting)
             selecting = self.predictor_tokenizer.encode(text, add_special_tokens=False)
@@ -260,8 +271,8 @@ def _conversation(
                 "earlier ones as they were; split it into conversations with one answer"
             )
         plain = not tokenizer.has_chat_template  # which would write the special tokens
-        asking = tokenizer.encode(prompt[len(before) :], add_special_tokens=plain)
-        answer = tokenizer.encode(through[len(prompt) :], add_special_tokens=False)
+        asking = encode(tokenizer, prompt[len(before) :], special=plain)
+        answer = encode(tokenizer, through[len(prompt) :], special=False)
         if plain:
             answer = [*answer, tokenizer.eos_token_id]
         real = bool(message["content"].strip())
@@ -280,10 +291,4 @@ def _text(tokenizer: Any, messages: Sequence[Message]) -> str:
         answered = messages[-1]["role"] == "assistant"
         prompt = "\n\n".join(m["content"] for m in messages[: len(messages) - answered])
         return prompt + messages[-1]["content"] if answered else prompt
-    generating = messages[-1]["role"] != "assistant"
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generating
-        )
-    except TemplateError as error:
-        raise ValueError(f"is refused by the model's chat template: {error}") from error
+    return render(tokenizer, messages)

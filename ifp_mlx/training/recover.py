@@ -119,7 +119,8 @@ def read(
     """
     longest = model.config.get("max_position_embeddings") or config.max_length
     length = min(config.max_length, longest)
-    reader = Reader(tokenizer, "recover", max_length=length, skip_bad=config.skip_bad)
+    how: dict[str, Any] = {"max_length": length, "skip_bad": config.skip_bad}
+    reader = Reader(tokenizer, "recover", vocabulary=model.vocabulary, **how)
     found = {split: reader.read(config.data, split) for split in ("train", "valid")}
     for split, records in found.items():
         if not records:

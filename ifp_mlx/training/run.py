@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..files.atomic import refuse_existing
 from ..model.checkpoint import IFPConfig
 from ..selection.top_k import select
+from ..slicing.stock import vocabulary_of
 from . import checkpoints, warm_start
 from .batches import Batch, Batches, Record, in_order
 from .curve import draw_curve
@@ -275,6 +276,7 @@ def _read(
         chunk=config.chunk,
         predictor_tokenizer=own,
         skip_bad=config.skip_bad,
+        vocabulary=vocabulary_of(trainee.model),
     )
     records = reader.read(config.data, "train")
     checked = reader.read(config.data, "valid")

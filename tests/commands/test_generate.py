@@ -175,7 +175,7 @@ def test_sampling_follows_the_seed(opened, capsys):
 def test_the_prompt_can_come_from_standard_input(opened, capsys, monkeypatch):
     arguments = ["--model", opened[0].path, "-m", "4", "--keep", "0.5"]
     _, expected, _ = run_command(main, capsys, *arguments, "-p", "Hello")
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello")))
     assert run_command(main, capsys, *arguments, "-p", "-")[1] == expected
 
 

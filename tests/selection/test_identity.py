@@ -222,9 +222,9 @@ def test_what_a_selection_says_of_itself_includes_its_weights(model):
 def test_what_cannot_select_is_refused_in_a_sentence(model):
     with pytest.raises(ValueError, match="scores have the shape .* give scores of"):
         model.select(TEXT, scores=mx.zeros((model.layers, model.channels - 1)))
-    with pytest.raises(ValueError, match=r"ids go from 5 to 5000, the model's from 0"):
+    with pytest.raises(ValueError, match="token id 5000 is beyond the model's"):
         model.select([5, 5000], keep=0.5)
-    with pytest.raises(ValueError, match="seed=-1 must be 0 or more"):
+    with pytest.raises(ValueError, match="seed=-1 must be 0 to"):
         model.select(TEXT, selector="random", seed=-1)
     with pytest.raises(ValueError, match="keep='a' is not a share"):
         model.select(TEXT, keep="a")

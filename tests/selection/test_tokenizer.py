@@ -24,7 +24,9 @@ def with_code(request, tmp_path, monkeypatch):
     """A folder whose tokenizer is Python of its own, and someone who says yes to it."""
     folder = write_folder(tmp_path / "model")
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import *\n"
-    code += "class Own(PreTrainedTokenizerFast): pass\nclass Config(PretrainedConfig): pass"
+    code += (
+        "class Own(PreTrainedTokenizerFast): pass\nclass Config(PretrainedConfig): pass"
+    )
     (folder / "own.py").write_text(code)
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer["tokenizer_class"] = "Own"
@@ -34,7 +36,7 @@ def with_code(request, tmp_path, monkeypatch):
         config = json.loads((folder / "config.json").read_text())
         config["auto_map"] = {"AutoConfig": "own.Config"}
         (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 9)))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on stdin"))
     yield folder
     assert not (tmp_path / "ran").exists()
@@ -65,7 +67,9 @@ def test_no_api_runs_code_of_a_model_folder(with_code):
 
 def test_every_door_opens_tokenizers_in_one_place():
     files = [f for room in ("ifp_mlx", "convert") for f in ROOT.glob(f"{room}/**/*.py")]
-    opens = re.compile("load_tokenizer|AutoTokenizer|AutoConfig|AutoModel|mlx_lm import load")
+    opens = re.compile(
+        "load_tokenizer|AutoTokenizer|AutoConfig|AutoModel|mlx_lm import load"
+    )
     found = [file.name for file in files if opens.search(file.read_text())]
     assert found == ["tokenizer.py"]
 
@@ -100,7 +104,9 @@ def test_chat_template_json_alone_is_used(tmp_path, capsys):
     (out / "chat_template.json").unlink()
     assert load(out)[1].apply_chat_template(chat) == expected
     template.write_text('{"chat_template": null}')
-    with pytest.raises(ValueError, match=r"chat_template.json holds no text .*\(None\)"):
+    with pytest.raises(
+        ValueError, match=r"chat_template.json holds no text .*\(None\)"
+    ):
         load(folder)
 
 
