@@ -18,6 +18,7 @@ from .model.generation import stream_generate
 from .model.responses import GenerationResponse, report
 from .selection.prompts import as_messages
 from .selection.request import MOST_DRAFTED, RESELECTS
+from .slicing.stock import context_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,6 +120,7 @@ def _command(args: Any) -> None:
     text, last = _print_stream(steps)
     print(_summary(last), file=sys.stderr)
     _say_checks(last)
+    _say_length(last, context_of(model.config))
     cli.say_quality(last.selection, model.card)
     slicing = model.slicing(last.selection)
     cli.say_slicing(slicing, last.selection)
@@ -128,6 +130,17 @@ def _command(args: Any) -> None:
         print(json.dumps({"text": text} | report(last) | more))
     if args.save_mask:  # last: if that fails, all else has been said
         last.selection.save(args.save_mask)
+
+
+def _say_length(last: GenerationResponse, context: int | None) -> None:
+    """Say on stderr that a text is longer than those the model was made for."""
+    length = last.prompt_tokens + last.generation_tokens
+    if context is not None and length > context:
+        print(
+            f"Note: prompt and answer have {length} tokens, and the model was made for "
+            f"{context}: expect a poor answer; shorten the prompt.",
+            file=sys.stderr,
+        )
 
 
 def _say_checks(last: GenerationResponse) -> None:

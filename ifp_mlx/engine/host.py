@@ -22,6 +22,7 @@ from ..selection.prompts import (
     known_tokens,
     tokenize,
 )
+from ..slicing.stock import context_of
 from ..storage.folder import resolve
 from .checked import CheckedLane, Tally
 from .errors import (
@@ -95,8 +96,7 @@ class Host:
     @property
     def context_length(self) -> int:
         """Tokens that prompt and answer may have together."""
-        config = self.model.config
-        own = config.get("max_position_embeddings") or 1 << 20
+        own = context_of(self.model.config) or 1 << 20
         return min(own, self.settings.context_length or own)
 
     @property

@@ -184,6 +184,15 @@ def vocabulary_of(model: nn.Module) -> int:
     return max(int(embedding.weight.shape[0]) for embedding in found)
 
 
+def context_of(config: dict[str, Any]) -> int | None:
+    """Return how many tokens a model was made to read and write together, or ``None``
+    where its config.json does not say.
+    """
+    homes = (config, config.get("text_config") or {})
+    found = (home.get("max_position_embeddings") for home in homes)
+    return next((context for context in found if context), None)
+
+
 class StandIn:
     """Stands in for a module of a model, and answers for it in all else.
 

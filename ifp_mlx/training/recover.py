@@ -22,6 +22,7 @@ from ..evaluation.teacher import METRICS, log_probabilities, metrics
 from ..model.checkpoint import IFPModel, load
 from ..model.export import MASK_FILE, check_can_write, write_plain
 from ..selection.masks import Selection
+from ..slicing.stock import context_of
 from .batches import Batches, Record
 from .maskers import FixedMask
 from .mixtures import check_mixture
@@ -117,7 +118,7 @@ def read(
     Raises:
         ValueError: if there are none, or a row is bad.
     """
-    longest = model.config.get("max_position_embeddings") or config.max_length
+    longest = context_of(model.config) or config.max_length
     length = min(config.max_length, longest)
     how: dict[str, Any] = {"max_length": length, "skip_bad": config.skip_bad}
     reader = Reader(tokenizer, "recover", vocabulary=model.vocabulary, **how)

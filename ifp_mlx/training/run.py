@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..files.atomic import refuse_existing
 from ..model.checkpoint import IFPConfig
 from ..selection.top_k import select
-from ..slicing.stock import vocabulary_of
+from ..slicing.stock import context_of, vocabulary_of
 from . import checkpoints, warm_start
 from .batches import Batch, Batches, Record, in_order
 from .curve import draw_curve
@@ -267,7 +267,7 @@ def _read(
     trainee: Trainee, config: TrainConfig, masker: Masker, log: Callable[[str], None]
 ) -> tuple[list[Record], list[Batch]]:
     """Return the training examples, and batches of some validation examples."""
-    longest = trainee.config.get("max_position_embeddings") or config.max_length
+    longest = context_of(trainee.config) or config.max_length
     own = getattr(getattr(masker, "predictor", None), "tokenizer", None)
     reader = Reader(
         trainee.tokenizer,

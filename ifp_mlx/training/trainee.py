@@ -1,7 +1,6 @@
 """What is trained: opened, given a predictor, adapted, and written as a checkpoint."""
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -305,3 +305,12 @@ def test_a_dense_prefill_and_a_memory_limit_exclude_each_other(tiny_folder, caps
         "--memory-gb", 1,
     )  # fmt: skip
     assert status == 2 and "leave one of them out" in err
+
+
+def test_a_text_longer_than_the_models_context_is_noted(tmp_path, capsys):
+    folder = write_folder(tmp_path / "short", max_position_embeddings=40)
+    given = ["--model", folder, "--keep", 0.5, "-m", 3, "--prompt"]
+    for prompt, long in (("Hi", False), ("Hi" * 20, True)):
+        status, _, err = run_command(main, capsys, *given, prompt)
+        assert status == 0
+        assert ("tokens, and the model was made for 40: expect a poor" in err) == long
