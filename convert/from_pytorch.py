@@ -120,12 +120,11 @@ def _convert_model(
     for name in ("README.md", "ifp_config.json"):
         if (companions / name).is_file():
             shutil.copyfile(companions / name, folder / name)
+    config = source_of(origin).config
     if need_tokenizer and not (folder / "tokenizer.json").exists():
         unpack_sentencepiece(companions, folder)
-    config = source_of(origin).config
-    if need_tokenizer:
-        save_config(config, folder / "config.json")  # which it is opened with
-        open_tokenizer(folder, config)  # or it says what is wrong with it
+    elif need_tokenizer:
+        open_tokenizer(companions, config)  # or it says what is wrong with it
     model = source_of(origin).dense()
     if dtype is not None:
         _cast(model, getattr(mx, dtype))

@@ -1,11 +1,13 @@
 """The tokenizer of a model folder: data alone, no code of the folder ever runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files.companions import lone_template
 from ..files.objects import read_object
 
+PROBE = "Hello, naïve 🎉🥑 café:\nyes"  # with characters of many tokens
 CONFIG = "tokenizer_config.json"
 FILES = ("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
 
@@ -28,9 +30,42 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
         options["chat_template"] = template
     ends = config.get("eos_token_id")
     try:
-        return load_tokenizer(folder, options, eos_token_ids=ends)
+        tokenizer = load_tokenizer(folder, options, eos_token_ids=ends)
     except Exception as error:  # whatever the libraries below raise
         raise ValueError(_reason(folder, config, error)) from error
+    _fit_detokenizer(tokenizer)
+    return tokenizer
+
+
+def _fit_detokenizer(tokenizer: Any) -> None:
+    """See that streamed text is the text that was encoded.
+
+    mlx-lm chooses what streams it by a few forms of tokenizer.json. Where there is no
+    such file, or a decoder in it that is not the vocabulary's, text comes twice or
+    without spaces; then the first of mlx-lm's detokenizers that gives it back is used.
+    """
+    from mlx_lm import tokenizer_utils as utils
+
+    tokens = list(tokenizer.encode(PROBE, add_special_tokens=False))
+    if _streamed(tokenizer.detokenizer, tokens) == PROBE:
+        return
+    for kind in (utils.BPEStreamingDetokenizer, utils.SPMStreamingDetokenizer):
+        try:
+            made = kind(tokenizer._tokenizer)
+            if _streamed(made, tokens) == PROBE:
+                tokenizer._detokenizer = made
+                return
+        except (AttributeError, LookupError, TypeError, ValueError):
+            continue  # a vocabulary of another kind
+
+
+def _streamed(detokenizer: Any, tokens: Sequence[int]) -> str:
+    pieces = []
+    for token in tokens:
+        detokenizer.add_token(token)
+        pieces.append(detokenizer.last_segment)
+    detokenizer.finalize()
+    return "".join([*pieces, detokenizer.last_segment])
 
 
 def _reason(folder: Path, config: dict[str, Any], error: Exception) -> str:

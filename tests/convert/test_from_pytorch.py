@@ -186,7 +186,7 @@ def test_a_source_without_tokenizer_is_refused(tmp_path, tiny_folder):
 def test_a_source_whose_tokenizer_cannot_be_opened_is_refused(tmp_path, tiny_folder):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
     (tiny_folder / "tokenizer.json").write_text(pointer)
-    with pytest.raises(ValueError, match="tokenizer.json is not a JSON object .*fetch"):
+    with pytest.raises(ValueError, match=f"{tiny_folder}/tokenizer.json is not"):
         convert(tiny_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -10,6 +10,7 @@ from conftest import CHAT_TEMPLATE, ROOT, run_command, write_folder
 from ifp_mlx import load
 from ifp_mlx.compact import main as compact
 from ifp_mlx.engine import Engine, IncompatibleModel
+from ifp_mlx.engine.lanes import Text
 from ifp_mlx.generate import main as generate
 from ifp_mlx.selection.tokenizer import open_tokenizer
 from ifp_mlx.tasks import main as tasks
@@ -125,3 +126,58 @@ def test_a_damaged_file_of_the_tokenizer_is_named(tmp_path, file, content):
 def test_a_folder_without_a_tokenizer_is_told(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer; put"):
         open_tokenizer(tmp_path, {"model_type": "llama"})
+
+
+TEXTS = [
+    "🎉🥑",
+    "naïve café",
+    "日本語",
+    "a b  c\n\n d",
+    "Hello how are you",
+    "x\u0301y",
+]
+
+
+def streamed(tokenizer, text):
+    """Return a text as a stream of its tokens gives it."""
+    found = Text(tokenizer)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return "".join([*map(found.add, tokens), found.finish()])
+
+
+def test_streamed_text_is_what_was_encoded(tmp_path):
+    tokenizer = load(write_folder(tmp_path / "model"))[1]
+    assert [streamed(tokenizer, text) for text in TEXTS] == TEXTS
+
+
+def test_text_comes_once_where_there_is_no_tokenizer_json(tmp_path):
+    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    folder = write_folder(tmp_path / "model", vocab_size=330)
+    trainer.train(
+        sentence_iterator=iter(["the quick brown fox", "a man a plan"] * 9),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.json").unlink()
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load(folder)[1]
+    assert [streamed(tokenizer, text) for text in TEXTS] == TEXTS
+
+
+def test_a_decoder_that_is_not_the_vocabularys_leaves_no_strange_letters(tmp_path):
+    folder = write_folder(tmp_path / "model")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    replace = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    steps = [replace, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
+    content["decoder"] = {"type": "Sequence", "decoders": steps}
+    path.write_text(json.dumps(content))
+    tokenizer = load(folder)[1]
+    assert [streamed(tokenizer, text) for text in TEXTS] == TEXTS
