@@ -29,11 +29,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, by id and as text, and its log probability."""
+    """A token and its log probability.
+
+    Attributes:
+        id: the token's id.
+        text: what it adds; ``bytes:\\xf0\\x9f`` if that is a part of a character.
+        logprob: its log probability.
+        utf8: its bytes.
+    """
 
     id: int
     text: str
     logprob: float
+    utf8: bytes
 
 
 @dataclass(frozen=True)

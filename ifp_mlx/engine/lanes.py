@@ -28,6 +28,7 @@ from .events import (
 from .forms import Use
 from .prompts import Prompts
 from .sampling import Sampling
+from .spelling import bytes_of, spelled
 from .worker import detached
 
 Emit = Callable[[Event | BaseException], None]
@@ -113,7 +114,7 @@ class Ticket:
         logprobs = np.array(response.logprobs.astype(mx.float32))
         best = np.argsort(-logprobs, kind="stable")[: self.sampling.top_logprobs]
         return tuple(
-            TokenLogprob(int(token), self.text.spell(token), float(logprobs[token]))
+            self.text.spell(int(token), float(logprobs[token]))
             for token in (response.token, *best)
         )
 
@@ -179,9 +180,10 @@ class Text:
         rest, self._held = self._held, ""
         return text if self.stopped else text + rest
 
-    def spell(self, token: int) -> str:
-        """Return one token as text."""
-        return str(self._tokenizer.decode([int(token)]))
+    def spell(self, token: int, logprob: float) -> TokenLogprob:
+        """Return one token, with its log probability, as it is reported."""
+        content = bytes_of(self._tokenizer, token)
+        return TokenLogprob(token, spelled(content), logprob, content)
 
     def _release(self, piece: str) -> str:
         if self.stopped:

@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from codecs import getincrementaldecoder
 from typing import Any
 
 from ..engine.errors import (
@@ -65,7 +66,8 @@ class Answer:
             "model": model,
         }
         self._tokens: list[Token] = []
-        self._offset = 0
+        self._offset = 0  # of the next token in the text, in characters
+        self._characters = getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: Token) -> None:
         """Take a token for :meth:`whole`."""
@@ -135,16 +137,25 @@ class Answer:
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(token.text)
+            self._offset += self._length(token)
         return {
             "tokens": [token.logprobs[0].text for token in tokens],
             "token_logprobs": [token.logprobs[0].logprob for token in tokens],
             "top_logprobs": [
-                {item.text: item.logprob for item in token.logprobs[1:]}
+                {item.text: item.logprob for item in reversed(token.logprobs[1:])}
                 for token in tokens
             ],
             "text_offset": offsets,
         }
+
+    def _length(self, token: Token) -> int:
+        """Return the characters that a token completes; text begins without the space
+        that the first token may begin with.
+        """
+        content = token.logprobs[0].utf8
+        if self._offset == 0 and not token.text.startswith(" "):
+            content = content.removeprefix(b" ")
+        return len(self._characters.decode(content))
 
 
 def usage_of(done: Done) -> dict[str, Any]:
@@ -185,7 +196,7 @@ def _spelled(logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
         {
             "token": item.text,
             "logprob": item.logprob,
-            "bytes": list(item.text.encode()),
+            "bytes": list(item.utf8),
         }
         for item in logprobs
     ]

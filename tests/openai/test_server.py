@@ -165,10 +165,12 @@ def test_completions_continue_a_text_or_token_ids(app, engine, folder):
     tokens = load(folder)[1].encode("Once upon")
     assert complete(tokens).choices[0].text == expected
     assert complete(["Once upon"]).choices[0].text == expected
-    # Of tokens that are no text of their own, the last would hide the others.
-    logprobs = complete("Once upon", logprobs=1).choices[0].logprobs
+    logprobs = complete("Once upon", logprobs=5).choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == 5
+    assert [len(best) for best in logprobs.top_logprobs] == [5] * 5
     assert max(logprobs.top_logprobs[0].values()) == logprobs.token_logprobs[0]
+    found = zip(logprobs.text_offset, logprobs.tokens, strict=True)
+    assert all(expected[at:].startswith(t) for at, t in found if "bytes:" not in t)
 
 
 def test_server_and_engine_select_by_system_and_first_user_message(app, engine):
@@ -349,6 +351,9 @@ def test_stop_and_logprobs_and_bias_are_honoured(app):
     [first, *_] = chat(app, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert len(first.top_logprobs) == 2
     assert first.top_logprobs[0].logprob == first.logprob
+    said = chat(app, logprobs=True, max_tokens=20).choices[0]
+    spelled = b"".join(bytes(one.bytes) for one in said.logprobs.content)
+    assert spelled.decode(errors="replace") == said.message.content
     biased = chat(app, logit_bias={"65": 100}, max_tokens=3)
     assert len(set(biased.choices[0].message.content)) == 1
 
