@@ -18,7 +18,9 @@ def ids_of(prompt: Any) -> list[int] | None:
     items: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     if not len(items):
         raise ValueError(f"The prompt {prompt!r} is empty; give some text.")
-    if not isinstance(items, str) and all(isinstance(n, Integral) for n in items):
+    if not isinstance(items, str | bytes) and all(
+        isinstance(n, Integral) for n in items
+    ):
         return [int(token) for token in items]
     if items is not prompt:
         raise ValueError(
@@ -56,10 +58,12 @@ def as_messages(prompt: Prompt, system: str | None = None) -> list[Message]:
         system: put before them as the system message.
 
     Raises:
-        ValueError: if there is no text in it, or broken text.
+        ValueError: if there is no text in it, broken text, or something else.
     """
     user = [{"role": "user", "content": prompt}]
     messages: list[Any] = user if isinstance(prompt, str) else list(prompt)
+    for message in messages:
+        _check_message(message)
     if not any(message["content"].strip() for message in messages):
         raise ValueError(f"The prompt {prompt!r} is empty; give some text.")
     if system is not None:
@@ -67,6 +71,15 @@ def as_messages(prompt: Prompt, system: str | None = None) -> list[Message]:
     for message in messages:
         check_text(message["content"])
     return messages
+
+
+def _check_message(message: Any) -> None:
+    parts = message if isinstance(message, dict) else {}
+    if not all(isinstance(parts.get(key), str) for key in ("role", "content")):
+        raise ValueError(
+            f"{message!r} is no message; give a text, or messages that have a role and a "
+            "content, both text."
+        )
 
 
 def check_text(text: str) -> None:

@@ -46,6 +46,24 @@ def test_an_empty_prompt_is_refused(prompt):
         as_messages(prompt)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "Hi"},
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        "Hi",
+        b"Hi",
+    ],
+)
+def test_what_is_no_message_is_refused(message):
+    prompt = message if isinstance(message, bytes) else [USER, message]
+    assert ids_of(prompt) is None
+    with pytest.raises(ValueError, match="is no message; give a text, or messages"):
+        as_messages(prompt)
+
+
 def test_token_ids_are_told_from_messages():
     assert ids_of("12") is None and ids_of([USER]) is None
     arrays = np.array([1, 2]), mx.array([1, 2]), list(np.array([1, 2])), (1, 2)
