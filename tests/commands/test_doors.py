@@ -102,12 +102,12 @@ def test_a_token_beyond_the_embedding_is_refused(door):
 
 @pytest.mark.parametrize("door", DOORS, indirect=True)
 def test_a_text_that_was_not_utf_8_is_refused(door):
-    text = b"caf\xe9".decode(errors="surrogateescape")
+    text = b"Hi \xe9".decode(errors="surrogateescape")
     assert "not UTF-8 at character 4 ('\\udce9'); give it as UTF-8" in door(text)
 
 
 def test_stdin_that_is_not_utf_8_is_refused(tiny_folder, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hi \xe9")))
     given = ["--model", tiny_folder, "--prompt", "-"]
     status, _, err = run_command(generate, capsys, *given)
     assert status == 2 and "stdin is not UTF-8 at byte 4 (0xe9)" in err

@@ -85,7 +85,7 @@ def test_a_token_that_the_model_has_no_embedding_for_is_named(token):
 
 
 def test_a_text_that_was_not_utf_8_is_refused(tokenizer):
-    broken = b"caf\xe9".decode(errors="surrogateescape")
+    broken = b"Hi \xe9".decode(errors="surrogateescape")
     for refuse in (as_messages, partial(encode, tokenizer)):
         with pytest.raises(ValueError, match=r"not UTF-8 at character 4 \('\\udce9'\)"):
             refuse(broken)
