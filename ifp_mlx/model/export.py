@@ -217,7 +217,7 @@ def _as_nemotron_nas(compact: nn.Module, model: IFPModel) -> dict[str, Any]:
     """Pad the widths of ``compact`` in place; return the config keys that say them."""
     source, plan = model.config, model.plan
     hidden, heads = source["hidden_size"], source["num_attention_heads"]
-    kv_heads = source.get("num_key_value_heads", heads)
+    kv_heads = source.get("num_key_value_heads") or heads
     blocks = []
     for module, layer in zip(plan.modules(compact), plan.layers, strict=True):
         width = -(-count_units(module, layer) // NAS_MULTIPLE) * NAS_MULTIPLE

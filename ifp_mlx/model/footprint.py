@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..files.quantised import leaves_out, noted, packing, quantised_by
 from ..selection.masks import Selection
 from ..slicing.plan import plan_of
 from ..slicing.routing import slots_of
@@ -330,8 +331,10 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
     """Return mlx-lm's model of a config.json, its weights random and never computed.
 
     Raises:
-        ValueError: if mlx-lm cannot build it.
+        ValueError: if mlx-lm cannot build it, or does not read how it is quantised.
     """
+    from mlx_lm.models.bitlinear_layers import bitnet_quantize
+
     model = build(config)
     # Gemma 3's class has an output layer until it is given weights without one, and its
     # config.json seldom says that there is none: Hugging Face takes that for granted.
@@ -346,9 +349,22 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
     name = config.get("torch_dtype") or config.get("dtype") or "float16"
     dtype = getattr(mx, str(name).removeprefix("torch."), mx.float16)
     model.update(tree_map(lambda weight: weight.astype(dtype), model.parameters()))
-    if how := config.get("quantization"):
+    if quantised_by(config) == "bitnet":
+        return bitnet_quantize(model, noted(config))
+    if how := config.get("quantization") or _packed(model, config):
         quantise_as(model, how)
     return model
+
+
+def _packed(model: nn.Module, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return how another program has quantised a model, as MLX would note it."""
+    how = packing(config)
+    left = {
+        path: False
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or leaves_out(config, path)
+    }
+    return how and how | left
 
 
 def quantise_as(model: nn.Module, how: dict[str, Any]) -> None:

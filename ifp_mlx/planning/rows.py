@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.tables import markdown
+from ..files.config import read_config
 from ..model.card import Card, load_card
 from ..model.checkpoint import PREDICTOR_FOLDER, load
 from ..model.footprint import Footprint, in_words, model_of_config
 from ..selection import widths
 from ..slicing.plan import plan_of
-from ..storage.folder import read_config
 from . import roofline
 from .devices import Device
 from .roofline import Job, Times, Work

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..files.atomic import new_folder
+from ..files.config import older_keys, read_config
 from ..files.literal import literal
 from .tokenizer import open_tokenizer
 
@@ -108,8 +109,10 @@ class SparsityPredictor(nn.Module):
 
         folder = Path(folder)
         head, layers, channels, pooling = _read_head(folder / HEAD)
+        file = folder / "config.json"
+        keys = older_keys(read_config(file), file)
         with literal(folder) as path:
-            backbone, config = load_model(path)
+            backbone, config = load_model(path, model_config=keys)
         rank = head["reduce.weight"].shape[0] if "reduce.weight" in head else 1
         self = cls(
             backbone, layers, channels, rank, config=config, pooling=cast(Any, pooling)

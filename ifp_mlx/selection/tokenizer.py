@@ -85,8 +85,8 @@ def _reason(folder: Path, config: dict[str, Any], error: Exception) -> str:
             )
     if not found and not (folder / "tokenizer.model").exists():
         return f"{folder} has no tokenizer; put its tokenizer.json there."
-    first = str(error).strip().split("\n")[0]
+    why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return (
-        f"The tokenizer in {folder} cannot be opened ({type(error).__name__}: {first}); "
+        f"The tokenizer in {folder} cannot be opened ({why}); correct what is named, or "
         "fetch or convert the model again."
     )

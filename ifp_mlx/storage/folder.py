@@ -7,8 +7,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files.config import older_keys, read_config
 from ..files.literal import literal
 from ..files.objects import read_object
+from ..files.quantised import quantised_by, unreadable
 from ..files.tensors import digest_of, weights_of
 from ..slicing.plan import plan_of
 from ..slicing.shapes import Plan
@@ -231,6 +233,7 @@ class Folder:
 
     def _checked(self) -> "nn.Module":
         problems: list[str | None] = []
+        foreign = unreadable(self.config) if quantised_by(self.config) else ""
 
         def compare(model: "nn.Module", weights: dict[str, Any]) -> None:
             """Compare where others load: by then names and shapes are final."""
@@ -239,16 +242,17 @@ class Folder:
         try:
             model = self._load(compare)
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            advice = foreign or "fetch or convert it again."
             raise ValueError(
                 f"mlx-lm cannot build a {self.config['model_type']} model from "
-                f"{self.path} ({type(error).__name__}: {error}); fetch or convert it "
-                "again."
+                f"{self.path} ({type(error).__name__}: {error}); {advice}"
             ) from error
         if problems[0]:
-            raise ValueError(
-                f"{problems[0]}; config.json and the weights do not belong together: "
-                "fetch or convert both again."
+            advice = foreign or (
+                "config.json and the weights do not belong together: fetch or convert "
+                "both again."
             )
+            raise ValueError(f"{problems[0]}; {advice}")
         return model
 
     def _load(
@@ -276,7 +280,11 @@ class Folder:
 
         def sanitised(own: Callable, weights: dict[str, "mx.array"]) -> dict:
             filed.update(weights)
-            return own(weights | self._absent)
+            found = weights | self._absent
+            try:
+                return own(dict(found))
+            except KeyError:  # it looks for names of before transformers 4.52
+                return own({_older_name(n): weight for n, weight in found.items()})
 
         def loaded(model: "nn.Module", weights: list, strict: bool = True) -> None:
             assert compare is not None
@@ -286,9 +294,12 @@ class Folder:
             # What does not fit is said by compare's caller.
             model_class.load_weights(model, weights, strict=False)
 
-        classes = {"get_model_classes": lambda config: (build, args_class)}
+        how: dict[str, Any] = {
+            "model_config": older_keys(self.config, self.path / "config.json"),
+            "get_model_classes": lambda config: (build, args_class),
+        }
         with literal(self.path) as path:
-            model, self.config = load_model(path, lazy=True, **classes)
+            model, self.config = load_model(path, lazy=True, **how)
         for name in ("sanitize", "load_weights"):
             vars(model).pop(name, None)
         return model
@@ -411,6 +422,13 @@ def _mismatch(
                 f"{name} in {files.get(name, path)} has shape {found[name].shape}, "
                 f"but config.json asks for {tensor.shape}"
             )
+        if _is_float(tensor) and not _is_float(found[name]):
+            held = weights_of(path).get(name)
+            return (
+                f"{name} in {files.get(name, path)} holds "
+                f"{held.dtype if held else found[name].dtype} without scales that mlx-lm "
+                "knows, so that it would take them for whole numbers"
+            )
     for name in sorted(found.keys() - expected.keys()):
         return (
             f"{files.get(name, path)} holds {name}, which config.json has no place for"
@@ -418,27 +436,23 @@ def _mismatch(
     return None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the content of a config.json.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is no model's, or asks to run code.
+def _older_name(name: str) -> str:
+    """Return the name of a tensor before transformers 4.52, of a language model that is
+    part of another: mlx-lm's own.
     """
-    config = read_object(path)
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
-        raise ValueError(
-            f"model_type={model_type!r} in {path} names no model; "
-            "it should be a name such as 'llama'."
-        )
-    for key in ("model_file", "trust_remote_code"):
-        if config.get(key):
-            raise ValueError(
-                f"{key}={config[key]!r} in {path} asks to run code from the model "
-                "folder, which is never done; use a model that mlx-lm has built in."
-            )
-    return config
+    for new, old in (
+        ("model.language_model.", "language_model.model."),
+        ("model.", ""),
+    ):
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return f"language_model.{name}"  # the output layer
+
+
+def _is_float(array: "mx.array") -> bool:
+    import mlx.core as mx
+
+    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def index_files(index: Path) -> list[Path]:

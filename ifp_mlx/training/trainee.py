@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..files.atomic import new_folder
 from ..files.companions import copy_companions
+from ..files.config import read_config
 from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
 from ..selection.predictor import SparsityPredictor
 from ..selection.tokenizer import open_tokenizer
@@ -19,7 +20,7 @@ from ..slicing.masked import mask_model
 from ..slicing.plan import plan_of
 from ..slicing.shapes import Plan, is_quantised
 from ..slicing.stock import build
-from ..storage.folder import read_config, resolve, source_of
+from ..storage.folder import resolve, source_of
 from .mixtures import check_mixture, freeze_routers
 from .recipe import TrainConfig
 from .step import Parent

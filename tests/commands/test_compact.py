@@ -60,6 +60,21 @@ def test_unequal_widths_become_nemotron_nas_for_a_llama(tmp_path):
     assert widths == [1024, 512, 512]
 
 
+def test_a_config_of_nulls_becomes_nemotron_nas_too(tmp_path):
+    import mlx_lm
+
+    shape = {"intermediate_size": 1024, "num_key_value_heads": 4}
+    folder = write_folder(tmp_path / "dense", **shape)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_key_value_heads": None, "head_dim": None, "text_config": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load(folder)
+    selection = model.select("Hi", keep=0.5, allocation="first-layer")
+    stock, _ = mlx_lm.load(str(write_compact(model, selection, tmp_path / "out")))
+    error = relative_error(stock(TOKENS), model.compact(selection)(TOKENS))
+    assert error <= 1e-5
+
+
 def test_padded_biases_change_nothing(tmp_path):
     import mlx_lm
 

@@ -113,6 +113,79 @@ def test_a_config_alone_is_enough():
     )
 
 
+def packed_by_awq(folder, group):
+    """Write a folder whose matrices are packed as AutoAWQ does, all zero."""
+    write_folder(folder)
+    tensors = {}
+    for name, weight in mx.load(str(folder / "model.safetensors")).items():
+        home, packed = name.removesuffix(".weight"), "proj" in name
+        if not packed:
+            tensors[name] = weight.astype(mx.float16)
+            continue
+        wide, deep = weight.shape
+        tensors[f"{home}.qweight"] = mx.zeros((deep, wide // 8), mx.int32)
+        tensors[f"{home}.qzeros"] = mx.zeros((deep // group, wide // 8), mx.int32)
+        tensors[f"{home}.scales"] = mx.zeros((deep // group, wide), mx.float16)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    how = {"quant_method": "awq", "bits": 4, "group_size": group}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"quantization_config": how, "torch_dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def test_a_config_alone_weighs_what_another_program_has_packed(tmp_path):
+    config = packed_by_awq(tmp_path / "m", 32)
+    whole = Footprint.of(load(tmp_path / "m")[0])
+    assert Footprint.of_config(config) == whole
+
+
+@pytest.mark.parametrize(
+    ("noted", "meant"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, (32, 4, "affine")),
+        ({"quant_method": "mxfp4"}, (32, 4, "mxfp4")),
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            (16, 4, "nvfp4"),
+        ),
+        (
+            {
+                "quant_method": "fp8",
+                "scale_fmt": "ue8m0",
+                "weight_block_size": [32, 32],
+            },
+            (32, 8, "mxfp8"),
+        ),
+        ({"quant_method": "fp8"}, None),  # unpacked when it is loaded
+    ],
+)
+def test_each_way_of_packing_is_weighed_as_mlx_lm_holds_it(noted, meant):
+    left_out = {"modules_to_not_convert": ["lm_head", "layers.*.self_attn"]}
+    config = tiny_config("llama", quantization_config=noted | left_out)
+    how = meant and dict(zip(("group_size", "bits", "mode"), meant, strict=True))
+    whole = {"model.embed_tokens": False, "lm_head": False}
+    for layer in range(3):
+        for name in "qkvo":
+            whole[f"model.layers.{layer}.self_attn.{name}_proj"] = False
+    by_mlx = tiny_config("llama", quantization=how and how | whole)
+    assert Footprint.of_config(config) == Footprint.of_config(by_mlx)
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [
+        {"quant_method": "bitsandbytes"},
+        {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "compressed-tensors", "format": "float-quantized"},
+    ],
+)
+def test_what_mlx_lm_does_not_read_is_not_weighed(noted):
+    method = noted["quant_method"]
+    with pytest.raises(ValueError, match=f"quantised by {method} .* take the model"):
+        Footprint.of_config(tiny_config("llama", quantization_config=noted))
+
+
 def test_gemmas_output_layer_is_its_embedding_though_its_config_does_not_say_so():
     silent = tiny_config("gemma3_text", torch_dtype="float32")
     del silent["tie_word_embeddings"]

@@ -5,11 +5,12 @@ import struct
 
 import mlx.core as mx
 import pytest
-from conftest import FAMILIES, tiny_model, write_folder
+from conftest import FAMILIES, tiny_model, write_family, write_folder
 from damage import (
     change_config,
     change_weights,
     overlapping,
+    store_as,
     truncated,
     write_index,
 )
@@ -318,3 +319,63 @@ def test_a_tensor_too_many_is_refused(tiny_folder):
     change_weights(tiny_folder, lambda w: w | {"model.extra.weight": mx.zeros((2,))})
     with pytest.raises(ValueError, match="model.safetensors holds model.extra.weight"):
         source_of(tiny_folder)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "U8"])
+def test_floats_stored_as_whole_numbers_are_refused_by_their_type(tiny_folder, dtype):
+    store_as(tiny_folder, dtype, UP)
+    sentence = rf"{UP} in .*model\.safetensors holds {dtype} without scales .* fetch or"
+    with pytest.raises(ValueError, match=sentence):
+        source_of(tiny_folder)
+
+
+@pytest.mark.parametrize("in_text", [False, True])
+def test_what_quantised_a_model_that_mlx_lm_does_not_read_is_named(
+    tiny_folder, in_text
+):
+    about = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    change_config(tiny_folder, **({"text_config": about} if in_text else about))
+    source_of(tiny_folder)  # notes alone do no harm
+    sentence = "quantised by bitsandbytes .* take the model before that, or one"
+    change_weights(tiny_folder, lambda w: w | {f"{UP[:-7]}.SCB": mx.zeros(64)})
+    with pytest.raises(ValueError, match=f"SCB, which .*{sentence}"):
+        source_of(tiny_folder)
+    change_weights(tiny_folder, lambda w: w | {UP: w[UP].reshape(-1, 1)})
+    with pytest.raises(ValueError, match=rf"\(2048, 1\).*{sentence}"):
+        source_of(tiny_folder)
+    store_as(tiny_folder, "I8", UP)
+    with pytest.raises(ValueError, match=sentence):
+        source_of(tiny_folder)
+
+
+def test_a_format_that_mlx_lm_refuses_is_named(tiny_folder):
+    how = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    change_config(tiny_folder, quantization_config=how)
+    sentence = "float-quantized.*quantised by compressed-tensors .* take the model"
+    with pytest.raises(ValueError, match=sentence):
+        source_of(tiny_folder)
+
+
+def test_a_model_inside_another_has_older_and_newer_names(tmp_path):
+    folder = write_family(tmp_path / "tiny", "gemma3")
+    tokens = mx.array([[1, 2, 3]])
+    expected = source_of(folder).dense()(tokens)
+    mx.eval(expected)  # before its file is written again
+
+    def newer(name):
+        body = name.removeprefix("language_model.")
+        inside = f"model.language_model.{body.removeprefix('model.')}"
+        return inside if body.startswith("model.") else body
+
+    pixels = {"model.vision_tower.x.weight": mx.zeros(2)}
+    change_weights(folder, lambda w: {newer(n): a for n, a in w.items()} | pixels)
+    assert mx.array_equal(source_of(folder).dense()(tokens), expected)
+
+
+def test_a_text_config_that_is_null_is_none(tiny_folder):
+    file = tiny_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"text_config": None}))
+    assert source_of(tiny_folder).config["text_config"] == {}

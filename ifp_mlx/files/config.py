@@ -1,0 +1,138 @@
+"""config.json: read, checked, and put in the words that mlx-lm's classes read."""
+
+import re
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .objects import read_object
+
+# transformers 5 notes in rope_parameters how positions are turned. What mlx-lm's classes
+# call two of its numbers; the others are their rope_scaling.
+NAMES = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+}
+# By model type, what a class calls the base of its sliding layers, which it never scales.
+SLIDING_BASE = {
+    "gemma3_text": "rope_local_base_freq",
+    "gemma3n_text": "rope_local_base_freq",
+    "mimo_v2_flash": "swa_rope_theta",
+    "olmo3": "rope_theta",
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the content of a config.json, with its :func:`older_keys`.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is no model's, asks to run code, or says what mlx-lm cannot be told.
+    """
+    from mlx_lm.utils import _decode_tagged_floats
+
+    config: dict[str, Any] = _decode_tagged_floats(read_object(path))
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
+        raise ValueError(
+            f"model_type={model_type!r} in {path} names no model; "
+            "it should be a name such as 'llama'."
+        )
+    for key in ("model_file", "trust_remote_code"):
+        if config.get(key):
+            raise ValueError(
+                f"{key}={config[key]!r} in {path} asks to run code from the model "
+                "folder, which is never done; use a model that mlx-lm has built in."
+            )
+    return config | older_keys(config, path)
+
+
+def older_keys(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return what ``rope_parameters`` says, by the keys of transformers 4, which are those
+    that mlx-lm's classes read.
+
+    Args:
+        config: the content of a config.json, with or without these keys.
+        path: of that file, to be named.
+
+    Returns:
+        What goes over ``config``.
+
+    Raises:
+        ValueError: if the class has no such key, and would turn positions otherwise.
+    """
+    inner = config.get("text_config") or {}
+    keys: dict[str, Any] = {}
+    if "text_config" in config and not inner:  # mlx-lm would look into a null
+        keys["text_config"] = {}
+    parts = [part for part in (config, inner) if isinstance(part, dict)]
+    if any(isinstance(part.get("rope_parameters"), dict) for part in parts):
+        known = _fields(config)
+        keys |= _rope_keys(config, known, path)
+        if below := _rope_keys(inner, known, path):
+            keys["text_config"] = inner | below
+    return keys
+
+
+def _rope_keys(config: dict[str, Any], known: set[str], path: Path) -> dict[str, Any]:
+    noted = config.get("rope_parameters")
+    if not isinstance(noted, dict) or not known:
+        return {}
+    found = _of_layers(noted, config.get("model_type"))
+    if "rope_parameters" in known:  # the class itself can read them
+        known, found = known | {"rope_scaling"}, found or {}
+    if found is None or ("rope_scaling" in found and "rope_scaling" not in known):
+        raise ValueError(
+            f"rope_parameters={noted} in {path} cannot be told to mlx-lm's class for "
+            f"{config.get('model_type')}, which would give other answers; use a model "
+            "whose layers have one rope_theta and no scaling, or a newer mlx-lm."
+        )
+    if scaling := config.get("rope_scaling"):  # which has the last word there, too
+        found["rope_scaling"] = scaling
+    for name, names in NAMES.items():
+        if name in found:
+            value = found.pop(name)
+            found[next((n for n in names if n in known), name)] = value
+    return found
+
+
+def _of_layers(noted: dict[str, Any], model_type: str | None) -> dict[str, Any] | None:
+    """Return older keys for all layers at once; ``None`` if there are none for them."""
+    kinds = {name: kind for name, kind in noted.items() if isinstance(kind, dict)}
+    first = next(iter(kinds.values()), noted)
+    if all(kind == first for kind in kinds.values()):
+        return _flat(first)
+    base = SLIDING_BASE.get(model_type or "")
+    if base is None or {*kinds} != {"full_attention", "sliding_attention"}:
+        return None
+    full, sliding = _flat(kinds["full_attention"]), _flat(kinds["sliding_attention"])
+    theta, share = sliding.pop("rope_theta", None), "partial_rotary_factor"
+    if theta is None or sliding != {n: full[n] for n in full if n == share}:
+        return None
+    own = base not in full or full[base] == theta
+    return full | {base: theta} if own else None
+
+
+def _flat(rope: dict[str, Any]) -> dict[str, Any]:
+    keys = {name: rope[name] for name in NAMES if name in rope}
+    scaling = {name: value for name, value in rope.items() if name not in NAMES}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return keys if kind == "default" else keys | {"rope_scaling": scaling}
+
+
+def _fields(config: dict[str, Any]) -> set[str]:
+    """Return the keys that mlx-lm's class of a model reads, or those of its parts; none
+    if there is no such class.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        module = sys.modules[_get_classes(config)[0].__module__]
+    except (ValueError, AttributeError):
+        return set()
+    parts = [part for part in vars(module).values() if isinstance(part, ModuleType)]
+    kinds = [kind for part in (module, *parts) for kind in vars(part).values()]
+    kinds = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
+    return {field.name for kind in kinds for field in fields(kind)}
