@@ -18,6 +18,7 @@ from ..selection.masks import Selection
 from ..selection.tokenizer import open_tokenizer
 from ..slicing.shapes import Plan
 from ..slicing.sliced import sliced_names
+from ..slicing.stock import vocabulary_of
 from ..storage.folder import resolve, source_of
 from .rows import Row, retokenize, same_tokens
 from .teacher import log_probabilities, metrics
@@ -153,12 +154,10 @@ def smaller(path: str, model: IFPModel) -> Rival:
     """
     folder: Path = resolve(path)
     source = source_of(folder)
-    config = source.config
-    other = open_tokenizer(folder, config)
-    small = source.dense()
+    other, small = open_tokenizer(folder, source.config), source.dense()
     mx.eval(small.parameters())  # now, and not while it is timed
     same = same_tokens(model.tokenizer, other)
-    same &= config["vocab_size"] == model.config["vocab_size"]
+    same &= vocabulary_of(small) == model.vocabulary
     return Rival(f"dense, {folder.resolve().name}", small, None if same else other)
 
 

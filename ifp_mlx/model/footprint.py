@@ -339,7 +339,8 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
     # Gemma 3's class has an output layer until it is given weights without one, and its
     # config.json seldom says that there is none: Hugging Face takes that for granted.
     gemma = str(config.get("model_type")).startswith("gemma3")
-    if config.get("tie_word_embeddings", gemma):
+    tied = config.get("tie_word_embeddings")
+    if gemma if tied is None else tied:
         weights = tree_flatten(model.parameters())
         if hasattr(model, "sanitize"):  # as loading does: some classes then tie it
             model.sanitize({n: w for n, w in weights if "lm_head" not in n})

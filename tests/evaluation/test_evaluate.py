@@ -4,7 +4,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import run_command, swept, write_folder
+from conftest import run_command, swept, write_family, write_folder
 from mlx.utils import tree_flatten
 
 from ifp_mlx import load
@@ -17,6 +17,7 @@ from ifp_mlx.evaluation.rivals import (
     choose_bits,
     quantised,
     quantised_bytes,
+    smaller,
     weight_bytes,
 )
 from ifp_mlx.evaluation.rows import Row, read_rows, retokenize, same_tokens
@@ -268,6 +269,11 @@ def test_a_smaller_model_with_the_same_tokens_has_a_kl(opened, data, tmp_path, c
     last = json.loads(out.splitlines()[-1])["results"][-1]
     assert last["name"] == "dense, small" and last["kl"] > 0
     assert "NLL per byte" not in out
+
+
+def test_a_smaller_model_inside_another_has_a_vocabulary_too(opened, tmp_path):
+    small = smaller(str(write_family(tmp_path / "small", "mistral3")), opened[0])
+    assert small.tokenizer is None  # as many tokens, and the same
 
 
 def test_a_smaller_model_with_other_tokens_is_compared_by_bytes(

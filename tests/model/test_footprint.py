@@ -192,6 +192,7 @@ def test_gemmas_output_layer_is_its_embedding_though_its_config_does_not_say_so(
     found = Footprint.of_config(silent)
     apart = Footprint.of_config(silent | {"tie_word_embeddings": False})
     assert apart.core_bytes - found.core_bytes == 259 * 32 * 4
+    assert Footprint.of_config(silent | {"tie_word_embeddings": None}) == found
 
 
 def test_the_papers_model_is_weighed_without_being_made():
