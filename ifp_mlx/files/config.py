@@ -29,7 +29,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it is no model's, asks to run code, or says what mlx-lm cannot be told.
+        ValueError: if it is no model's, asks to run code, or says what mlx-lm cannot be
+            told.
     """
     from mlx_lm.utils import _decode_tagged_floats
 

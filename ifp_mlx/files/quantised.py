@@ -33,8 +33,8 @@ def quantised_by(config: dict[str, Any]) -> str | None:
 def unreadable(config: dict[str, Any]) -> str:
     """Say what to do about a quantised model that mlx-lm does not read."""
     return (
-        f"it was quantised by {quantised_by(config)} in a way that mlx-lm does not read: take the "
-        "model before that, or one quantised for MLX."
+        f"it was quantised by {quantised_by(config)} in a way that mlx-lm does not "
+        "read: take the model before that, or one quantised for MLX."
     )
 
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import FAMILIES, tiny_model, write_folder
+from damage import store_as
 from mlx.utils import tree_flatten
 
 from convert import from_pytorch
@@ -523,3 +524,10 @@ def test_a_state_dict_needs_its_config(tmp_path, pytorch_folder):
         FileNotFoundError, match="config.json is missing, without which py"
     ):
         convert(folder / "pytorch_model.bin", tmp_path / "out")
+
+
+def test_floats_stored_as_whole_numbers_are_not_converted(tmp_path, tiny_folder):
+    store_as(tiny_folder, "F8_E4M3", "model.layers.0.mlp.up_proj.weight")
+    with pytest.raises(ValueError, match="holds F8_E4M3 without scales"):
+        convert(tiny_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
