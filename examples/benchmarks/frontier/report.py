@@ -25,6 +25,7 @@ from .points import (
     BASES,
     DENSE,
     DYNAMIC,
+    POINTS,
     PROMPT,
     SELECTIONS,
     WHOLE,
@@ -243,8 +244,15 @@ class Model:
         best = ", and from ".join(ranges)
         text = f"- The best that fits is a selection from {best}; else a whole model."
         lines = [text if ranges else "- The best that fits is always a whole model."]
-        lines += [self._said_of(bits) for bits in sorted(BASES)]
+        lines += [self._said_of(bits) for bits in sorted(BASES) if self._of_base(bits)]
+        if missing := self.missing():
+            lines.append(f"- Not measured yet: {', '.join(missing)}.")
         return "\n".join(lines)
+
+    def missing(self) -> list[str]:
+        """Return the names of what was neither measured nor impossible."""
+        known = self.results.keys() | self.about["failed"].keys()
+        return [point.name for point in POINTS if point.name not in known]
 
     def ruled_by_selections(self) -> list[tuple[int, int | None]]:
         """Return the spans of bytes in which the best that fits is a selection, smallest
