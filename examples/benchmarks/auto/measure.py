@@ -5,7 +5,7 @@
     python -m examples.benchmarks.auto.report
 
 The first measures for one model: the card that the first request makes, and the one of
-`evaluate --card`; prompts of nine families that no default was chosen on, as a card does its
+`evaluate --card`; prompts of eight families that no default was chosen on, as a card does its
 own prompts, with the self-check of each selection; and the answers to five everyday
 questions, dense, at auto, and at less. It goes on where it was stopped. The second measures
 what selecting, its self-check and the first card take, and wants a machine with nothing else
