@@ -30,6 +30,15 @@ ROOT = Path(__file__).parent.parent
 FAMILIES_FILE = ROOT / "examples/benchmarks/families/families.json"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "ministral3")
 
+# How llama 3.1 scales positions.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -197,6 +206,23 @@ def add_prior(model, seed=5, sketch=0):
         arrays[f"sketch.{layer}"] = rows.astype(np.float16)
     arrays = {name: mx.array(array) for name, array in arrays.items()}
     mx.save_safetensors(str(model.path / "prior.safetensors"), arrays)
+
+
+def train_sentencepiece(folder: Path, *lines: str) -> None:
+    """Put a small tokenizer.model into a model folder, in place of its tokenizer.json."""
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 9),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.json").unlink()
 
 
 def add_card(model, promises) -> None:

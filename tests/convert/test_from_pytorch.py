@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FAMILIES, tiny_model, write_folder
+from conftest import FAMILIES, tiny_model, train_sentencepiece, write_folder
 from damage import store_as
 from mlx.utils import tree_flatten
 
@@ -150,19 +150,9 @@ def test_tokenizer_licence_and_settings_come_along(tmp_path, tiny_folder):
 
 
 def test_a_sentencepiece_tokenizer_becomes_tokenizer_json(tmp_path, tiny_folder):
-    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+    from sentencepiece import SentencePieceProcessor
 
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox"] * 9),
-        model_prefix=str(tiny_folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (tiny_folder / "tokenizer.json").unlink()
+    train_sentencepiece(tiny_folder, "the quick brown fox")
     (tiny_folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
     out = convert(tiny_folder, tmp_path / "out")
     from tokenizers import Tokenizer

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import tiny_model, write_folder
+from conftest import LLAMA3, tiny_model, write_folder
 
 pytest.importorskip("coremltools")
 import coremltools as ct
@@ -30,13 +30,6 @@ pytestmark = pytest.mark.coreml
 SMALL = {"num_hidden_layers": 2}
 ONE = {"num_hidden_layers": 1}
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 256, 19)]
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 INSTRUCTION = "Say yes."
 
 

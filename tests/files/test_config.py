@@ -5,20 +5,13 @@ import re
 
 import mlx.core as mx
 import pytest
-from conftest import families, run_command, write_family, write_folder
+from conftest import LLAMA3, families, run_command, write_family, write_folder
 from damage import change_config
 
 from ifp_mlx import load
 from ifp_mlx.storage.folder import source_of
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 # What transformers 4 wrote, and what transformers 5 writes in its place.
 POSITIONS = {
     "llama": (

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from conftest import CHAT_TEMPLATE, ROOT, run_command, write_folder
+from conftest import CHAT_TEMPLATE, ROOT, run_command, train_sentencepiece, write_folder
 
 from ifp_mlx import load
 from ifp_mlx.compact import main as compact
@@ -151,19 +151,9 @@ def test_streamed_text_is_what_was_encoded(tmp_path):
 
 
 def test_text_comes_once_where_there_is_no_tokenizer_json(tmp_path):
-    trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+    pytest.importorskip("sentencepiece")
     folder = write_folder(tmp_path / "model", vocab_size=330)
-    trainer.train(
-        sentence_iterator=iter(["the quick brown fox", "a man a plan"] * 9),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=290,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.json").unlink()
+    train_sentencepiece(folder, "the quick brown fox", "a man a plan")
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load(folder)[1]
