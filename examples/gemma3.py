@@ -11,8 +11,9 @@ TEXTS = ("The capital of France is", "Water boils at")
 
 model, tokenizer = load(fetch("gemma3"))
 for text in TEXTS:
-    for keep in (1.0, 0.75):
-        print(f"\n[{keep:.0%} of the FFN channels] {text}", end="")
+    for keep in (1.0, "auto"):  # all channels, and as few as the model bears
+        print(f"\n[keep {keep}] {text}", end="")
         for r in stream_generate(model, tokenizer, text, keep=keep, max_tokens=24):
             print(r.text, end="", flush=True)
-        print(f"\n(mask {r.selection.mask_id}, {r.generation_tps:.1f} tokens/s)")
+        share, speed = r.selection.share, r.generation_tps
+        print(f"\n({share:.0%} of the FFN channels, {speed:.1f} tokens/s)")

@@ -8,8 +8,9 @@ QUESTIONS = ("What is the capital of France?", "Name three primary colors.")
 
 model, tokenizer = load(fetch("smollm2"))
 for question in QUESTIONS:
-    for keep in (1.0, 0.75):
-        print(f"\n[{keep:.0%} of the FFN channels] {question}")
+    for keep in (1.0, "auto"):  # all channels, and as few as the model bears
+        print(f"\n[keep {keep}] {question}")
         for r in stream_generate(model, tokenizer, question, keep=keep, max_tokens=60):
             print(r.text, end="", flush=True)
-        print(f"\n(mask {r.selection.mask_id}, {r.generation_tps:.1f} tokens/s)")
+        share, speed = r.selection.share, r.generation_tps
+        print(f"\n({share:.0%} of the FFN channels, {speed:.1f} tokens/s)")

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..files.progress import ProgressBar
-from ..selection.prompts import Message, tokenize
+from ..selection.prompts import Message, encode, known_tokens
 from . import sweep
 from .agreement import says
 from .card import GIVEN, Card, Point, fingerprint_of
@@ -62,7 +62,7 @@ def tried(
     start, chats = perf_counter(), dialogues()
     same: dict[float, list[bool]] = {share: [] for share in shares}
     kl: dict[float, list[float]] = {share: [] for share in shares}
-    for question, answer in progress([tokens_of(model.tokenizer, c) for c in chats]):
+    for question, answer in progress([parts_of(model, chat) for chat in chats]):
         text = [*question, *answer[:-1]]
         kv, noted = sweep.read(model.source, text, len(answer))
         for share in shares:
@@ -89,13 +89,15 @@ def tried(
     )
 
 
-def tokens_of(
-    tokenizer: Any, dialogue: Sequence[Message]
-) -> tuple[list[int], list[int]]:
-    """Return the ids of a dialogue's question, ready to be answered, and of its answer."""
+def parts_of(model: Any, dialogue: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Return the ids of a dialogue's question, ready to be answered, and of its answer.
+
+    Raises:
+        ValueError: on a token that the model has no embedding for.
+    """
     question, answer = dialogue
     text = answer["content"]
-    if not tokenizer.has_chat_template:
+    if not model.tokenizer.has_chat_template:
         text = f"\n\n{text}"
-    ids = tokenizer.encode(text, add_special_tokens=False)[:MOST_TOKENS]
-    return tokenize(tokenizer, [question]), list(ids)
+    ids = encode(model.tokenizer, text, special=False)[:MOST_TOKENS]
+    return model.tokens_of([question]), known_tokens(ids, model.vocabulary)

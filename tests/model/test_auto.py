@@ -147,7 +147,7 @@ def by_hand(model, dense, share):
     """Return what a card should say of a share, from whole models and no cache."""
     same, kl = [], []
     for dialogue in trial.dialogues():
-        question, answer = trial.tokens_of(model.tokenizer, dialogue)
+        question, answer = trial.parts_of(model, dialogue)
         text = mx.array([*question, *answer[:-1]])[None]
         at = slice(len(question) - 1, None)
         made = model.prepare(decide(Request(instruction=question, keep=share), model))
