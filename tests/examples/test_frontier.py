@@ -260,3 +260,16 @@ def test_a_point_counts_once_all_of_its_rows_are_measured(run, tmp_path, monkeyp
     monkeypatch.setattr(report.write_results, "__defaults__", (tmp_path,))
     run.write()
     assert set(report.Model("smollm2", tmp_path).results) == {"affine 2/64"}
+
+
+def test_what_was_filed_is_not_measured_again(run, tmp_path, monkeypatch):
+    run.measure(0, 1)
+    monkeypatch.setattr(report, "write", lambda: None)
+    monkeypatch.setattr(report.write_results, "__defaults__", (tmp_path,))
+    run.write()
+    before = (tmp_path / "results-smollm2.csv").read_bytes()
+    elsewhere = tmp_path / "fresh clone"
+    again = measure.Run(run.name, run.count, run.points, elsewhere, filed=tmp_path)
+    assert not any(key not in again.lines() for key in run.lines())
+    report.write_results("smollm2", again.lines().values(), {"failed": {}})
+    assert (tmp_path / "results-smollm2.csv").read_bytes() == before

@@ -4,9 +4,9 @@
         [--jobs 2] [--points NAME ...]
 
 Writes results-MODEL.csv and about-MODEL.json beside this file, the page and its picture.
-What is measured already is not measured again, so a stopped run goes on where it was.
-Everything that it makes stays in models/frontier; delete MODEL/rows there once the
-package selects otherwise.
+What is measured already is not measured again, here or in those results, so a stopped run
+goes on where it was. Everything that it makes stays in models/frontier; delete both once
+the package selects otherwise.
 """
 
 import argparse
@@ -76,13 +76,20 @@ class Run:
         count: rows of each family.
         points: to measure.
         folder: for everything that is made; stays.
+        filed: the folder of results that were written before; ``None`` begins anew.
     """
 
     def __init__(
-        self, name: str, count: int, points: Sequence[Point], folder: Path
+        self,
+        name: str,
+        count: int,
+        points: Sequence[Point],
+        folder: Path,
+        filed: Path | None = None,
     ) -> None:
         self.name, self.count, self.points = name, count, points
         self.folder, self.source = folder, fetch(name)
+        self._filed = {} if filed is None else report.filed(name, filed)
         versions = {name: version(name) for name in ("mlx", "mlx-lm")}
         self._settings = versions | {"prompt": PROMPT, "answer": ANSWER, "seed": SEED}
 
@@ -95,9 +102,12 @@ class Run:
         return Log(self.folder / "failures" / job, self._settings, ("point",))
 
     def lines(self) -> dict[tuple, Line]:
-        """Return the rows of all jobs so far, by point, family and number."""
+        """Return the rows of all jobs so far, and those filed before, by point, family
+        and number.
+        """
         jobs = sorted(path.name for path in self.folder.glob("rows/*"))
-        return {key: line for job in jobs for key, line in self.log(job).lines.items()}
+        logs = [self.log(job).lines for job in jobs]
+        return self._filed | {key: line for log in logs for key, line in log.items()}
 
     @cached_property
     def rows(self) -> Rows:
@@ -226,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--job", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     points = [names[name] for name in args.points]
-    run = Run(args.name, args.rows, points, MODELS / "frontier" / args.name)
+    folder = MODELS / "frontier" / args.name
+    run = Run(args.name, args.rows, points, folder, filed=report.HERE)
     if args.job is not None:
         mx.disable_compile()  # or every fused kernel of a CPU costs a call of a compiler
         run.measure(args.job, args.jobs)

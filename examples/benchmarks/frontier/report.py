@@ -391,6 +391,24 @@ def write_results(
         scratch.write_text(text + "\n", encoding="utf-8")
 
 
+def filed(name: str, folder: Path = HERE) -> dict[tuple, Line]:
+    """Return the rows that :func:`write_results` wrote, by ``KEY``; empty if it did not.
+
+    Args:
+        name: smollm2 or gemma3.
+        folder: of both files.
+    """
+    if not (folder / f"results-{name}.csv").exists():
+        return {}
+    found: dict[tuple, Line] = {}
+    for point, result in Model(name, folder).results.items():
+        for (family, number), values in result.rows.items():
+            about = {"point": point, "family": family, "row": number}
+            line = about | values | {"bytes": result.bytes}
+            found[tuple(about.values())] = line | {"tokens": int(values["tokens"])}
+    return found
+
+
 def write() -> None:
     """Write the page and the picture."""
     found = models()
