@@ -193,17 +193,31 @@ def library_folder(args: argparse.Namespace) -> Path:
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-def say_quality(selection: Selection, card: "Card | None") -> None:
+def say_quality(selection: Selection, card: "Card | None", request: Request) -> None:
     """Say on stderr how good a selection is, as far as that is known: by the comparison
     with the dense model on the text that selected, and by what was measured before.
 
     Args:
         selection: how it was made and what was measured of it.
         card: of the model.
+        request: that it was made for.
     """
-    lines = [*_self_check(selection), *_measured_before(selection, card)]
+    if min(selection.sizes) < selection.channels:
+        lines = [*_self_check(selection), *_measured_before(selection, card)]
+    else:
+        lines = list(_nothing_dropped(card, request))
     for line in lines:
         print(line, file=sys.stderr)
+
+
+def _nothing_dropped(card: "Card | None", request: Request) -> Iterator[str]:
+    if card is not None and request.auto:
+        most, least = card.keeps()[-1], request.min_agreement or MIN_AGREEMENT
+        yield (
+            f"Note: this is the whole model: {card.words(most)}, and --keep auto asks for "
+            f"{least:.0%}; a --keep of your own, or a lower --min-agreement, makes it "
+            "smaller."
+        )
 
 
 def _self_check(selection: Selection) -> Iterator[str]:
@@ -227,7 +241,7 @@ def _self_check(selection: Selection) -> Iterator[str]:
 
 def _measured_before(selection: Selection, card: "Card | None") -> Iterator[str]:
     share, origin = selection.share, selection.origin
-    if origin.selector == "predictor" or min(selection.sizes) == selection.channels:
+    if origin.selector == "predictor":
         return
     kept = f"{share:.0%} of the {selection.unit}s, without training for it"
     if found := origin.evaluation:

@@ -72,7 +72,7 @@ def _command(args: Any) -> None:
     written = Selection.load(out / MASK_FILE)
     if how := written.compensation:
         print(f"Compensated by {how.tokens} tokens of {how.source}.", file=sys.stderr)
-    cli.say_quality(written, model.card)
+    cli.say_quality(written, model.card, request)
     slicing = model.slicing(written)
     cli.say_slicing(slicing, written)
     about: dict[str, Any] = {"path": str(out), "mask_id": written.mask_id}

@@ -121,7 +121,7 @@ def _command(args: Any) -> None:
     print(_summary(last), file=sys.stderr)
     _say_checks(last)
     _say_length(last, context_of(model.config))
-    cli.say_quality(last.selection, model.card)
+    cli.say_quality(last.selection, model.card, request)
     slicing = model.slicing(last.selection)
     cli.say_slicing(slicing, last.selection)
     if args.json:

@@ -14,7 +14,7 @@ from ifp_mlx.model import checkpoint
 from ifp_mlx.model.decide import decide
 from ifp_mlx.model.fit import Limits, room_beside
 from ifp_mlx.selection.prompts import as_messages, tokenize
-from ifp_mlx.selection.request import Request
+from ifp_mlx.selection.request import MIN_AGREEMENT, Request
 
 SHAPE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 512}
 
@@ -264,10 +264,13 @@ def test_what_fits_is_refused_where_it_would_agree_too_little(opened, command):
     fits = ["--keep", "auto", "--memory-gb", 0.0057]
     err = command(*fits, status=2)
     assert re.search(r"No more than \d+% of the channels .* fit\. by the card of", err)
-    assert "min_agreement=0.8 is asked for, which takes 100%. Give more memory" in err
+    assert (
+        f"min_agreement={MIN_AGREEMENT} is asked for, which takes 100%. Give more memory"
+        in err
+    )
     report, _ = command(*fits, "--min-agreement", 0.01)
     selection = report["selection"]
-    assert selection["agreement"] < 0.8
+    assert selection["agreement"] < MIN_AGREEMENT
     assert selection["kept_channels"] < 0.75 * selection["total_channels"]
 
 

@@ -7,6 +7,7 @@ import pytest
 from ifp_mlx import Selection, cli
 from ifp_mlx.model.card import Card, Point
 from ifp_mlx.selection.masks import Origin
+from ifp_mlx.selection.request import Request
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, ImportError])
@@ -63,21 +64,21 @@ def kept(share, **origin):
     return Selection((mx.arange(int(64 * share)),) * 2, None, 64, Origin(**origin))
 
 
-def said(capsys, selection, card=None):
+def said(capsys, selection, card=None, **request):
     """Return the lines that are said of a selection."""
-    cli.say_quality(selection, card)
+    cli.say_quality(selection, card, Request(**request))
     return capsys.readouterr().err.splitlines()
 
 
 def test_what_the_self_check_found_is_said_and_little_is_warned_of(capsys):
-    [line] = said(capsys, kept(0.75, agreement=0.8, kl=0.25))
+    [line] = said(capsys, kept(0.75, agreement=0.9, kl=0.25))
     assert line == (
         "On the instruction's last tokens: the compact model chooses the dense model's "
-        "next token at 80% (KL 0.25 nats)."
+        "next token at 90% (KL 0.25 nats)."
     )
-    line, warning = said(capsys, kept(0.75, agreement=0.75, kl=0.5, router_mass=0.9))
+    line, warning = said(capsys, kept(0.75, agreement=0.85, kl=0.5, router_mass=0.9))
     assert "the kept experts had 90% of the gate weights; the compact model" in line
-    assert warning.startswith("Warning: below 80% the compact model is another than")
+    assert warning.startswith("Warning: below 90% the compact model is another than")
 
 
 def test_what_was_measured_of_a_task_mask_is_said(capsys):
@@ -97,7 +98,7 @@ def test_the_models_card_is_quoted_and_names_the_keep_that_takes_enough(capsys):
     about = ("tiny", "channel", "blend", "", 9, 1.0, "0")
     points = [
         Point(kind, keep, 1, agreement + more, 0.1)
-        for keep, agreement in ((0.5, 0.7), (0.75, 0.9))
+        for keep, agreement in ((0.5, 0.7), (0.75, 0.96))
         for kind, more in (("maths", -0.05), ("code", 0.05))
     ]
     card = Card(*about, points=tuple(points), dense_right={})
@@ -106,15 +107,33 @@ def test_the_models_card_is_quoted_and_names_the_keep_that_takes_enough(capsys):
         "answers' tokens (maths: {})"
     )
     [line] = said(capsys, kept(0.75), card)
-    assert line == f"Note: {quoted.format('0.75', '90%', '85%')}."
+    assert line == f"Note: {quoted.format('0.75', '96%', '91%')}."
     [line] = said(capsys, kept(0.5), card)
     expected = quoted.format("0.5", "70%", "65%")
-    assert line == f"Warning: {expected}; 80% takes keep 0.75."
+    assert line == f"Warning: {expected}; 90% takes keep 0.75."
     [line] = said(capsys, kept(0.25), card)
     assert "less than the card of tiny has measured (0.5)" in line
     of_one = Card(*about, points=tuple(points[::2]), dense_right={})
     [line] = said(capsys, kept(0.75), of_one)
-    assert line.endswith("at 85% of answers' tokens.")
+    assert line.endswith("at 91% of answers' tokens.")
+
+
+def test_that_auto_drops_nothing_is_said_with_what_dropping_costs(capsys):
+    about = ("tiny", "channel", "blend", "", 9, 1.0, "0")
+    points = (
+        Point("dialogues", 0.75, 1, 0.6, 0.4),
+        Point("dialogues", 0.9, 1, 0.8, 0.1),
+    )
+    card = Card(*about, points=points, dense_right={})
+    [line] = said(capsys, kept(1), card)
+    assert line.startswith(
+        "Note: this is the whole model: by the card of tiny, keep 0.9 "
+    )
+    assert "at 80% of answers' tokens, and --keep auto asks for 90%" in line
+    [line] = said(capsys, kept(1), card, keep="auto", min_agreement=0.95)
+    assert "--keep auto asks for 95%" in line
+    assert said(capsys, kept(1), card, keep=1.0) == []
+    assert said(capsys, kept(1)) == []
 
 
 def test_without_a_card_less_than_three_quarters_is_said_to_be_little(capsys):

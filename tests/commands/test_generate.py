@@ -8,6 +8,7 @@ from damage import change_weights, overlapping, truncated, write_index
 
 from ifp_mlx import Selection, generate, load, stream_generate
 from ifp_mlx.generate import main
+from ifp_mlx.selection.request import MIN_AGREEMENT
 from ifp_mlx.slicing.stock import build
 
 
@@ -91,7 +92,7 @@ def test_auto_is_the_default_and_keeps_what_its_card_promises(opened, capsys):
     default, auto, strict = (report["selection"] for report in reports)
     assert default == auto
     assert auto["kept_channels"] >= 0.75 * auto["total_channels"]
-    assert reports[0]["promise"] >= 0.8 and reports[2]["promise"] == 1
+    assert reports[0]["promise"] >= MIN_AGREEMENT and reports[2]["promise"] == 1
     assert strict["kept_channels"] >= auto["kept_channels"]
     status, _, err = run_command(
         main, capsys, *given, "--keep", 0.1, "--min-agreement", 1

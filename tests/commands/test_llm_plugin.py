@@ -12,6 +12,7 @@ llm = pytest.importorskip("llm", reason="the extra llm is not installed")
 
 from ifp_mlx import llm_plugin  # noqa: E402
 from ifp_mlx.engine import Engine  # noqa: E402
+from ifp_mlx.selection.request import MIN_AGREEMENT  # noqa: E402
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_auto_is_a_way_to_keep(folder):
         response.text()
         said.append(response.response_json)
     assert said[0]["mask_id"] == said[1]["mask_id"]
-    assert said[1]["promise"] >= 0.8
+    assert said[1]["promise"] >= MIN_AGREEMENT
     with pytest.raises(llm.ModelError, match="keep='half'.*or auto"):
         llm_plugin.IFP().prompt("hello", options=options | {"keep": "half"}).text()
 

@@ -29,6 +29,7 @@ from ifp_mlx.engine import (
     Token,
     UnknownTask,
 )
+from ifp_mlx.selection.request import MIN_AGREEMENT
 
 FRENCH = "You translate English into French."
 
@@ -156,7 +157,7 @@ def test_auto_keeps_the_smallest_share_that_the_card_promises_enough_for(folder)
     strict = {"min_agreement": 1.0}
     with Engine.open(folder) as engine:
         task = engine.prepare("Hello", keep="auto")
-        assert task.promise >= 0.8
+        assert task.promise >= MIN_AGREEMENT
         assert engine.prepare("Hello").identity == task.identity
         shares = [0.75, task.kept_channels / task.total_channels]
         whole = engine.prepare("Hello", **strict)

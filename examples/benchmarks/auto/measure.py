@@ -7,7 +7,7 @@
 The first measures for one model: the card that the first request makes, and the one of
 `evaluate --card`; prompts of eight families that no default was chosen on, as a card does its
 own prompts, with the self-check of each selection; and the answers to five everyday
-questions, dense, at auto, and at less. It goes on where it was stopped. The second measures
+questions, dense, at auto, and at what its card has tried. It goes on where it was stopped. The second measures
 what selecting, its self-check and the first card take, and wants a machine with nothing else
 to do. The third writes the tables of the page.
 """
@@ -47,7 +47,7 @@ EVERYDAY = (
     "weekends. Tickets cost eight euros, and children under twelve enter free.",
 )
 EVERYDAY_TOKENS = 96
-LESS = 0.75  # what auto was before there was a first card
+LESS = (0.9, 0.75)  # of the first card
 LONGEST = 200  # tokens of a family's prompt
 KEEPS = (0.9, 0.75, 0.5)  # of the families' prompts
 TIMES = 5  # that a selection is timed, of which the median counts
@@ -104,14 +104,12 @@ def measure_families(model: IFPModel, folder: Path, rows: int) -> None:
 
 
 def answer_everyday(model: IFPModel, first: Card, folder: Path) -> None:
-    """Answer the everyday questions: dense, at auto by the first card, and at less."""
+    """Answer the everyday questions: dense, at auto by the first card, and at its keeps."""
     log = Log(folder / "everyday", {}, ("question", "way"))
     for question in tqdm(EVERYDAY):
-        for way, request in (
-            ("dense", Request(keep=1.0)),
-            ("auto", Request(keep="auto")),
-            (f"keep {LESS:g}", Request(keep=LESS)),
-        ):
+        ways = {"dense": Request(keep=1.0), "auto": Request(keep="auto")}
+        ways |= {f"keep {keep:g}": Request(keep=keep) for keep in LESS}
+        for way, request in ways.items():
             if (question, way) in log:
                 continue
             model.__dict__["card"] = first  # instead of one in the model's folder

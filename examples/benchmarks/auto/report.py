@@ -23,6 +23,9 @@ FIRST, FULL = "the first card", "`evaluate --card`"
 CARDS = {FIRST: "first", FULL: "card"}  # their files
 SIGNS = {"self_agreement": 1, "self_kl": -1}
 LOOP = 4  # times that four words in a row have to come
+SHOWN = (0.9, 0.75, 0.5)  # keeps of the families' prompts
+LEVELS = (MIN_AGREEMENT, 0.8)  # of what auto is asked
+WAYS = ("dense", "auto", "keep 0.9", "keep 0.75")  # of answering everyday questions
 
 Line = dict[str, Any]
 
@@ -76,19 +79,17 @@ def within(lines: Sequence[Line], sign: str) -> list[float]:
     return found
 
 
-def chosen(name: str, card: Card) -> tuple[float, float, list[float]]:
-    """Return what auto keeps by a card, the agreement that this promises, and the one that
-    the answer to each of the families' prompts has.
+def agreements(name: str, keep: float) -> list[float]:
+    """Return the agreement that the answer to each of the families' prompts has at a keep,
+    linear between those that were measured.
     """
-    keep = card.smallest(MIN_AGREEMENT)
     at: dict[str, dict[float, float]] = {}
     for line in compared(name):
         at.setdefault(line["prompt"], {1.0: 1.0})[line["keep"]] = line["agreement"]
-    had = [
+    return [
         float(np.interp(keep, sorted(own), [own[k] for k in sorted(own)]))
         for own in at.values()
     ]
-    return keep, float(card.promise(keep) or 0), had
 
 
 def loops(text: str) -> bool:
@@ -158,17 +159,23 @@ def foretold() -> str:
 
 
 def promises() -> str:
-    """Return what auto promises and what the answers have."""
+    """Return what the cards promise and what the answers have, and what auto keeps."""
     rows = []
     for name, title in models().items():
+        measured = {round(line["keep"], 2) for line in compared(name)}
         for way, card in cards_of(name).items():
-            keep, promised, had = chosen(name, card)
-            cells = f"{keep:.2g}", f"{promised:.0%}", f"{np.mean(had):.0%}"
-            rows.append([title, way, *cells, str(len(had))])
-    return markdown(
-        ["model", "by", "auto keeps", "promised", "the answers' agreement", "prompts"],
-        rows,
-    )
+            keeps = [k for k in card.keeps()[::-1] if round(k, 2) in measured]
+            had = [np.mean(agreements(name, keep)) for keep in keeps]
+            cells = [
+                f"{card.promise(keep):.0%}, {found:.0%}"
+                for keep, found in zip(keeps, had, strict=True)
+            ]
+            cells += [""] * (len(SHOWN) - len(cells))
+            auto = [f"{card.smallest(least):.2g}" for least in LEVELS]
+            prompts = str(len(agreements(name, 1.0)))
+            rows.append([title, way, prompts, *cells, *auto])
+    head = ["model", "by", "prompts", *(f"keep {keep:g}" for keep in SHOWN)]
+    return markdown([*head, *(f"auto at {least:g}" for least in LEVELS)], rows)
 
 
 def seconds() -> str:
@@ -189,13 +196,18 @@ def seconds() -> str:
 
 def answers(name: str) -> str:
     """Return the everyday questions and their answers, as quotations."""
+    lines = lines_of(name, "everyday")
     parts = []
-    for line in lines_of(name, "everyday"):
-        if line["way"] == "dense":
-            parts.append(f"**{line['question']}**")
-        kept = f", keep {line['keep']:.2g}" if line["way"] == "auto" else ""
-        text = line["text"].strip().replace("\n", "\n> ")
-        parts.append(f"{line['way']}{kept}:\n\n> {text}")
+    for question in dict.fromkeys(line["question"] for line in lines):
+        said = {line["way"]: line for line in lines if line["question"] == question}
+        parts.append(f"**{question}**")
+        texts = {way: said[way]["text"].strip() for way in WAYS}
+        if texts["auto"] == texts["dense"]:
+            del texts["auto"]
+            texts = {"dense, and at auto": texts.pop("dense")} | texts
+        for way, text in texts.items():
+            quoted = text.replace("\n", "\n> ")
+            parts.append(f"{way}:\n\n> {quoted}")
     return "\n\n".join(parts)
 
 
