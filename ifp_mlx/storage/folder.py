@@ -62,7 +62,7 @@ def resolve(model: str | os.PathLike[str], tqdm_class: type | None = None) -> Pa
     if path.exists():
         raise NotADirectoryError(
             f"{path} is a file, not a model folder; give its folder, or convert it "
-            "with convert/from_pytorch.py if it is a GGUF file or a state dict."
+            "with ifp_mlx convert if it is a GGUF file or a state dict."
         )
     if isinstance(model, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         return _fetch(model, tqdm_class)
@@ -501,6 +501,6 @@ def _check_headers(path: Path) -> dict[str, Path]:
     if not files:
         raise FileNotFoundError(
             f"{path} has no model*.safetensors; "
-            "convert its weights with convert/from_pytorch.py first."
+            "convert its weights with ifp_mlx convert first."
         )
     return files

@@ -207,7 +207,7 @@ def _parts(
             ):
                 raise ValueError(
                     f"{source.path} does not hold {name} as mlx-lm uses it; convert it "
-                    "and make the store with python convert/from_pytorch.py --hf-path "
+                    "and make the store with ifp_mlx convert --hf-path "
                     f"{source.path} --mlx-path OUT --channel-store."
                 )
             repeat = 1 if piece.interleaved else piece.repeat

@@ -5,11 +5,10 @@ import json
 import pytest
 from conftest import full_disk, run_command, write_folder
 
-from convert.from_pytorch import main as convert
 from ifp_mlx import load
 from ifp_mlx.channel_store import main as channel_store
-from ifp_mlx.cli import run
 from ifp_mlx.compact import main as compact
+from ifp_mlx.convert.from_pytorch import main as convert
 from ifp_mlx.generate import main as generate
 from ifp_mlx.model.card import load_card
 from ifp_mlx.model.decide import first_card
@@ -20,11 +19,7 @@ SAID = "cannot be written: "
 INSTRUCTION = ("--instruction", "Hello", "--keep", 0.5)
 WRITING = {
     "compact": (compact, "--model", *INSTRUCTION, "--mlx-path"),
-    "convert": (
-        lambda argv: run(lambda: convert(argv), "convert"),
-        "--hf-path",
-        "--mlx-path",
-    ),
+    "convert": (convert, "--hf-path", "--mlx-path"),
     "channel_store": (channel_store, "--model", "--output"),
     "tasks": (tasks, "--model", *INSTRUCTION, "--name", "new", "--tasks-folder"),
 }

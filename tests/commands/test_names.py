@@ -5,9 +5,9 @@ import shutil
 import pytest
 from conftest import run_command
 
-from convert.from_pytorch import main as convert
 from ifp_mlx.channel_store import main as channel_store
 from ifp_mlx.compact import main as compact
+from ifp_mlx.convert.from_pytorch import main as convert
 from ifp_mlx.generate import main as generate
 from ifp_mlx.storage.folder import SHIPPED
 

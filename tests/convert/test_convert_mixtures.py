@@ -10,9 +10,9 @@ import pytest
 from conftest import families, randomised, relative_error, write_tokenizer
 from mlx.utils import tree_flatten
 
-from convert.from_pytorch import convert
-from convert.gguf import shards
 from ifp_mlx import load
+from ifp_mlx.convert.from_pytorch import convert
+from ifp_mlx.convert.gguf import shards
 from ifp_mlx.slicing.stock import build
 from ifp_mlx.storage import writer
 from ifp_mlx.storage.folder import source_of
@@ -174,7 +174,7 @@ def test_a_folder_of_the_hub_is_cut_without_being_converted(tmp_path, name):
 
 def test_a_folder_of_the_hub_is_no_store_until_it_is_converted(tmp_path):
     hub, _ = write_hub(tmp_path / "hub", "qwen3_moe")
-    with pytest.raises(ValueError, match=r"from_pytorch.py --hf-path \S+hub --mlx"):
+    with pytest.raises(ValueError, match=r"ifp_mlx convert --hf-path \S+hub --mlx"):
         write_store(hub, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 

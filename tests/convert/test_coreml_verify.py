@@ -25,10 +25,9 @@ from mil_programs import (
     stale_package,
 )
 
-from convert import coreml_verify
-from convert.coreml_verify import Report, main, reference, verify
-from convert.mil.mlpackage import Package, Session
-from ifp_mlx.cli import run
+from ifp_mlx.convert import coreml_verify
+from ifp_mlx.convert.coreml_verify import Report, main, reference, verify
+from ifp_mlx.convert.mil.mlpackage import Package, Session
 
 __all__ = ["decoder_package", "hf_package", "stale_package"]  # fixtures
 pytestmark = MARKS
@@ -114,7 +113,7 @@ def test_the_command_refuses_a_missing_package_in_one_line(
     missing = tmp_path / "no.mlpackage"
     options = ["--package", str(missing), "--model", "m", "--mask-file", "f"]
     with pytest.raises(SystemExit) as stop:
-        run(lambda: main(options), "coreml_verify.py")
+        main(options)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert re.search("no.mlpackage is not a Core ML package", error)

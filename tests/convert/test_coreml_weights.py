@@ -12,7 +12,7 @@ from coremltools.converters.mil.mil.ops.defs.iOS18.compression import (
     constexpr_lut_to_dense,
 )
 
-from convert.coreml.weights import (
+from ifp_mlx.convert.coreml.weights import (
     Quantised,
     array,
     lookup_tables,

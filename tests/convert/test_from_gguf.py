@@ -11,8 +11,8 @@ from conftest import tiny_config, tiny_model
 from mlx.utils import tree_flatten
 from tokenizers import pre_tokenizers
 
-from convert import from_pytorch
-from convert.gguf import reader
+from ifp_mlx.convert import from_pytorch
+from ifp_mlx.convert.gguf import reader
 from ifp_mlx.storage.folder import source_of
 
 ARCHITECTURES = {

@@ -12,14 +12,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FAMILIES, tiny_model, train_sentencepiece, write_folder
+from conftest import (
+    FAMILIES,
+    run_command,
+    tiny_model,
+    train_sentencepiece,
+    write_folder,
+)
 from damage import store_as
 from mlx.utils import tree_flatten
 
-from convert import from_pytorch
-from convert.from_pytorch import convert, main
-from convert.gguf import shards
-from ifp_mlx.cli import run
+from ifp_mlx.convert import from_pytorch
+from ifp_mlx.convert.from_pytorch import convert, main
+from ifp_mlx.convert.gguf import shards
 from ifp_mlx.storage.folder import source_of
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 92, 65]])
@@ -28,16 +33,6 @@ ROOT = Path(__file__).parents[2]
 
 def same(folder, model):
     return mx.array_equal(source_of(folder).dense()(TOKENS), model(TOKENS))
-
-
-def command(capsys, *arguments):
-    """Run the command; return its exit status, output and error output."""
-    status = 0
-    try:
-        run(lambda: main([str(a) for a in arguments]), "from_pytorch.py")
-    except SystemExit as error:
-        status = error.code
-    return status, *capsys.readouterr()
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +228,7 @@ def test_the_command_prints_the_result_and_nothing_else(tmp_path, tiny_folder, c
         "--q-group-size",
         32,
     ]
-    status, output, errors = command(capsys, *arguments)
+    status, output, errors = run_command(main, capsys, *arguments)
     assert (status, output) == (0, f"{out}\n")
     assert "tensors" not in errors  # no progress bar unless on a terminal
 
@@ -262,7 +257,7 @@ def test_mistakes_are_one_line_and_status_2(
 ):
     monkeypatch.chdir(tmp_path)
     arguments = [a.format(tiny=tiny_folder) for a in arguments]
-    status, output, errors = command(capsys, *arguments)
+    status, output, errors = run_command(main, capsys, *arguments)
     assert (status, output) == (2, "")
     (line,) = [e for e in errors.splitlines() if not e.startswith("[INFO]")]
     assert sentence in line
@@ -299,7 +294,7 @@ def test_a_killed_conversion_leaves_no_result(tmp_path, tiny_folder):
     program = """
 import os, signal, sys
 import mlx.core as mx
-from convert import from_pytorch
+from ifp_mlx.convert import from_pytorch
 save = mx.save_safetensors
 def save_and_die(*arguments, **options):
     save(*arguments, **options)
@@ -446,7 +441,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(
         lambda state: state | {"x": Evil(evil)}, _use_new_zipfile_serialization=zipped
     )
     out = tmp_path / "out"
-    status, _, errors = command(capsys, "--hf-path", folder, "--mlx-path", out)
+    status, _, errors = run_command(
+        main, capsys, "--hf-path", folder, "--mlx-path", out
+    )
     assert status == 2
     assert "pytorch_model.bin holds io.open, not only tensors; it was not" in errors
     assert "weights_only" not in errors  # torch advises to switch its safety off

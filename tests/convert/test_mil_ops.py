@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from mil_programs import MARKS, WEIGHTS, mb, save, softmax, string_to_nptype
 
-from convert.mil import storage
-from convert.mil.mlpackage import Package
+from ifp_mlx.convert.mil import storage
+from ifp_mlx.convert.mil.mlpackage import Package
 
 pytestmark = MARKS
 rng = np.random.default_rng(0)

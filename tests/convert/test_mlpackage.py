@@ -25,7 +25,7 @@ from mil_programs import (
     stale_package,
 )
 
-from convert.mil.mlpackage import Package
+from ifp_mlx.convert.mil.mlpackage import Package
 
 __all__ = ["decoder_package", "hf_package", "stale_package"]  # fixtures
 pytestmark = MARKS

@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from convert.gguf import shards
+from ifp_mlx.convert.gguf import shards
 from ifp_mlx.storage.folder import index_files
 
 

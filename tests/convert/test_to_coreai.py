@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import run_command, tiny_model, write_family, write_folder
 
-from convert.coreai.graph import Decoder
-from convert.to_coreai import compare
-from convert.to_coreml import main
 from ifp_mlx import load
+from ifp_mlx.convert.coreai.graph import Decoder
+from ifp_mlx.convert.to_coreai import compare
+from ifp_mlx.convert.to_coreml import main
 from ifp_mlx.model.checkpoint import IFPModel
 from ifp_mlx.model.decide import decide
 from ifp_mlx.selection.request import Request

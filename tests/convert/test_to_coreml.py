@@ -7,6 +7,7 @@ in the comments fail when it is put back.
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,12 +18,17 @@ from conftest import LLAMA3, tiny_model, write_folder
 pytest.importorskip("coremltools")
 import coremltools as ct
 
-from convert import to_coreml
-from convert.coreml.graph import GEMMA_STREAM, Interface, build_program, rope_tables
-from convert.coreml.package import SPEC, save_program
-from convert.coreml_verify import Package, verify
-from convert.to_coreml import Options, export, main, parse_functions
 from ifp_mlx import load
+from ifp_mlx.convert import to_coreml
+from ifp_mlx.convert.coreml.graph import (
+    GEMMA_STREAM,
+    Interface,
+    build_program,
+    rope_tables,
+)
+from ifp_mlx.convert.coreml.package import SPEC, save_program
+from ifp_mlx.convert.coreml_verify import Package, verify
+from ifp_mlx.convert.to_coreml import Options, export, main, parse_functions
 from ifp_mlx.model.export import Quantisation, write_compact
 
 pytestmark = pytest.mark.coreml
@@ -287,7 +293,7 @@ def test_the_command_prints_one_line(tmp_path):
     command = [sys.executable, "convert/to_coreml.py", "--model", model]
     command += ["--instruction", INSTRUCTION, "--context-length", "64", "--json"]
     command += ["--output", out, "-q", "--q-group-size", "32", "--keep", "0.7"]
-    root = to_coreml.__file__.rsplit("/", 2)[0]
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -7,7 +7,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, pre_tokenizers
 
-from convert.gguf.vocabulary import (
+from ifp_mlx.convert.gguf.vocabulary import (
     CONTROL,
     NORMAL,
     PROBES,

@@ -25,9 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from convert import from_pytorch
 from ifp_mlx import load
 from ifp_mlx.channel_store import main
+from ifp_mlx.convert import from_pytorch
 from ifp_mlx.generate import main as generate_main
 from ifp_mlx.selection.masks import Selection
 from ifp_mlx.selection.top_k import select

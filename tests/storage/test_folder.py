@@ -29,7 +29,7 @@ def test_a_folder_is_itself(tiny_folder):
 
 def test_a_file_is_refused(tiny_folder):
     with pytest.raises(
-        NotADirectoryError, match=r"config\.json is a file.*from_pytorch"
+        NotADirectoryError, match=r"config\.json is a file.*ifp_mlx convert"
     ):
         resolve(tiny_folder / "config.json")
 

@@ -28,9 +28,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from convert.from_pytorch import convert
 from ifp_mlx import load
 from ifp_mlx.channel_store import main as make_store
+from ifp_mlx.convert.from_pytorch import convert
 from ifp_mlx.files.companions import copy_companions
 from ifp_mlx.model.checkpoint import IFPModel
 from ifp_mlx.selection.masks import Selection

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.mil.storage import is_lazy
+from .storage import is_lazy
 
 Array = np.ndarray
 CHUNK = 250_000  # weights that are float32 at one time: 1 MB stays in the cache

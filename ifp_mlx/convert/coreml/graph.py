@@ -11,7 +11,7 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Program, Var, get_new_symbol, types
 
-from convert.coreml.weights import array, constant
+from .weights import array, constant
 
 TARGET = ct.target.iOS18  # also macOS 15: the first with states and 4-bit blocks
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")  # mlx-lm runs mistral as llama

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ifp_mlx.files.companions import UNKNOWN_LICENCE, copy_companions, licence_of
-from ifp_mlx.model.checkpoint import IFPModel
-from ifp_mlx.selection.masks import Selection
+from ...files.companions import UNKNOWN_LICENCE, copy_companions, licence_of
+from ...model.checkpoint import IFPModel
+from ...selection.masks import Selection
 
 VERSIONED = ("ifp-mlx", "mlx", "mlx-lm", "coremltools")
 

@@ -9,8 +9,8 @@ from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Var
 from coremltools.converters.mil.mil.types.type_mapping import string_to_nptype
 
-from ifp_mlx.slicing.shapes import Plan
-from ifp_mlx.slicing.sliced import count_units, pad
+from ...slicing.shapes import Plan
+from ...slicing.sliced import count_units, pad
 
 # How far, in steps, a zero point may be from the integer that stands in for it. MLX
 # makes it an integer; float16 and bfloat16 then round it away by up to 0.06.

@@ -16,16 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from convert.coreai.graph import FAMILIES, STATES, Decoder
-from ifp_mlx import cli
-from ifp_mlx.files.atomic import new_folder, refuse_existing
-from ifp_mlx.files.progress import SHOWN, ProgressBar
-from ifp_mlx.model.checkpoint import IFPModel, load
-from ifp_mlx.model.decide import decide
-from ifp_mlx.model.export import Quantisation
-from ifp_mlx.selection.masks import Selection
-from ifp_mlx.selection.widths import check_multiple
-from ifp_mlx.slicing.sliced import count_units, pad
+from .. import cli
+from ..files.atomic import new_folder, refuse_existing
+from ..files.progress import SHOWN, ProgressBar
+from ..model.checkpoint import IFPModel, load
+from ..model.decide import decide
+from ..model.export import Quantisation
+from ..selection.masks import Selection
+from ..selection.widths import check_multiple
+from ..slicing.sliced import count_units, pad
+from .coreai.graph import FAMILIES, STATES, Decoder
 
 CONTEXT = 1024
 STEPS = 8
@@ -101,7 +101,7 @@ def compare(
         The largest logit error as a share of the largest logit, and how many of the
         ``steps + 1`` greedy tokens are MLX's.
     """
-    from convert.coreml_verify import reference
+    from .coreml_verify import reference
 
     continuation, expected = reference(model, tokens, steps)
     found = asyncio.run(_execute(path, [tokens, *([t] for t in continuation[:-1])]))

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.mil.ops import apply
-from convert.mil.storage import CONSTEXPR, TYPES, BlobFile, view
+from .ops import apply
+from .storage import CONSTEXPR, TYPES, BlobFile, view
 
 Array = np.ndarray
 STATE_OPS = ("read_state", "write_state", "coreml_update_state")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from convert.gguf.shards import write_shards
-from convert.gguf.vocabulary import (
+from .shards import write_shards
+from .vocabulary import (
     CUTS,
     LLAMA3,
     NORMAL,

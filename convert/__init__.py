@@ -1,1 +1,0 @@
-"""Converters into and out of MLX model folders: scripts, and importable."""
