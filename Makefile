@@ -5,8 +5,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 SOURCES = $(sort $(shell find ifp_mlx convert examples -name '*.py'))
-# The app's widgets and the joint training in PyTorch are not typed to the end.
-TYPED = $(filter-out examples/apps/% examples/benchmarks/joint/%,$(SOURCES))
 TESTS = $(sort $(shell find tests -name '*.py'))
 PAGES = $(wildcard *.md) $(sort $(shell find examples -name '*.md'))
 
@@ -54,7 +52,7 @@ quick: setup
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy $(TYPED)
+	$(VENV)/bin/mypy
 	$(VENV)/bin/codespell $(SOURCES) $(TESTS) $(PAGES) Makefile .ci/run
 
 fix: $(VENV)/.dev

@@ -7,8 +7,10 @@ import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports the hub client or MLX: tests are offline, and mx.compile
 # would call a C++ compiler for every fused kernel of a CPU build.
@@ -20,6 +22,12 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from mlx.utils import tree_flatten
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from ifp_mlx.model.checkpoint import IFPModel
+    from ifp_mlx.selection.masks import Selection
 
 # The same examples in every run, and no clock: a failure is there for everyone, or for
 # no one.
@@ -46,15 +54,17 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_args, **_kwargs):
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise OSError("tests have no network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(autouse=True)
-def short_calibration(request, monkeypatch):
+def short_calibration(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tiny models read a short calibration text: most tests ask for a prior by the way."""
     from ifp_mlx.model import checkpoint, trial
 
@@ -65,9 +75,9 @@ def short_calibration(request, monkeypatch):
         monkeypatch.setattr(trial, "dialogues", lambda: some)
 
 
-def tiny_config(family: str, **changes) -> dict:
+def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
     """Return the config.json of a 3-layer random model of ``family``."""
-    config = {
+    config: dict[str, Any] = {
         "model_type": family,
         "hidden_size": 32,
         "num_hidden_layers": 3,
@@ -97,7 +107,7 @@ def tiny_config(family: str, **changes) -> dict:
     return config | changes
 
 
-def tiny_model(family: str, seed: int = 0, **changes):
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> "nn.Module":
     """Return a random fp32 model of ``family``: mlx-lm's own class, not a copy."""
     from mlx_lm.utils import _get_classes
 
@@ -119,7 +129,7 @@ def family_units() -> dict[str, str]:
     return {row[0]: row[1] for row in rows if row[1:2] in (["channel"], ["expert"])}
 
 
-def randomised(model, seed: int = 0):
+def randomised(model: "nn.Module", seed: int = 0) -> "nn.Module":
     """Give a model random fp32 weights; return it."""
     rng = np.random.default_rng(seed)
     weights = [
@@ -153,7 +163,9 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def write_folder(folder: Path, family: str = "llama", seed: int = 0, **changes) -> Path:
+def write_folder(
+    folder: Path, family: str = "llama", seed: int = 0, **changes: Any
+) -> Path:
     """Write a tiny random model as an ordinary folder and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_model(family, seed, **changes)
@@ -167,7 +179,7 @@ def write_folder(folder: Path, family: str = "llama", seed: int = 0, **changes) 
     return folder
 
 
-MIXED = {
+MIXED: dict[str, dict[str, Any] | bool] = {
     "model.layers.0.mlp.down_proj": {"group_size": 128, "bits": 3, "mode": "affine"},
     "model.layers.1.mlp.gate_proj": {"group_size": 32, "bits": 8, "mode": "affine"},
     "model.layers.2.mlp.down_proj": False,
@@ -175,16 +187,21 @@ MIXED = {
 }
 
 
-def write_quantised(folder, mode="affine", group=64, bits=4, mixed=False):
+def write_quantised(
+    folder: Path,
+    mode: str = "affine",
+    group: int = 64,
+    bits: int = 4,
+    mixed: bool = False,
+) -> Path:
     """Write a folder as mlx_lm.convert -q does, with parameters per path if mixed."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-    shape = {"intermediate_size": 512, "hidden_size": 128, "head_dim": 32}
-    write_folder(folder, **shape)
+    write_folder(folder, intermediate_size=512, hidden_size=128, head_dim=32)
     model, config = load_model(folder)
 
-    def params(path, module):
-        how = {"group_size": group, "bits": bits, "mode": mode}
+    def params(path: str, module: "nn.Module") -> dict[str, Any] | bool:
+        how: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
         return MIXED.get(path, how) if hasattr(module, "to_quantized") else False
 
     predicate = params if mixed else None
@@ -197,15 +214,15 @@ def write_quantised(folder, mode="affine", group=64, bits=4, mixed=False):
     return folder
 
 
-def add_prior(model, seed=5, sketch=0):
+def add_prior(model: "IFPModel", seed: int = 5, sketch: int = 0) -> None:
     """Write a random prior, and a sketch of so many rows."""
     rng = np.random.default_rng(seed)
     arrays = {"scores": rng.random((model.layers, model.channels), np.float32)}
     for layer in range(model.layers if sketch else 0):
         rows = rng.normal(0, 0.01, (sketch, model.channels))
         arrays[f"sketch.{layer}"] = rows.astype(np.float16)
-    arrays = {name: mx.array(array) for name, array in arrays.items()}
-    mx.save_safetensors(str(model.path / "prior.safetensors"), arrays)
+    prior = {name: mx.array(array) for name, array in arrays.items()}
+    mx.save_safetensors(str(model.path / "prior.safetensors"), prior)
 
 
 def train_sentencepiece(folder: Path, *lines: str) -> None:
@@ -225,7 +242,7 @@ def train_sentencepiece(folder: Path, *lines: str) -> None:
     (folder / "tokenizer.json").unlink()
 
 
-def add_card(model, promises) -> None:
+def add_card(model: "IFPModel", promises: dict[float, float]) -> None:
     """Write a card of a model that promises an agreement for each keep."""
     from ifp_mlx.model.card import Card, Point, fingerprint_of, save_card
 
@@ -245,7 +262,7 @@ def fetch(name: str) -> Path:
 
 
 def write_family(
-    folder: Path, name: str, *, quantised: bool = False, **changes
+    folder: Path, name: str, *, quantised: bool = False, **changes: Any
 ) -> Path:
     """Write a small random model of any type as an ordinary folder; return the folder."""
     from mlx_lm.utils import quantize_model, save_config, save_model
@@ -265,11 +282,15 @@ def write_family(
     return folder
 
 
-def run_command(main, capsys, *arguments) -> tuple[int, str, str]:
+def run_command(
+    main: Callable[[list[str]], None],
+    capsys: pytest.CaptureFixture[str],
+    *arguments: Any,
+) -> tuple[int | str | None, str, str]:
     """Run a command's ``main``; return its exit status, stdout and stderr."""
+    status: int | str | None = 0
     try:
         main([str(argument) for argument in arguments])
-        status = 0
     except SystemExit as stop:
         status = stop.code
     captured = capsys.readouterr()
@@ -277,7 +298,7 @@ def run_command(main, capsys, *arguments) -> tuple[int, str, str]:
 
 
 @contextlib.contextmanager
-def full_disk(room: int = 0):
+def full_disk(room: int = 0) -> Iterator[None]:
     """Let no file take more than ``room`` bytes: to who writes, the disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
@@ -287,7 +308,9 @@ def full_disk(room: int = 0):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def swept(model, instruction, *, progress=iter, **options):
+def swept(
+    model: "IFPModel", instruction: Any, *, progress: Any = iter, **options: Any
+) -> "tuple[Selection, nn.Module, list[Any] | None]":
     """Return selection, compact model and KV cache of a request, plain by default."""
     from ifp_mlx.model.decide import decide
     from ifp_mlx.selection.request import Request
@@ -303,5 +326,5 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
 
 
 @pytest.fixture
-def tiny_folder(tmp_path):
+def tiny_folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "tiny")

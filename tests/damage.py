@@ -2,25 +2,28 @@
 
 import json
 import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 
-def change_config(folder, **changes):
+def change_config(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text()) | changes
     config = {key: value for key, value in config.items() if value is not None}
     file.write_text(json.dumps(config))
 
 
-def change_weights(folder, change):
+def change_weights(folder: Path, change: Callable[[Any], Any]) -> None:
     file = folder / "model.safetensors"
     weights = change(mx.load(str(file)))
     mx.eval(weights)
     mx.save_safetensors(str(file), weights)
 
 
-def store_as(folder, dtype, *names):
+def store_as(folder: Path, dtype: str, *names: str) -> None:
     """Store some weights as 8-bit numbers, of a type in the words of safetensors."""
     change_weights(
         folder, lambda w: w | {n: (w[n] * 100).astype(mx.uint8) for n in names}
@@ -35,7 +38,7 @@ def store_as(folder, dtype, *names):
     file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
-def write_index(folder, *files):
+def write_index(folder: Path, *files: str) -> None:
     weight_map = {f"tensor{i}": file for i, file in enumerate(files)}
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 SAMPLES = 2000
+Groups = Mapping[str, Sequence[float] | np.ndarray]  # their rows' values, by name
 
 
-def macro_mean(groups: Mapping[str, Sequence[float]]) -> float:
+def macro_mean(groups: Groups) -> float:
     """Return the mean over rows, then over groups: every group counts the same."""
     return float(np.mean([np.mean(values) for values in groups.values()]))
 
 
-def bootstrap(groups: Mapping[str, Sequence[float]]) -> tuple[float, float]:
+def bootstrap(groups: Groups) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of :func:`macro_mean`.
 
     Rows are drawn anew within each group. Given differences of pairs, it is a paired

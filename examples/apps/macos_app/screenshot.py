@@ -41,14 +41,16 @@ class Demonstration(ChatApp):
                 await self.controller.say(question, max_tokens=self.max_tokens)
             await asyncio.sleep(0.5)  # the last frame
             self.main_window.as_image().save(self.output)
+            task = self.controller.assignment.task
+            assert task is not None
             self.seen = {
                 "status": self.status.text,
                 "figures": self.figures.text,
                 "transcript": self.transcript.value,
                 "rows": [[r.task, r.kept, r.mb, r.where] for r in self.table.data],
                 "shares": self.controller.shares(),
-                "widths": self.controller.assignment.task.widths,
-                "channels": self.controller.assignment.task.channels,
+                "widths": task.widths,
+                "channels": task.channels,
             }
         finally:
             self.request_exit()

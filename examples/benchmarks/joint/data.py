@@ -80,7 +80,7 @@ def encode(tokenizer: Any, texts: Iterable[Text], width: int) -> Rows:
     fits = [n for n, (p, a) in enumerate(pairs) if len(p) + len(a) <= width]
     tokens = np.zeros((len(fits), width), np.uint16)
     for row, number in zip(tokens, fits, strict=True):
-        both = sum(pairs[number], [])
+        both: list[int] = sum(pairs[number], [])
         row[: len(both)] = both
     prompt = [len(pairs[n][0]) for n in fits]
     length = [len(pairs[n][0]) + len(pairs[n][1]) for n in fits]
@@ -120,7 +120,9 @@ def fact_rows(tokenizer: Any, tasks: Sequence[Task]) -> tuple[Rows, Rows, int]:
         Training rows, ``EPOCHS`` times as many as facts; test rows; number of facts.
     """
     rng = random.Random(0)
-    facts = [(t, q, a) for t, task in enumerate(tasks) for q, a in task.facts.items()]
+    facts = [
+        (t, q, a) for t, task in enumerate(tasks) for q, a in (task.facts or {}).items()
+    ]
     facts = _fitting(tokenizer, tasks, facts)
     texts = []
     for _ in range(EPOCHS):
@@ -165,7 +167,8 @@ def instruction_rows(
         Rows to train on; held-out rows of the same tasks; rows of tasks that are never
         trained; names of all tasks.
     """
-    names, parts = [], ([], [], [])
+    names: list[str] = []
+    parts: tuple[list[Rows], ...] = ([], [], [])
     for file in sorted(folder.glob("subtask*/task.json")):
         task = json.loads(file.read_text(encoding="utf-8"))
         number = first + len(names)

@@ -42,7 +42,7 @@ def measure(
         (whether all of them were the likeliest) and ``task``; where masks differ also ``within`` and
         ``between``: the mean overlap of two rows' masks, of one task and of two.
     """
-    found = {"nll": [], "targets": [], "right": []}
+    found: dict[str, list[Tensor]] = {"nll": [], "targets": [], "right": []}
     size = SIZES.get(rows.tokens.shape[1], 64)
     counts: dict[int, list] = {}
     for start in range(0, len(rows), size):

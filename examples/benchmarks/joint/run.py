@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +151,8 @@ class Lab:
         backbone.layers = backbone.layers[:2]
         backbone.embed_tokens.requires_grad_(False)
         rank = len(weights[f"{kind}.reduce.weight"])
-        predictor = Predictor(backbone, *weights["prior"].shape, rank)
+        layers, channels = weights["prior"].shape
+        predictor = Predictor(backbone, layers, channels, rank)
         for part in ("reduce", "expand"):
             for what in ("weight", "bias"):
                 value = weights[f"{kind}.{part}.{what}"].clone()
@@ -189,7 +191,7 @@ class Lab:
         self.model.load_state_dict(self.weights)
         torch.manual_seed(arm.seed)
         masker, notes = self.masker(arm)
-        log = [{"step": 0} | notes]
+        log: list[dict[str, Any]] = [{"step": 0} | notes]
         step = Step(self.model, masker, settings)
         every = max(1, settings.steps // LOOKS)
         few = {
@@ -208,7 +210,7 @@ class Lab:
 
     def look(self, masker: nn.Module, settings: Settings, sets: dict) -> dict:
         """Return validation losses and overlaps."""
-        found = {}
+        found: dict[str, float] = {}
         for name, rows in sets.items():
             seen = measure(self.model, masker, settings, self.data.batch, rows)
             found[f"valid {name}"] = float(seen["nll"].sum() / seen["targets"].sum())
@@ -219,7 +221,7 @@ class Lab:
 
     def test(self, masker: nn.Module, settings: Settings) -> dict[str, np.ndarray]:
         """Return every measure of every test set, by ``SET.MEASURE``."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for name, rows in self.data.tests().items():
             seen = measure(self.model, masker, settings, self.data.batch, rows)
             found |= {f"{name}.{n}": v for n, v in seen.items()}
@@ -234,7 +236,7 @@ class Lab:
 
     def training_free(self) -> dict[str, np.ndarray]:
         """Return what selection by the prompt leaves of the model as it is now."""
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for keep in (HALF, THIRD, EIGHTH):
             settings = Settings(1, 0, 0, 0, self.kept(keep))
             tested = self.test(PromptMasks(self.model), settings)
@@ -320,7 +322,7 @@ def run_arm(
     began = time.perf_counter()
     masker, log = lab.train(arm, settings)
     seconds = time.perf_counter() - began
-    found = lab.test(masker, settings)
+    found: dict[str, Any] = lab.test(masker, settings)
     if arm.kind == "dense":
         found |= lab.training_free()
     about = {"arm": arm.__dict__, "settings": settings.__dict__, "seconds": seconds}

@@ -26,7 +26,8 @@ class ChatApp(toga.App):
 
     def __init__(self, model: str = "", controller: Controller | None = None) -> None:
         self.controller = controller or Controller()
-        self._model, self._background = model, []
+        self._model = model
+        self._background: list[asyncio.Task[None]] = []
         self._drawn: dict[str, Any] = {}
         super().__init__("IFP Chat", "org.example.ifp_chat", app_name="ifp_chat")
 
