@@ -4,8 +4,8 @@ import re
 import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .objects import read_object
 
@@ -47,7 +47,31 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{key}={config[key]!r} in {path} asks to run code from the model "
                 "folder, which is never done; use a model that mlx-lm has built in."
             )
+    check_numbers(config, path)
     return config | older_keys(config, path)
+
+
+def check_numbers(config: dict[str, Any], path: Path) -> None:
+    """Refuse a text where mlx-lm's class for a model reads a number: some of them it would
+    not miss until the model runs.
+
+    Args:
+        config: the content of a config.json.
+        path: of that file, to be named.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    numbers = _numbers(config)
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        for key, value in part.items():
+            if isinstance(value, str) and key in numbers:
+                raise ValueError(
+                    f"{key}={value!r} in {path} is a text, and mlx-lm's class for "
+                    f"{config['model_type']} reads a number there; write it without "
+                    "quotes."
+                )
 
 
 def older_keys(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -123,17 +147,35 @@ def _flat(rope: dict[str, Any]) -> dict[str, Any]:
     return keys if kind == "default" else keys | {"rope_scaling": scaling}
 
 
+def _numbers(config: dict[str, Any]) -> set[str]:
+    """Return the keys that hold a number, and never a text, in every class that
+    :func:`_classes` finds.
+    """
+    numbers, others = set(), set()
+    for kind in _classes(config):
+        for key, hint in get_type_hints(kind).items():
+            either = get_origin(hint) in (Union, UnionType)
+            allowed = {*get_args(hint)} if either else {hint}
+            numeric = bool(allowed & {int, float}) and str not in allowed
+            (numbers if numeric else others).add(key)
+    return numbers - others
+
+
 def _fields(config: dict[str, Any]) -> set[str]:
-    """Return the keys that mlx-lm's class of a model reads, or those of its parts; none
-    if there is no such class.
+    """Return the keys that the classes of a model read."""
+    return {field.name for kind in _classes(config) for field in fields(kind)}
+
+
+def _classes(config: dict[str, Any]) -> list[type]:
+    """Return the dataclasses of mlx-lm that read a model's config, or parts of it; none
+    if it does not know the model.
     """
     from mlx_lm.utils import _get_classes
 
     try:
         module = sys.modules[_get_classes(config)[0].__module__]
     except (ValueError, AttributeError):
-        return set()
+        return []
     parts = [part for part in vars(module).values() if isinstance(part, ModuleType)]
     kinds = [kind for part in (module, *parts) for kind in vars(part).values()]
-    kinds = [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]
-    return {field.name for kind in kinds for field in fields(kind)}
+    return [kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)]

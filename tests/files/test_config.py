@@ -9,6 +9,8 @@ from conftest import LLAMA3, families, run_command, write_family, write_folder
 from damage import change_config
 
 from ifp_mlx import load
+from ifp_mlx.files.config import check_numbers
+from ifp_mlx.generate import main as answer
 from ifp_mlx.storage.folder import source_of
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}
@@ -157,3 +159,33 @@ def test_a_null_that_transformers_refuses_is_named(tiny_folder, capsys, key):
     assert re.search(
         f"{tiny_folder} .*'{key}'.*value: None.* correct what is named", err
     )
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "hidden_size"])
+def test_a_text_in_place_of_a_number_is_named(tiny_folder, capsys, key):
+    change_config(tiny_folder, **{key: "64"})
+    given = ("--model", tiny_folder, "-p", "Hello", "--keep", 0.5)
+    status, _, err = run_command(answer, capsys, *given)
+    assert status == 2 and len(err.splitlines()) == 1
+    assert f"{key}='64' in {tiny_folder / 'config.json'} is a text" in err
+    assert "write it without quotes" in err
+
+
+def test_a_text_in_place_of_a_number_is_named_in_a_model_inside_another(tmp_path):
+    folder = write_family(tmp_path / "m", "gemma3")
+    inner = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, text_config=inner | {"rms_norm_eps": "1e-6"})
+    with pytest.raises(ValueError, match="rms_norm_eps='1e-6' .* is a text"):
+        load(folder)
+
+
+def test_no_text_that_belongs_there_is_taken_for_a_number(tmp_path):
+    refused = 0
+    for config in families().values():
+        check_numbers(config | {"torch_dtype": "float32"}, tmp_path)
+        try:
+            check_numbers(config | {"hidden_size": "64"}, tmp_path)
+        except ValueError:
+            refused += 1
+    # Others have another name for it, or read a dictionary as it is.
+    assert refused > 0.8 * len(families())
