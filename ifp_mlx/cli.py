@@ -1,16 +1,20 @@
 """What the commands share: how they end, and the options that select."""
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from .decoding.options import Decoding
 from .selection.masks import Selection, find_mask
 from .selection.request import MIN_AGREEMENT, SAFE_KEEP, Check, Keep, Request
 from .selection.scores import SELECTORS
 from .selection.widths import ALLOCATIONS
+from .slicing.stock import PREFILL_STEP
 from .storage.folder import SHIPPED
 
 if TYPE_CHECKING:
@@ -168,6 +172,106 @@ def quantisation_of(args: argparse.Namespace) -> "Quantisation | None":
     return Quantisation(args.q_bits, args.q_group_size) if args.quantize else None
 
 
+def add_decoding_options(
+    parser: argparse.ArgumentParser,
+    when: str | None = None,
+    *,
+    prefill_step: int = PREFILL_STEP,
+) -> None:
+    """Add the options that say how the prompt is read, how tokens are chosen and where
+    the text ends, mlx_lm's names wherever it has one; :func:`decoding_of` and
+    :func:`request_of` read them. ``--seed`` is with the options that select.
+
+    Args:
+        parser: takes the options.
+        when: they hold; default: always.
+        prefill_step: tokens of the prompt that are read at once, by default.
+    """
+    add = parser.add_argument_group("decoding", when and f"{when}:").add_argument
+    for option in fields(Decoding):
+        if option.metadata:
+            name, about = _flag(option.name), option.metadata["help"]
+            kind = int if isinstance(option.default, int) else float
+            said = "none" if option.default is None else f"{option.default:g}"
+            more: dict[str, Any] = {"type": kind, "default": option.default}
+            more["metavar"] = "N" if kind is int else "X"
+            add(name, help=f"{about}; default: {said}", **more)
+    add(
+        "--logit-bias",
+        type=bias_of,
+        metavar="JSON",
+        help='added to the logits of tokens, by id, such as {"42": -5}',
+    )
+    add(
+        "--stop",
+        dest="stop_strings",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the text before this; may be repeated",
+    )
+    add(
+        "--chat-template-config",
+        "--chat-template-args",
+        type=object_of,
+        metavar="JSON",
+        help='options of the chat template, such as {"enable_thinking": false}',
+    )
+    add(
+        "--prefill-step-size",
+        type=whole_of,
+        default=prefill_step,
+        metavar="N",
+        help="tokens of the prompt that are read at once; fewer take less memory; "
+        "default: %(default)s",
+    )
+
+
+def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of :func:`add_decoding_options` say of decoding, as
+    ``stream_generate`` and the engine take it.
+    """
+    names = {*Decoding.names(), "logit_bias"} & vars(args).keys() - {"seed"}
+    chosen = {name: getattr(args, name) for name in names}
+    chosen["stop_strings"] = tuple(args.stop_strings)
+    Decoding(**chosen)  # or it says what is wrong, before anything is loaded
+    return chosen
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def object_of(text: str) -> dict[str, Any]:
+    """Return the JSON object that an option gives."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(
+            f'{text} is no JSON object; write it as {{"name": value}}, in single quotes.'
+        )
+    return found
+
+
+def bias_of(text: str) -> dict[int, float]:
+    """Return what ``--logit-bias`` gives: numbers, by token id."""
+    try:
+        return {int(token): float(more) for token, more in object_of(text).items()}
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(
+            f'{text} must give a number for each token id, such as {{"42": -5}}.'
+        ) from None
+
+
+def whole_of(text: str) -> int:
+    """Return a number of things, of which there is at least one."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1.")
+    return int(text)
+
+
 def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--tasks-folder``, where task masks are."""
     parser.add_argument(
@@ -309,6 +413,6 @@ def request_of(args: argparse.Namespace, **more: Any) -> Request:
     """
     names: tuple[str, ...] = ("instruction", "mask_file", "keep", "target_size")
     names += ("selector", "allocation", "granularity", "seed", "compensate")
-    names += ("min_agreement",)
+    names += ("min_agreement", "chat_template_config")
     asked = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return Request(**asked | more)

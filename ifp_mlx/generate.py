@@ -6,10 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from . import cli
-from .checking.rule import BOUNDS, Decoding
 from .files.progress import SHOWN
 from .files.texts import decoded
 from .model.checkpoint import load
@@ -80,10 +77,7 @@ def build_parser() -> cli.Parser:
     add("--cache-folder", type=Path, help="where that is; default: ~/.cache/ifp_mlx")
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
-    add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
-    add("--top-p", type=float, default=1.0, help="sampling top-p; 0 is greedy")
-    add("--min-p", type=float, default=0.0, help="sampling min-p")
-    add("--top-k", type=int, default=0, help="sampling top-k")
+    cli.add_decoding_options(parser)
     add("--ignore-chat-template", action="store_true", help="prompt as plain text")
     add("--json", action="store_true", help="end with one line of JSON on stdout")
     return parser
@@ -100,11 +94,8 @@ def _command(args: Any) -> None:
     how: dict[str, Any] = {"check": cli.check_of(args.check), "reselect": args.reselect}
     how |= {"draft_tokens": args.draft_tokens, "memory_bytes": memory}
     request = cli.request_of(args, prefill=args.prefill, **how)
-    chosen: dict[str, Any] = {name: getattr(args, name) for name in BOUNDS}
-    choosing = Decoding(**chosen)
+    decoding = cli.decoding_of(args)
     model, tokenizer = load(args.model)
-    mx.random.seed(args.seed)
-    decoding = chosen if request.checks else {"sampler": choosing.sampler()}
     steps = stream_generate(
         model,
         tokenizer,
@@ -115,6 +106,7 @@ def _command(args: Any) -> None:
         chat_template=not args.ignore_chat_template,
         progress=SHOWN,
         max_tokens=args.max_tokens,
+        prefill_step_size=args.prefill_step_size,
         **decoding,
     )
     text, last = _print_stream(steps)

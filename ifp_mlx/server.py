@@ -46,7 +46,6 @@ def build_parser() -> cli.Parser:
         type=cli.keep_of,
         help="kept share, or auto, where a request says none",
     )
-    add("--temp", type=float, default=0.0, help="temperature where it says none")
     add("--api-key", help="ask for this key; better in $IFP_MLX_API_KEY")
     add(
         "--allow-host",
@@ -59,10 +58,10 @@ def build_parser() -> cli.Parser:
     add("--max-queue", type=int, default=64, help="waiting requests; default: 64")
     add("--max-body", type=int, default=1 << 20, help="bytes; default: 1 MiB")
     add("--batch", type=int, default=16, help="requests decoded together; default: 16")
-    add("--prefill-step-size", type=int, default=256, help="tokens; default: 256")
     add("--memory-limit", type=int, metavar="BYTES", help="refuse what exceeds it")
     add("--cache-bytes", type=int, help="compact models kept; default: half of memory")
     add("--prompt-cache-bytes", type=int, default=256 << 20, help="default: 256 MiB")
+    cli.add_decoding_options(parser, "where a request says nothing", prefill_step=256)
     add("--grace", type=int, default=10, help="seconds for answers when stopped")
     return parser
 
@@ -75,10 +74,11 @@ def _command(args: argparse.Namespace) -> None:
         raise ImportError(
             "The server needs starlette and uvicorn: pip install 'ifp-mlx[server]'."
         ) from error
-    for name in ("max_queue", "max_body", "batch", "prefill_step_size"):
+    for name in ("max_queue", "max_body", "batch"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {getattr(args, name)} must be at least 1.")
+    decoding = cli.decoding_of(args)
     Request(keep=args.keep)  # refused now, not with every request
     with Engine.open(
         args.model,
@@ -97,7 +97,7 @@ def _command(args: argparse.Namespace) -> None:
             hosts=(*LOOPBACK, args.host, *(name.lower() for name in args.allow_host)),
             max_body=args.max_body,
             libraries=tuple(cli.tasks_folders(args)),
-            defaults=Defaults(temp=args.temp, keep=args.keep),
+            defaults=Defaults(args.keep, decoding, args.chat_template_config or {}),
         )
         config = uvicorn.Config(
             make_app(engine, policy),

@@ -20,13 +20,14 @@ IDS = [str(path.relative_to(ROOT)) for path in MODULES]
 # Arrows point one way: what each room may import of ours. What lies at the root is a
 # command, or what commands share: only convert, whose scripts are commands, imports it.
 BELOW: dict[str, set[str]] = {"files": set()}
+BELOW["decoding"] = set()
 BELOW["selection"] = {"files"}
 BELOW["slicing"] = {"selection"}
 BELOW["storage"] = {"files", "slicing"}
-BELOW["checking"] = {"selection", "slicing", "storage"}
-BELOW["model"] = {"checking", "files", "selection", "slicing", "storage"}
-BELOW["engine"] = {"checking", "model", "selection", "slicing", "storage"}
-BELOW["openai"] = {"engine", "selection"}
+BELOW["checking"] = {"decoding", "selection", "slicing", "storage"}
+BELOW["model"] = {"checking", "decoding", "files", "selection", "slicing", "storage"}
+BELOW["engine"] = {"checking", "decoding", "model", "selection", "slicing", "storage"}
+BELOW["openai"] = {"decoding", "engine", "selection"}
 BELOW["evaluation"] = {"checking", "files", "model"} | BELOW["checking"]
 BELOW["planning"] = BELOW["evaluation"] | {"evaluation"}
 BELOW["pictures"] = {"files", "evaluation", "selection"}

@@ -196,7 +196,7 @@ class CheckedRun:
         self.rule.begin()
         drafted: list[int] = []
         read, token = 0, mx.array([last])
-        lazily = self.rule.greedy and not self.rule.decoding.processors
+        lazily = self.rule.greedy and not self.rule.decoding.all_processors
         said = []
         while read < most:
             logits = self.whole.model(token[None], cache=self.cache)[0]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -99,7 +99,7 @@ class CheckedLane(Seats):
     def _run(self, ticket: Ticket, cache: list[Any] | None, known: int) -> CheckedRun:
         request, sampling, whole = ticket.request, ticket.sampling, self._whole
         assert request.check != "off"
-        decoding = sampling.decoding(seed_of(sampling) % 2**64, ticket.processors)
+        decoding = replace(sampling, seed=seed_of(sampling) % 2**64)
         follow = request.reselect == "drift"
         if follow:  # which changes the compact model: not that of the others
             whole = Whole(whole.source, twin(whole.model))

@@ -6,7 +6,6 @@ import queue
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import fields
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -44,6 +43,7 @@ CHOOSING = (
     "check",
     "draft_tokens",
     "reselect",
+    "chat_template_config",
 )
 
 OnProgress = Callable[[Progress], None]
@@ -386,7 +386,7 @@ def split_options(options: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
     Raises:
         InvalidRequest: on an option that there is not, or that cannot be had.
     """
-    sampling = {field.name for field in fields(Sampling)}
+    sampling = {*Sampling.names()} - {"processors", "xtc_special_tokens"}
     if unknown := options.keys() - {*CHOOSING} - sampling:
         raise InvalidRequest(
             f"{min(unknown)!r} is no option; there are "

@@ -39,7 +39,7 @@ from .grammar import Grammar
 from .lanes import Lane, Schedule, Seats, Ticket
 from .prompts import WHOLE_MODEL, Prompts
 from .residents import Shelf, clear_memory
-from .sampling import DEFAULT_MAX_TOKENS
+from .sampling import DEFAULT_MAX_TOKENS, Sampling
 from .worker import detached
 
 QUICK = 0.02  # seconds that tokenising what has its mask already may take
@@ -166,6 +166,7 @@ class Host:
         if tokens is None:
             messages = as_messages(ticket.messages)
             how: Any = {"chat_template": ticket.chat_template, "open_end": True}
+            how["config"] = ticket.request.chat_template_config
             tokens = tokenize(self.tokenizer, messages, **how)
         return known_tokens(tokens, self.vocabulary)
 
@@ -176,8 +177,6 @@ class Host:
         try:
             with typed_errors(InvalidRequest):
                 self._check_length(ticket)
-                if ticket.sampling.top_k >= self.vocabulary:  # mlx-lm refuses that
-                    ticket.sampling = replace(ticket.sampling, top_k=0)
                 start = time.perf_counter()
                 ticket.use = self.shelf.select(
                     ticket.request, self._selecting(ticket), ticket.emit, ticket.stop
@@ -188,7 +187,7 @@ class Host:
                     len(ticket.tokens) + ticket.max_tokens,
                     moving=ticket.request.reselect == "drift",
                 )
-                ticket.processors = self._processors(ticket)
+                ticket.sampling = self._sampling(ticket)
         except Cancelled:
             ticket.finish("cancelled")
         except Exception as error:  # of this request; the others go on
@@ -214,31 +213,18 @@ class Host:
                 f"more than the context of {room}; shorten one."
             )
 
-    def _processors(self, ticket: Ticket) -> list[Any]:
-        from mlx_lm.sample_utils import make_logits_processors
-
-        sampling = ticket.sampling
-        vocabulary = self.vocabulary
-        for token in sampling.logit_bias or {}:
-            if not 0 <= token < vocabulary:
-                raise InvalidRequest(
-                    f"logit_bias names the token {token}; there are {vocabulary}."
-                )
-        processors = make_logits_processors(
-            logit_bias=sampling.logit_bias,
-            repetition_penalty=sampling.repetition_penalty,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-        )
-        processors = list(processors)
-        if sampling.json_schema is not None:
-            if ticket.use.checked:
-                raise InvalidRequest(
-                    f"check={ticket.request.check} takes tokens back, and a JSON schema "
-                    "is followed token by token, never back; leave one of them out."
-                )
-            processors.append(self.grammar.processor(sampling.json_schema))
-        return processors
+    def _sampling(self, ticket: Ticket) -> Sampling:
+        """Return how a request decodes with this model, its JSON schema held to."""
+        sampling = ticket.sampling.fitted(self.tokenizer, self.vocabulary)
+        if sampling.json_schema is None:
+            return sampling
+        if ticket.use.checked:
+            raise InvalidRequest(
+                f"check={ticket.request.check} takes tokens back, and a JSON schema "
+                "is followed token by token, never back; leave one of them out."
+            )
+        follow = self.grammar.processor(sampling.json_schema)
+        return replace(sampling, processors=[follow])
 
     @cached_property
     def grammar(self) -> Grammar:

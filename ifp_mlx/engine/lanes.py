@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..checking.loop import Checks
+from ..decoding.stops import Stops
 from ..selection.masks import Selection
 from ..selection.request import Request
 from .errors import Cancelled
@@ -47,7 +48,6 @@ class Ticket:
         tokens: the prompt's ids, once tokenised.
         max_tokens: what ``sampling`` and the context leave.
         kv_bytes: of its KV cache at its longest, and of what else it has for itself.
-        processors: mlx-lm logits processors.
         cached: tokens of the prompt that came from the prompt cache.
         seconds: the time spent so far.
         check: what checking took so far.
@@ -70,7 +70,6 @@ class Ticket:
         self.messages, self.request, self.sampling = messages, request, sampling
         self.chat_template = chat_template
         self.stop, self.emit = stop, emit
-        self.processors: list[Any] = []
         self.cached = self.number = 0
         self.seconds: dict[str, float] = {}
         self.arrived = self.ready = self.admitted = time.perf_counter()
@@ -164,44 +163,28 @@ class Text:
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
-        self._stops = stops
-        self._held = ""
-        self.stopped = False
+        self._stops = Stops(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come."""
+        return self._stops.stopped
 
     def add(self, token: int) -> str:
         """Return the text that this token makes certain."""
         self._detokenizer.add_token(token)
-        return self._release(self._detokenizer.last_segment)
+        return self._stops.add(self._detokenizer.last_segment)
 
     def finish(self) -> str:
         """Return what is left at the end."""
         self._detokenizer.finalize()
-        text = self._release(self._detokenizer.last_segment)
-        rest, self._held = self._held, ""
-        return text if self.stopped else text + rest
+        text = self._stops.add(self._detokenizer.last_segment)
+        return text + self._stops.finish()
 
     def spell(self, token: int, logprob: float) -> TokenLogprob:
         """Return one token, with its log probability, as it is reported."""
         content = bytes_of(self._tokenizer, token)
         return TokenLogprob(token, spelled(content), logprob, content)
-
-    def _release(self, piece: str) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        possible = (
-            size
-            for stop in self._stops
-            for size in range(min(len(stop) - 1, len(text)), 0, -1)
-            if text.endswith(stop[:size])
-        )
-        cut = len(text) - max(possible, default=0)
-        self._held = text[cut:]
-        return text[:cut]
 
 
 class Seats(ABC):
@@ -299,7 +282,7 @@ class Lane(Seats):
             caches=None if cache is None else [cache],
             all_tokens=[ticket.tokens[:cached]],
             samplers=[sampler_of(ticket.sampling)],
-            logits_processors=[ticket.processors],
+            logits_processors=[ticket.sampling.all_processors],
         )
         self.running[uid] = ticket
         text = Text(self._tokenizer, ticket.sampling.stop_strings)
@@ -354,12 +337,10 @@ def seed_of(sampling: Sampling) -> int:
 
 def sampler_of(sampling: Sampling) -> Any:
     """Return the sampler of one request; its seed does not depend on the batch."""
-    seed = seed_of(sampling)
-    decoding = sampling.decoding(seed)
-    sampler = decoding.sampler()
-    if decoding.greedy:
+    sampler = sampling.sampler()
+    if sampling.greedy:
         return sampler
-    numbers = itertools.count()
+    seed, numbers = seed_of(sampling), itertools.count()
 
     def seeded(logprobs: mx.array) -> mx.array:
         # MLX's random state is shared by the whole batch: each draw sets its own.

@@ -17,8 +17,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..checking.loop import CheckedRun, DraftLength
-from ..checking.rule import Decoding, Rule
+from ..checking.rule import Rule
 from ..checking.whole import Whole
+from ..decoding.options import Decoding
 from ..model.checkpoint import Compact, IFPModel
 from ..model.decide import decide
 from ..model.footprint import physical_memory

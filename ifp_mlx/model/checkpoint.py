@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -490,20 +490,30 @@ class IFPModel:
         again = selection.compensates or self.cut_layers(selection)
         return "requantised" if again else "whole groups"
 
-    def instruction_tokens(self, instruction: Prompt) -> list[int]:
-        """Return the token ids that select, for anything :meth:`select` takes."""
+    def instruction_tokens(
+        self, instruction: Prompt, config: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the token ids that select, for anything :meth:`select` takes.
+
+        Args:
+            instruction: what selects.
+            config: options of the chat template.
+        """
         if (tokens := ids_of(instruction)) is not None:
             return known_tokens(tokens, self.vocabulary)
-        return self.tokens_of(instruction_of(as_messages(instruction)))
+        return self.tokens_of(instruction_of(as_messages(instruction)), config)
 
-    def tokens_of(self, messages: Sequence[Message]) -> list[int]:
+    def tokens_of(
+        self, messages: Sequence[Message], config: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the token ids of a conversation; see
         :func:`ifp_mlx.selection.prompts.tokenize`.
 
         Raises:
             ValueError: also on a token that the model has no embedding for.
         """
-        return known_tokens(tokenize(self.tokenizer, messages), self.vocabulary)
+        tokens = tokenize(self.tokenizer, messages, config=config)
+        return known_tokens(tokens, self.vocabulary)
 
     @cached_property
     def vocabulary(self) -> int:

@@ -59,8 +59,8 @@ def decide(
     # A router takes equally many experts of each of its groups.
     router = groups_of(model.config) if model.plan.unit == "expert" else 1
     step = math.lcm(block, router)
-    asked = request.instruction
-    tokens = [] if asked is None else list(model.instruction_tokens(asked))
+    asked, config = request.instruction, request.chat_template_config
+    tokens = [] if asked is None else list(model.instruction_tokens(asked, config))
 
     def decided(k: int) -> Decision:
         everything = k == model.plan.units
@@ -213,7 +213,8 @@ def _of_given(
     elif given.compensates and request.compensate is None:
         given.check_reproducible()
     elif given.text is None and request.instruction is not None:
-        tokens = list(model.instruction_tokens(request.instruction))
+        config = request.chat_template_config
+        tokens = list(model.instruction_tokens(request.instruction, config))
         given = given.compensated(tokens, "the instruction")
     elif not given.compensates:
         given = given.compensated()

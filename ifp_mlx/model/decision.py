@@ -1,5 +1,6 @@
 """What was decided on a request: made once, and handed on."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,7 +51,9 @@ class Checkpoint(Protocol):
     def check_fits(self, selection: Selection) -> None:
         """Raise ``ValueError`` unless a selection was made for this model."""
 
-    def instruction_tokens(self, instruction: Prompt) -> list[int]:
+    def instruction_tokens(
+        self, instruction: Prompt, config: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the token ids that select."""
 
 

@@ -1,13 +1,16 @@
 """The main job: select, load the units, prefill, decode."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from ..checking.answer import CheckedResponse, answered
 from ..checking.loop import CheckedRun, DraftLength
-from ..checking.rule import Decoding, Rule
+from ..checking.rule import Rule
+from ..decoding.options import Decoding, Processor
+from ..decoding.stops import Stops
 from ..files.progress import ProgressBar
 from ..selection.prompts import (
     Prompt,
@@ -59,10 +62,12 @@ def stream_generate(
         cache: where a compact model that had to fit is kept for the next time.
         progress: wraps iterations over calibration texts and over layers.
         options: the fields of :class:`ifp_mlx.selection.request.Request`
-            (``instruction``, ``keep``, ``selector``, ``check``, ...); by default the
-            prompt's messages up to the first user message select. The others go to
-            ``mlx_lm.stream_generate`` (``max_tokens``, ...); with ``check`` to
-            :func:`stream_checked`.
+            (``instruction``, ``keep``, ``selector``, ``check``, ...; by default the
+            prompt's messages up to the first user message select) and of
+            :class:`ifp_mlx.decoding.options.Decoding` (``temp``, ``top_p``,
+            ``repetition_penalty``, ``stop_strings``, ...; the seed is the request's).
+            The others go to ``mlx_lm.stream_generate`` (``max_tokens``,
+            ``prefill_step_size``, ...); with ``check`` there are only these two.
 
     Yields:
         The text as it comes, with what it took.
@@ -72,8 +77,15 @@ def stream_generate(
     """
     asked, rest = Request.split(options)
     request = request or asked
+    decoding, rest = Decoding.split(rest)
+    if request.checks:
+        _check_options(rest)
     tokens, selecting = _read_prompt(
-        tokenizer, prompt, system_prompt=system_prompt, chat_template=chat_template
+        tokenizer,
+        prompt,
+        system_prompt=system_prompt,
+        chat_template=chat_template,
+        config=request.chat_template_config,
     )
     tokens = known_tokens(tokens, model.vocabulary)
     context = len(tokens) + rest.get("max_tokens", STOCK_MAX_TOKENS)
@@ -86,9 +98,34 @@ def stream_generate(
     else:
         compact = model.prepare(decision, progress=progress)
     reading = _read_densely(model, decision, compact, tokens)
+    decoding = replace(decoding, seed=request.seed)
+    decoding = decoding.fitted(tokenizer, model.vocabulary)
     make = stream_checked if compact.whole is not None else _stream_unchecked
-    for step in make(compact, tokenizer, tokens, request, reading, **rest):
+    steps = make(compact, tokenizer, tokens, request, reading, decoding, **rest)
+    for step in _until(decoding.stop_strings, steps):
         yield _response(step, compact, reading)
+
+
+def _check_options(options: Iterable[str]) -> None:
+    """Raise ``ValueError`` on an option of mlx-lm that is nothing to checking."""
+    if unknown := {*options} - STOCK_OPTIONS:
+        raise ValueError(
+            f"{min(unknown)!r} does not go with checking, which has to know how tokens "
+            f"are chosen; there are {', '.join(Decoding.names())}."
+        )
+
+
+def _until(strings: Sequence[str], steps: Iterable[Any]) -> Iterator[Any]:
+    """Yield mlx-lm's responses up to the first of some stop strings."""
+    stops = Stops(strings)
+    for step in steps:
+        text = stops.add(step.text)
+        if stops.stopped:
+            yield replace(step, text=text, finish_reason="stop")
+            return
+        if step.finish_reason is not None:
+            text += stops.finish()
+        yield replace(step, text=text)
 
 
 def _read_densely(
@@ -109,14 +146,17 @@ def _stream_unchecked(
     tokens: list[int],
     request: Request,
     reading: Reading,
+    decoding: Decoding,
+    *,
+    logits_processors: Sequence[Processor] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
     """Generate from a compact model alone, as mlx-lm does."""
     from mlx_lm import stream_generate as stock_stream_generate
 
-    if request.checks:  # and every unit is kept, so that there is nothing to check
-        own = {name: options.pop(name) for name in options.keys() - STOCK_OPTIONS}
-        options |= Decoding.of(own | {"seed": request.seed}).for_mlx_lm()
+    more = [*decoding.processors, *(logits_processors or ())]
+    decoding = replace(decoding, processors=more)
+    options = decoding.for_mlx_lm(tokens[: reading.tokens]) | options
     if reading.tokens:
         options["prompt_cache"] = reading.kv
     left = tokens[reading.tokens :]
@@ -129,10 +169,10 @@ def stream_checked(
     tokens: list[int],
     request: Request,
     reading: Reading,
+    decoding: Decoding,
     *,
     max_tokens: int = STOCK_MAX_TOKENS,
     prefill_step_size: int = 0,
-    **decoding: Any,
 ) -> Iterator[CheckedResponse]:
     """Generate from a compact model that the whole one checks.
 
@@ -142,17 +182,15 @@ def stream_checked(
         tokens: the prompt's ids.
         request: says how to check.
         reading: what the dense model has read of the prompt.
+        decoding: says how tokens are chosen.
         max_tokens: of the answer, at most.
         prefill_step_size: tokens of the prompt that are read at once; default: mlx-lm's.
-        decoding: the fields of :class:`ifp_mlx.checking.rule.Decoding`: ``temp``,
-            ``top_p``, ``min_p``, ``top_k``, ``processors``; the seed is the request's.
 
     Raises:
-        ValueError: on an option that there is not, or if the model's KV cache cannot go
-            back.
+        ValueError: if the model's KV cache cannot go back.
     """
     assert compact.whole is not None and request.check != "off"
-    rule = Rule(request.check, Decoding.of(decoding | {"seed": request.seed}))
+    rule = Rule(request.check, decoding)
     length = DraftLength(request.draft_tokens)
     about = compact.whole, tokens, rule, length, reading.kv, reading.tokens
     run = CheckedRun(*about, follow=request.reselect == "drift")
@@ -204,13 +242,14 @@ def _read_prompt(
     *,
     system_prompt: str | None,
     chat_template: bool,
+    config: Mapping[str, Any] | None,
 ) -> tuple[list[int], Prompt]:
     """Return the prompt's tokens and its default instruction."""
     if (ids := ids_of(prompt)) is not None:
         return ids, ids
     messages = as_messages(prompt, system_prompt)
-    how: dict[str, Any] = {"chat_template": chat_template, "open_end": True}
-    tokens = tokenize(tokenizer, messages, **how)
+    how: dict[str, Any] = {"chat_template": chat_template, "config": config}
+    tokens = tokenize(tokenizer, messages, open_end=True, **how)
     if chat_template:
         return tokens, messages
     return tokens, tokenize(tokenizer, instruction_of(messages), chat_template=False)

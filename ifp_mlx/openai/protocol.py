@@ -1,11 +1,12 @@
 """The OpenAI chat and completion requests: every field is read, or named and refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..decoding.options import BOUNDS, Decoding
 from ..engine.errors import InvalidRequest
 from ..selection.request import RESELECTS, Keep
 from ..selection.scores import SELECTORS
@@ -32,6 +33,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "modalities": (["text"],),
 }
+
+
+MOST = 1 << 20  # of what is counted
 
 
 # A check has the logits of all drafted tokens in memory.
@@ -72,10 +76,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the server assumes where a request says nothing."""
+    """What the server assumes where a request says nothing.
 
-    temp: float = 0.0
+    Attributes:
+        keep: kept share.
+        decoding: fields of :class:`ifp_mlx.decoding.options.Decoding`.
+        chat_template_config: options of the chat template; a request's come on top.
+    """
+
     keep: Keep | None = None
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -143,20 +154,14 @@ def _sampling(fields: dict[str, Any], chat: bool, defaults: Defaults) -> dict[st
     take = partial(_take, fields)
     count = _whole(1, 1 << 31)
     legacy = take("max_tokens", count)
-    options = {
+    options = _decoding(fields, defaults) | {
         "max_tokens": take("max_completion_tokens", count, legacy) if chat else legacy,
-        "temp": take("temperature", _number(0, 2), defaults.temp),
-        "top_p": take("top_p", _number(0, 1), 1.0),
-        "min_p": take("min_p", _number(0, 1), 0.0),
-        "top_k": take("top_k", _whole(0, 1 << 20), 0),
         "seed": take("seed", _whole(-(1 << 63), 1 << 63)),
-        "stop_strings": take("stop", _stops, ()),
-        "presence_penalty": take("presence_penalty", _number(-2, 2)) or None,
-        "frequency_penalty": take("frequency_penalty", _number(-2, 2)) or None,
-        "repetition_penalty": take("repetition_penalty", _number(0.01, 10)),
-        "logit_bias": take("logit_bias", _logit_bias),
     }
     if chat:
+        config = take("chat_template_kwargs", _object, {})
+        if config := {**defaults.chat_template_config, **config}:
+            options["chat_template_config"] = config
         options["logprobs"] = take("logprobs", _flag, False)
         options["top_logprobs"] = take("top_logprobs", _whole(0, 20), 0)
         options["json_schema"] = take("response_format", _response_format)
@@ -166,6 +171,21 @@ def _sampling(fields: dict[str, Any], chat: bool, defaults: Defaults) -> dict[st
         most = take("logprobs", _whole(0, 5))
         options |= {"logprobs": most is not None, "top_logprobs": most or 0}
     return options
+
+
+def _decoding(fields: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
+    """Return the options of decoding that a request gives, or the server assumes."""
+    known, asked = dict(defaults.decoding), dict[str, Any]()
+    for name, (low, high) in BOUNDS.items():
+        whole = isinstance(getattr(Decoding, name), int)
+        check = _whole(int(low), MOST) if whole else _number(low, high)
+        if name == "temp":  # OpenAI's name, and its bound
+            asked[name] = _take(fields, "temperature", _number(0, 2))
+        else:
+            asked[name] = _take(fields, name, check)
+    asked["stop_strings"] = _take(fields, "stop", _stops)
+    asked["logit_bias"] = _take(fields, "logit_bias", _logit_bias)
+    return known | {n: value for n, value in asked.items() if value is not None}
 
 
 def _selecting(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """What text selects, and how text becomes tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+# What a chat template is told by us, or what is done with its text: no option of its own.
+NOT_ASKED = {"tokenize", "add_generation_prompt", "continue_final_message"}
+NOT_ASKED |= {"return_dict", "return_tensors", "padding", "truncation", "max_length"}
+NOT_ASKED |= {"conversation", "chat_template", "return_assistant_tokens_mask"}
 Message = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
 
@@ -113,6 +117,7 @@ def tokenize(
     *,
     chat_template: bool = True,
     open_end: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of a conversation, with what begins an answer after all but
     the assistant's messages.
@@ -126,13 +131,14 @@ def tokenize(
         chat_template: ``False`` leaves the template out.
         open_end: an assistant's message at the end is the beginning of the answer:
             what would close it is left out.
+        config: options of the chat template, such as ``{"enable_thinking": False}``.
 
     Raises:
         ValueError: if the chat template refuses the conversation, or leaves nothing of it.
     """
     if not (chat_template and tokenizer.has_chat_template):
         return encode(tokenizer, "\n\n".join(m["content"] for m in messages))
-    text = render(tokenizer, messages, open_end=open_end)
+    text = render(tokenizer, messages, open_end=open_end, config=config)
     tokens = encode(tokenizer, text, special=False)
     if not tokens:
         raise ValueError(
@@ -143,7 +149,11 @@ def tokenize(
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Message], *, open_end: bool = False
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    open_end: bool = False,
+    config: Mapping[str, Any] | None = None,
 ) -> str:
     """Return what the chat template makes of a conversation; see :func:`tokenize`.
 
@@ -154,8 +164,15 @@ def render(
     ending = {"add_generation_prompt": not answered}
     if answered and open_end:
         ending["continue_final_message"] = True
+    own = dict(config or {})
+    if known := own.keys() & NOT_ASKED:
+        raise ValueError(
+            f"chat_template_config has {min(known)!r}, which is not the template's own "
+            "option; leave it out."
+        )
+    how: dict[str, Any] = own | ending | {"tokenize": False}
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **ending)
+        return tokenizer.apply_chat_template(list(messages), **how)
     except Exception as error:  # a template is a program: whatever it raises
         raise ValueError(
             f"The model's chat template refuses this conversation: {error}."

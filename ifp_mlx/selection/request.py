@@ -68,6 +68,8 @@ class Request:
         draft_tokens: drafted at most for one check; how many are follows how many stood.
         reselect: ``drift`` chooses other channels in a check when those that are kept
             fit the latest tokens much less than others would; or ``off``.
+        chat_template_config: options of the chat template for prompt and instruction,
+            such as ``{"enable_thinking": False}``.
         memory_bytes: that compact model, KV cache and predictor may take; ``auto`` keeps
             no more than fits, and a ``keep`` that does not fit is refused.
 
@@ -91,6 +93,7 @@ class Request:
     check: Check = "off"
     draft_tokens: int = MOST_DRAFTED
     reselect: Reselect = "off"
+    chat_template_config: Mapping[str, Any] | None = None
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:

@@ -12,7 +12,8 @@ from mlx_lm.generate import generate_step
 from ifp_mlx import load
 from ifp_mlx.checking import drift
 from ifp_mlx.checking.loop import CheckedRun, DraftLength
-from ifp_mlx.checking.rule import Decoding, Rule
+from ifp_mlx.checking.rule import Rule
+from ifp_mlx.decoding.options import Decoding
 from ifp_mlx.generate import main
 from ifp_mlx.model.decide import decide
 from ifp_mlx.selection.masks import Selection

@@ -18,8 +18,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from ifp_mlx import load
 from ifp_mlx.checking.answer import answered
 from ifp_mlx.checking.loop import CheckedRun, DraftLength
-from ifp_mlx.checking.rule import Decoding, Rule
+from ifp_mlx.checking.rule import Rule
 from ifp_mlx.checking.whole import Whole
+from ifp_mlx.decoding.options import Decoding
 from ifp_mlx.model.checkpoint import IFPModel
 from ifp_mlx.model.decide import decide
 from ifp_mlx.selection.masks import Selection

@@ -13,7 +13,8 @@ from mlx_lm import sample_utils
 from mlx_lm.models.cache import KVCache
 
 from ifp_mlx.checking.loop import CheckedRun, DraftLength
-from ifp_mlx.checking.rule import Decoding, Rule
+from ifp_mlx.checking.rule import Rule
+from ifp_mlx.decoding.options import Decoding
 
 VOCABULARY = 6
 NEVER = mx.array([[-math.inf] * 2 + [0.0] * 4])  # no chance for two of the tokens
@@ -285,14 +286,6 @@ def test_processors_see_at_every_place_the_tokens_before_it():
     assert mx.array_equal(found, mx.concatenate(rows))
     assert not np.array_equal(np.array(found), before)
     assert Decoding().processed(logits, tokens) is logits
-
-
-def test_an_option_that_there_is_not_is_refused_with_those_there_are():
-    with pytest.raises(
-        ValueError,
-        match="'sampler' does not go with checking.* temp, top_p, min_p, top_k",
-    ):
-        Decoding.of({"temp": 1.0, "sampler": None})
 
 
 # How many to draft

@@ -12,8 +12,9 @@ from mlx_lm.generate import generate_step
 
 from ifp_mlx import load, stream_generate
 from ifp_mlx.checking.loop import CheckedRun, DraftLength
-from ifp_mlx.checking.rule import Decoding, Rule
+from ifp_mlx.checking.rule import Rule
 from ifp_mlx.checking.whole import Whole
+from ifp_mlx.decoding.options import Decoding
 from ifp_mlx.selection.masks import Selection
 from ifp_mlx.slicing.sliced import sliced_names
 from ifp_mlx.storage.layout import CHANNEL_FILE, read_layout

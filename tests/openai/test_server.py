@@ -501,7 +501,7 @@ def test_health_tells_when_the_worker_has_died(folder):
 
 
 def test_the_default_keep_and_temperature_are_the_servers(engine):
-    app = make_app(engine, Policy("tiny", defaults=Defaults(keep=0.25, temp=0.0)))
+    app = make_app(engine, Policy("tiny", defaults=Defaults(keep=0.25)))
     answer = chat(app, messages=[{"role": "user", "content": FRENCH}])
     expected = engine.prepare(FRENCH, keep=0.25, name="quarter")
     engine.forget("quarter")

@@ -26,7 +26,8 @@ from examples.fetch import MODELS, fetch
 from ifp_mlx import load, stream_generate
 from ifp_mlx.checking.answer import answered
 from ifp_mlx.checking.loop import CheckedRun, DraftLength
-from ifp_mlx.checking.rule import Decoding, Rule
+from ifp_mlx.checking.rule import Rule
+from ifp_mlx.decoding.options import Decoding
 from ifp_mlx.evaluation import checked, checked_speed
 from ifp_mlx.evaluation.log import Line, Log
 from ifp_mlx.evaluation.rows import Row

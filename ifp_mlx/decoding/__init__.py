@@ -1,0 +1,1 @@
+"""How an answer's tokens are chosen, where it ends, and how its KV cache is kept."""
