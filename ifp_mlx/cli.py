@@ -80,6 +80,16 @@ def add_model_option(parser: argparse.ArgumentParser, *, shipped: bool = False) 
         parser.add_argument("--model", required=True, help=about)
 
 
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--adapter-path``."""
+    parser.add_argument(
+        "--adapter-path",
+        metavar="FOLDER",
+        help="an adapter that mlx_lm.lora trained on the (dense) model, fused into the "
+        "weights as they are read; masks have to be made with it too",
+    )
+
+
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which units are kept."""
     what = parser.add_mutually_exclusive_group()

@@ -33,6 +33,7 @@ def build_parser() -> cli.Parser:
         "or experts of a mixture, and all else.",
     )
     cli.add_model_option(parser, shipped=True)
+    cli.add_adapter_option(parser)
     cli.add_selection_options(parser)
     cli.add_compensate_option(parser, cli.LASTING)
     add = parser.add_argument
@@ -49,7 +50,7 @@ def _command(args: Any) -> None:
     if args.instruction is None and args.mask_file is None:
         raise ValueError("Give --instruction or --mask-file: it says what is kept.")
     request = cli.request_of(args)
-    model, _ = load(args.model)
+    model, _ = load(args.model, args.adapter_path)
     if not request.given:
         request = replace(
             request, allocation=_writable_allocation(model, request.allocation)

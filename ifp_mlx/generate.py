@@ -31,6 +31,7 @@ def build_parser() -> cli.Parser:
         "and generate.",
     )
     cli.add_model_option(parser, shipped=True)
+    cli.add_adapter_option(parser)
     add = parser.add_argument
     add("--prompt", "-p", required=True, help="the user's message; - reads stdin")
     add("--system-prompt", help="system message, put before the prompt")
@@ -95,7 +96,7 @@ def _command(args: Any) -> None:
     how |= {"draft_tokens": args.draft_tokens, "memory_bytes": memory}
     request = cli.request_of(args, prefill=args.prefill, **how)
     decoding = cli.decoding_of(args)
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, args.adapter_path)
     steps = stream_generate(
         model,
         tokenizer,

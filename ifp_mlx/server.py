@@ -29,6 +29,7 @@ def build_parser() -> cli.Parser:
         "or the task it names, chooses the channels or experts.",
     )
     cli.add_model_option(parser, shipped=True)
+    cli.add_adapter_option(parser)
     cli.add_tasks_folder_option(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to bind; default: %(default)s")
@@ -82,6 +83,7 @@ def _command(args: argparse.Namespace) -> None:
     Request(keep=args.keep)  # refused now, not with every request
     with Engine.open(
         args.model,
+        adapter_path=args.adapter_path,
         memory_limit=args.memory_limit,
         cache_bytes=args.cache_bytes,
         prompt_cache_bytes=args.prompt_cache_bytes,

@@ -66,6 +66,7 @@ def build_parser() -> cli.Parser:
     for verb, command in (*masks, (exporting, _export)):
         verb.set_defaults(verb=command)
         cli.add_model_option(verb)
+        cli.add_adapter_option(verb)
         verb.add_argument("--name", required=True, help="of the task")
     for verb, _ in masks:
         size = verb.add_mutually_exclusive_group()
@@ -91,7 +92,7 @@ def build_parser() -> cli.Parser:
 
 def _make(args: Any) -> None:
     check_name(args.name)
-    model, _ = load(args.model)
+    model, _ = load(args.model, args.adapter_path)
     examples = _examples(args, model)
     task = make(
         model,
@@ -116,7 +117,7 @@ def _examples(args: Any, model: IFPModel) -> list[Row]:
 
 
 def _merge(args: Any) -> None:
-    model, _ = load(args.model)
+    model, _ = load(args.model, args.adapter_path)
     folders = cli.tasks_folders(args)
     task = merge(
         model,
@@ -133,7 +134,7 @@ def _import(args: Any) -> None:
     if not args.profile.is_file():
         raise FileNotFoundError(f"There is no profile {args.profile}.")
     text = args.profile.read_bytes()
-    model, _ = load(args.model)
+    model, _ = load(args.model, args.adapter_path)
     task = adopt(model, args.name, text, keep=args.keep, target_size=args.target_size)
     made, size = task.selection.origin.made or {}, task.selection.target_size
     print(
@@ -146,7 +147,7 @@ def _import(args: Any) -> None:
 
 def _export(args: Any) -> None:
     refuse_existing(args.output)
-    model, _ = load(args.model)
+    model, _ = load(args.model, args.adapter_path)
     selection = Selection.load(find_mask(args.name, cli.tasks_folders(args)))
     model.check_fits(selection)
     text = profiles.write(selection, model.plan.paths, args.format)

@@ -214,6 +214,33 @@ def write_quantised(
     return folder
 
 
+def write_adapter(folder: Path, model: Path, kind="lora", keys=None, seed=1, layers=2):
+    """Write an adapter of a model as mlx_lm.lora does, random instead of trained; it
+    changes the last layers.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    numbers = {"rank": 4, "scale": 2.0, "dropout": 0.0} | (
+        {"keys": keys} if keys else {}
+    )
+    dense, _ = load_model(model)
+    dense.freeze()
+    if kind == "full":
+        for layer in dense.layers[-layers:]:
+            layer.unfreeze()
+    else:
+        linear_to_lora_layers(dense, layers, numbers, use_dora=kind == "dora")
+    weights = tree_flatten(dense.trainable_parameters(), destination={})
+    mx.random.seed(seed)
+    weights = {n: w + 0.1 * mx.random.normal(w.shape) for n, w in weights.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": numbers}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def add_prior(model: "IFPModel", seed: int = 5, sketch: int = 0) -> None:
     """Write a random prior, and a sketch of so many rows."""
     rng = np.random.default_rng(seed)

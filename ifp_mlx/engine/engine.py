@@ -85,6 +85,7 @@ class Engine:
     def open(
         path: str | os.PathLike[str],
         *,
+        adapter_path: str | os.PathLike[str] | None = None,
         memory_limit: int | None = None,
         cache_bytes: int | None = None,
         prompt_cache_bytes: int = 256 << 20,
@@ -98,6 +99,7 @@ class Engine:
 
         Args:
             path: as for :func:`ifp_mlx.load`.
+            adapter_path: as for :func:`ifp_mlx.load`; of all requests.
             memory_limit: bytes; a request that would exceed it is refused before it
                 starts, and MLX's own limit (of the process) is set to it while the
                 engine is open. Default: none.
@@ -117,6 +119,7 @@ class Engine:
         """
         settings = Settings(
             path=str(path),
+            adapter_path=None if adapter_path is None else str(adapter_path),
             memory_limit=memory_limit,
             cache_bytes=cache_bytes,
             prompt_cache_bytes=prompt_cache_bytes,

@@ -56,6 +56,7 @@ class Settings:
     context_length: int | None
     batch: int
     prefill_step: int
+    adapter_path: str | None = None
 
 
 class Host:
@@ -75,7 +76,7 @@ class Host:
         with typed_errors(IncompatibleModel):
             folder = resolve(settings.path, download_bars(progress))
             progress(Progress("load", 0, 1))
-            self.model, self.tokenizer = load(folder)
+            self.model, self.tokenizer = load(folder, settings.adapter_path)
             if str(folder) != str(settings.path):
                 self.model.name = settings.path
         limit = settings.memory_limit

@@ -171,7 +171,12 @@ def adopt(
         )
     selection = said.selection()
     origin = Origin(allocation="uniform", keep=selection.share)
-    selection = replace(selection, origin=origin, fingerprint=model.fingerprint)
+    selection = replace(
+        selection,
+        origin=origin,
+        fingerprint=model.fingerprint,
+        adapter=model.adapter,
+    )
     model.check_fits(selection)
     return _named(model, name, selection, mx.array(said.scores), {"form": said.form})
 

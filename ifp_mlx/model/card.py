@@ -32,6 +32,8 @@ class Opened(Protocol):
     """What is asked of an :class:`ifp_mlx.model.checkpoint.IFPModel`."""
 
     path: Path
+    notes: Path
+    adapter: str | None
     config: dict[str, Any]
 
 
@@ -192,7 +194,7 @@ def load_card(model: Opened) -> Card | None:
     Raises:
         ValueError: if the file in the folder is no card.
     """
-    own, cached = model.path / CARD_FILE, cache_place("cards")
+    own, cached = model.notes / CARD_FILE, cache_place("cards")
     if not own.is_file() and not cached.is_dir():
         return None
     fingerprint = fingerprint_of(model)
@@ -223,7 +225,7 @@ def save_card(model: Opened, card: Card) -> Path:
     """
     cached = cache_place("cards") / f"{card.fingerprint}.json"
     try:
-        return _write(model.path / CARD_FILE, card)
+        return _write(model.notes / CARD_FILE, card)
     except OSError:
         return _write(cached, card)
 
@@ -242,6 +244,7 @@ def fingerprint_of(model: Opened) -> str:
     """
     digest = hashlib.sha256()
     digest.update(json.dumps(model.config, sort_keys=True, default=str).encode())
+    digest.update((model.adapter or "").encode())
     files = sorted(file for name in WEIGHTS for file in model.path.glob(name))
     for file in files:
         size = file.stat().st_size

@@ -44,6 +44,7 @@ from ..slicing.reading import Example
 from ..slicing.routing import mass_share
 from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
 from ..slicing.stock import IN_LAYER, final_norm, vocabulary_of
+from ..storage.adapter import Adapter
 from ..storage.folder import SHIPPED, Folder, resolve, source_of
 from . import sweep
 from .agreement import check_agreement, compared, places_of
@@ -100,12 +101,17 @@ class IFPModel:
         groups: every layer's quantisation group along ``F``, 1 where there is none.
         granularity: what widths are multiples of, so that they are whole groups.
         fingerprint: float16 ``[D]``, the final norm's weights, to know it by.
+        adapter: what tells the adapter that is fused into it from others, or ``None``.
+        notes: the folder where what is measured of it is kept: its own, or the adapter's.
     """
 
     def __init__(self, source: Folder, name: str, tokenizer: Any) -> None:
         self.source, self.name, self.tokenizer = source, name, tokenizer
         self.path, self.config, self.plan = source.path, source.config, source.plan
         self.ifp = IFPConfig.load(self.path)
+        fused = source.adapter
+        self.adapter = None if fused is None else fused.digest
+        self.notes = self.path if fused is None else fused.folder
         self.layers, self.channels = self.plan.shape
         self.groups = group_sizes(source.skeleton, self.plan)
         self.granularity = math.lcm(
@@ -180,7 +186,7 @@ class IFPModel:
         """
         if (made := self._sketch) is not None:  # where the folder cannot be written
             return list(made)
-        path = self.path / PRIOR_FILE
+        path = self.notes / PRIOR_FILE
         found: dict[str, mx.array] = {}
         if self.prior is not None:
             found = cast(dict[str, mx.array], mx.load(str(path)))
@@ -198,7 +204,7 @@ class IFPModel:
         return lambda layer: self.sketch()[layer]
 
     def _stored(self, file: str, name: str, *shape: int) -> mx.array | None:
-        path = self.path / file
+        path = self.notes / file
         if not path.exists():
             return None
         try:
@@ -278,6 +284,7 @@ class IFPModel:
             origin=self._origin(decision),
             fingerprint=self.fingerprint,
             unit=self.plan.unit,
+            adapter=self.adapter,
         )
         if not decision.compensate:
             return selection
@@ -467,8 +474,25 @@ class IFPModel:
                 f"{self.plan.unit}s are selected; use a mask made with this model."
             )
         selection.check_fits(self.layers, self.channels, self.fingerprint)
+        self._check_adapter(selection)
         if selection.unit == "expert":
             check_selection(selection, self.plan, self.config)
+
+    def _check_adapter(self, selection: Selection) -> None:
+        """Raise ``ValueError`` unless a selection was made with this adapter."""
+        if selection.adapter == self.adapter:
+            return
+        made = "without an adapter"
+        if selection.adapter is not None:
+            made = f"with the adapter {selection.adapter}"
+        here = "has none"
+        if self.adapter is not None:
+            here = f"has the adapter {self.adapter} ({self.notes})"
+        raise ValueError(
+            f"The mask {selection.mask_id} was made {made}, and this model {here}; an "
+            "adapter changes which units are needed: use the adapter it was made with, "
+            "or make the mask again."
+        )
 
     def cut_layers(self, selection: Selection) -> list[int]:
         """Return the layers in which a selection cuts quantisation groups, so that
@@ -594,7 +618,7 @@ class IFPModel:
             sketch = [row.astype(mx.float16) for row in rows]
         arrays = {f"sketch.{layer}": rows for layer, rows in enumerate(sketch)}
         try:
-            with new_file(self.path / PRIOR_FILE) as scratch:
+            with new_file(self.notes / PRIOR_FILE) as scratch:
                 mx.save_safetensors(str(scratch), {"scores": scores} | arrays)
         except OSError:
             self._sketch = sketch
@@ -616,7 +640,10 @@ class IFPModel:
         return self.predictor(mx.array(list(tokens))[None])[0]
 
 
-def load(model: str | os.PathLike[str] = SHIPPED) -> tuple[IFPModel, Any]:
+def load(
+    model: str | os.PathLike[str] = SHIPPED,
+    adapter_path: str | os.PathLike[str] | None = None,
+) -> tuple[IFPModel, Any]:
     """Open a checkpoint: an IFP checkpoint, or any stock folder of a supported type.
 
     Only headers are read; weights stay on disk until a selection needs them.
@@ -624,6 +651,11 @@ def load(model: str | os.PathLike[str] = SHIPPED) -> tuple[IFPModel, Any]:
     Args:
         model: a local folder or a Hugging Face Hub id; default: the small trained
             checkpoint inside the package.
+        adapter_path: the folder of an adapter that ``mlx_lm.lora`` trained on this
+            (dense) model. It is fused into the weights as they are read, as
+            ``mlx_lm.fuse`` does; where they are quantised, they are quantised again.
+            Selections have to be made on the adapted model: a mask made without the
+            adapter, or with another, is refused.
 
     Returns:
         The model and mlx-lm's tokenizer.
@@ -633,7 +665,8 @@ def load(model: str | os.PathLike[str] = SHIPPED) -> tuple[IFPModel, Any]:
         ValueError: if its content is damaged or of an unsupported type.
     """
     path = resolve(model)
-    source = source_of(path)
+    adapter = None if adapter_path is None else Adapter(Path(adapter_path).expanduser())
+    source = source_of(path, adapter)
     _ = source.plan  # or it says why nothing can be selected
     tokenizer = open_tokenizer(path, source.config)
     name = path.resolve().name if Path(model).exists() else str(model)

@@ -89,6 +89,7 @@ class CompactCache:
             "config": model.config,
             "ifp": asdict(model.ifp),
             "files": _stamps(model.path),
+            "adapter": model.adapter,
             "tokens": decision.tokens,
             "selector": decision.selector,
             "sizes": decision.sizes,

@@ -20,6 +20,7 @@ MASK_FORMAT = "ifp_mlx.mask.1"
 COMPENSATED_BY, TEXT_DIGEST = "compensated by", "text digest"
 SKETCH = "sketch"
 TRAINED_BY = "recovered by"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class Selection:
         trained: how the weights that it came with were trained further, in words, or
             ``None``.
         unit: what is kept or dropped.
+        adapter: what tells the adapter of the model it was made with from others, 12 hex
+            digits; ``None`` without one.
     """
 
     indices: tuple[mx.array, ...] = field(repr=False)
@@ -147,6 +150,7 @@ class Selection:
     compensation: Compensation | None = None
     trained: str | None = None
     unit: Literal["channel", "expert"] = "channel"
+    adapter: str | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -205,6 +209,8 @@ class Selection:
             said[COMPENSATED_BY] = f"{how.tokens} tokens of {how.source}"
         if self.trained is not None:
             said[TRAINED_BY] = self.trained
+        if self.adapter is not None:
+            said[ADAPTER] = self.adapter
         return said
 
     def plain(self) -> "Selection":
@@ -271,11 +277,13 @@ class Selection:
         whatever keeps one; the ``mask_id`` where units and gates are all.
         """
         how = self.compensation
-        if how is None and self.trained is None and self.unit == "channel":
+        plain = how is None and self.trained is None and self.unit == "channel"
+        if plain and self.adapter is None:
             return self.mask_id
         decides: list[Any] = [self.mask_id, self.unit, self.trained]
         decides += [] if how is None else [how.tokens, how.digest]
         decides += [how.sketch] if how is not None and how.sketch else []
+        decides += [] if self.adapter is None else ["adapter", self.adapter]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
 
     def mask(self) -> mx.array:
@@ -419,6 +427,7 @@ def _read_mask_file(path: Path) -> Selection:
 def _assemble(arrays: dict[str, np.ndarray], info: dict[str, str]) -> Selection:
     about = dict(info)
     channels, unit = int(about.pop("channels")), about.pop("unit", "channel")
+    adapter = about.pop(ADAPTER, None)
     layers = sum(name.endswith(".indices") for name in arrays)
     has_gates = "layers.0.gates" in arrays
     indices, gates = [], []
@@ -449,6 +458,7 @@ def _assemble(arrays: dict[str, np.ndarray], info: dict[str, str]) -> Selection:
         compensation,
         trained,
         cast(Any, unit),
+        adapter,
     )
 
 

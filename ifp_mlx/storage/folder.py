@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+    from .adapter import Adapter
     from .device import Device
     from .reader import ChannelReader
     from .units import UnitReader
@@ -108,8 +109,13 @@ class Folder:
     memory yet, and a way to put units into one layer of it. The class of the model is
     built once; every :meth:`open` copies its structure.
 
+    Args:
+        path: the folder.
+        adapter: fused into all that is read, as it is read.
+
     Attributes:
         path: the folder.
+        adapter: as given, or ``None``.
         config: its config.json.
         skeleton: the stock mlx-lm model, dense in shape, to be looked at: no weight of
             it is ever read.
@@ -124,8 +130,8 @@ class Folder:
 
     granularity = 1
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, adapter: "Adapter | None" = None) -> None:
+        self.path, self.adapter = path, adapter
         self.config = read_config(path / "config.json")
         if (index := path / "model.safetensors.index.json").exists():
             index_files(index)
@@ -163,7 +169,7 @@ class Folder:
         """Whether nothing of the units that are not chosen is read; a channel's columns
         are no piece of a plain folder.
         """
-        return self.plan.unit == "expert"
+        return self.plan.unit == "expert" and self.adapter is None
 
     def open(self) -> "nn.Module":
         """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
@@ -302,6 +308,11 @@ class Folder:
             model, self.config = load_model(path, lazy=True, **how)
         for name in ("sanitize", "load_weights"):
             vars(model).pop(name, None)
+        if self.adapter is not None:
+            changed = self.adapter.fuse(model, self.path)
+            self._as_filed = {
+                n: filed for n, filed in self._as_filed.items() if n not in changed
+            }
         return model
 
 
@@ -310,14 +321,18 @@ class ChannelStore(Folder):
     it is asked for, at once; :meth:`open` has zeros in their place.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, adapter: "Adapter | None" = None) -> None:
+        super().__init__(path, adapter)
         if digest_of(weights_of(path)) != self.reader.layout.core:
             raise ValueError(
                 f"{path / CHANNEL_FILE} was made for another model than the weights "
                 f"beside it; {AGAIN}."
             )
         self.granularity = self.reader.layout.unit
+        if adapter is not None:
+            modules = self.plan.modules(self.skeleton)
+            for layer, module in zip(self.plan.layers, modules, strict=True):
+                adapter.check_unit_by_unit(layer, module)
 
     @cached_property
     def reader(self) -> "ChannelReader":
@@ -328,7 +343,7 @@ class ChannelStore(Folder):
         """See :meth:`Folder.reader_of`; whole records are read."""
         from .reader import ChannelReader
 
-        return ChannelReader(self.path / CHANNEL_FILE, plan, device)
+        return ChannelReader(self.path / CHANNEL_FILE, plan, device, self.adapter)
 
     @property
     def reads_units(self) -> bool:
@@ -385,14 +400,19 @@ class ChannelStore(Folder):
         }
 
 
-def source_of(path: Path) -> Folder:
+def source_of(path: Path, adapter: "Adapter | None" = None) -> Folder:
     """Return a model folder as a source of weights, checked.
+
+    Args:
+        path: the folder.
+        adapter: fused into the weights as they are read.
 
     Raises:
         FileNotFoundError, ValueError: as :class:`Folder`; or if it is a channel store
             that is damaged, or not of the model beside it.
     """
-    return (ChannelStore if (path / CHANNEL_FILE).exists() else Folder)(path)
+    kind = ChannelStore if (path / CHANNEL_FILE).exists() else Folder
+    return kind(path, adapter)
 
 
 def _classes(config: dict[str, Any], path: Path) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..slicing.shapes import Plan
 from ..slicing.sliced import Donor, cut, follow
+from .adapter import Adapter
 from .arriving import ArrivingLayer
 from .device import Device, Range, pieces, plan
 from .layout import AGAIN, Layout, read_layout, units_of
@@ -28,6 +29,7 @@ class ChannelReader(UnitReader):
         path: the channel file.
         plan: of the model whose units it holds.
         device: see :class:`UnitReader`.
+        adapter: fused into the units that are read.
 
     Attributes:
         layout: its header.
@@ -36,9 +38,15 @@ class ChannelReader(UnitReader):
         ValueError: as :func:`read_layout`.
     """
 
-    def __init__(self, path: Path, plan: Plan, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        device: Device | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
         super().__init__(plan, device)
-        self.path = path
+        self.path, self._adapter = path, adapter
         self.layout: Layout = read_layout(path)
         if (self.layout.layers, self.layout.channels) != plan.shape:
             raise ValueError(
@@ -63,7 +71,9 @@ class ChannelReader(UnitReader):
         """See :meth:`UnitReader.check_unchanged`; the only file stays open."""
 
     def _begin(self, wanted: Wanted) -> Future[dict[str, mx.array]]:
-        return self._read(*wanted[1:])
+        _, layer, index, donor = wanted
+        # A donor's units have the adapter in them already.
+        return self._read(layer, index, None if self._adapter else donor)
 
     def _read(
         self, layer: int, index: mx.array | None = None, donor: Donor | None = None
@@ -113,13 +123,22 @@ class ChannelReader(UnitReader):
         tensors = [self._home(donor.module, layer, p.name) for p in parts]
         return [home[tensor] for home, tensor in tensors], np.array(donor.units)
 
+    def _held(self, index: mx.array) -> np.ndarray:
+        """Return the units in all the records in which some units are."""
+        size = self.layout.unit
+        found = units_of(np.array(index), size)[:, None] * size + np.arange(size)
+        return found.ravel().astype(np.int32)
+
     def _cut(self, wanted: Wanted) -> None:
-        _, layer, index, _ = wanted
-        if index is None:
+        module, layer, index, _ = wanted
+        held = None if index is None else mx.array(self._held(index))
+        if self._adapter is not None:
+            plan = self.plan.layers[layer]
+            self._adapter.fuse_units(module, plan, self.plan.units, held)
+        if index is None or held is None:
             return
-        channels, size = np.array(index), self.layout.unit
-        held = (units_of(channels, size)[:, None] * size + np.arange(size)).ravel()
-        within = mx.array(np.searchsorted(held, channels))
+        channels = np.array(index)
+        within = mx.array(np.searchsorted(np.array(held), channels))
         cut(wanted.module, self.plan.layers[layer], within, held.size)
         follow(wanted.module, self.plan.layers[layer], channels.size)
 
