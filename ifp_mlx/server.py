@@ -134,7 +134,9 @@ def _serve(server: Any, name: str) -> None:
     listener = server.config.bind_socket()
     listener.listen(128)
     host, port = listener.getsockname()[:2]
-    print(f"{name} is served at http://{host}:{port}/v1", file=sys.stderr, flush=True)
+    url = f"http://{host}:{port}"
+    line = f"{name} is served at {url}/v1, with a chat page at {url}/"
+    print(line, file=sys.stderr, flush=True)
     # uvicorn raises the signal again once it has stopped: it has done its work then.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with suppress(KeyboardInterrupt):

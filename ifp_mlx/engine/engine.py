@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..selection.prompts import Prompt, ids_of
-from ..selection.request import RESELECTS, Request
+from ..selection.request import RESELECTS, Keep, Request
 from .chat import Chat, text_of
 from .checked import Tally
 from .errors import (
@@ -68,6 +68,7 @@ class Engine:
         unit: what is kept or dropped, ``channel`` or ``expert``.
         channels: ``F``, how many of them a layer has.
         context_length: tokens that prompt and answer may have together.
+        keep: share of the units that is kept where nobody says how much, or ``auto``.
     """
 
     def __init__(self, worker: Worker, about: dict[str, Any]) -> None:
@@ -78,6 +79,7 @@ class Engine:
         self.unit: str = about["unit"]
         self.channels: int = about["channels"]
         self.context_length: int = about["context_length"]
+        self.keep: Keep = about["keep"]
         self._tally: Tally = about["tally"]
         self._max_queue: int = about["max_queue"]
 
@@ -213,9 +215,19 @@ class Engine:
         """Write a task's mask file, which ``mask_file=`` and the commands read."""
         self._call(lambda host: host.shelf.save(name, path)).result()
 
-    def mask(self, name: str) -> np.ndarray:
-        """Return a task's mask, float32 ``[L, F]``: 0 where a unit is left out."""
-        return self._call(lambda host: host.shelf.mask(name)).result()
+    def mask(
+        self, name: str | None = None, *, mask_id: str | None = None
+    ) -> np.ndarray:
+        """Return a mask, float32 ``[L, F]``: 0 where a unit is left out.
+
+        Args:
+            name: of a task; or give ``mask_id``.
+            mask_id: of any selection that is still known, as of the latest answers.
+
+        Raises:
+            UnknownTask: if there is none of that name, or mask id, any more.
+        """
+        return self._call(lambda host: host.shelf.mask(name, mask_id)).result()
 
     def stream(
         self,
@@ -373,12 +385,14 @@ class Engine:
 
 
 def _about(host: Host) -> dict[str, Any]:
+    own = host.model.ifp.target_size
     return {
         "name": host.model.name,
         "layers": host.model.layers,
         "unit": host.model.plan.unit,
         "channels": host.model.channels,
         "context_length": host.context_length,
+        "keep": own / host.model.channels if own else "auto",
         "tally": host.tally,
     }
 

@@ -182,10 +182,18 @@ class Shelf:
         self.task(name)
         self.named[name].save(path)
 
-    def mask(self, name: str) -> np.ndarray:
-        """Return a task's mask, float32 ``[L, F]``."""
-        self.task(name)
-        return np.array(self.named[name].mask())
+    def mask(self, name: str | None, mask_id: str | None) -> np.ndarray:
+        """Return the mask of a task or of any selection here, float32 ``[L, F]``."""
+        if name is not None:
+            self.task(name)
+            return np.array(self.named[name].mask())
+        known = (*self.named.values(), *self._remembered.values())
+        for selection in (*known, *self.residents.selections):
+            if selection.mask_id == mask_id:
+                return np.array(selection.mask())
+        raise UnknownTask(
+            f"No selection {mask_id!r} is here any more; ask for it again."
+        )
 
     def weigh(self, *uses: Use) -> int:
         """Return the bytes of the compact models for some uses, without loading them, and
@@ -325,6 +333,11 @@ class Residents:
         learned = [part.correction for whole in wholes for part in whole.parts]
         found = [w for _, w in tree_flatten([models, learned]) if w is not None]
         return sum({id(array): array.nbytes for array in found}.values())
+
+    @property
+    def selections(self) -> list[Selection]:
+        """What the models keep."""
+        return [held.use.selection for held in self._held.values()]
 
     def clear(self) -> None:
         """Let all of them go."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine import Engine
+from ..engine import Engine, IFPError
 from ..engine.events import CancelToken, Done, Event, Progress, Token
 from ..selection.masks import find_mask
+from . import page
 from .protocol import (
     Asked,
     Defaults,
@@ -82,10 +83,13 @@ def make_app(engine: Engine, policy: Policy) -> "Starlette":
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
     ]
+    keep, temp = policy.defaults.keep, policy.defaults.temp
+    routes += page.routes(engine, name=policy.name, keep=keep, temp=temp)
+    refusals = (HTTPError, HTTPException, IFPError)
     return Starlette(
         routes=routes,
         middleware=[Middleware(Door, policy=policy)],
-        exception_handlers={HTTPError: _refused, HTTPException: _refused},
+        exception_handlers=dict.fromkeys(refusals, _refused),
     )
 
 
@@ -113,7 +117,7 @@ class Door:
                 "host_not_allowed",
             )
         key = self._policy.api_key
-        if key is None or scope["path"] == "/health":
+        if key is None or scope["path"] in ("/health", *page.FILES):
             return None
         given = headers.get(b"authorization", b"")
         if hmac.compare_digest(given, b"Bearer " + key.encode()):
@@ -345,7 +349,7 @@ def _error_response(error: HTTPError) -> "Response":
 
 
 def _refused(request: "Request", error: Any) -> "Response":
-    """Answer Starlette's own refusals (no such path, no such method) as OpenAI does."""
-    if isinstance(error, HTTPError):
-        return _error_response(error)
+    """Answer refusals, Starlette's own too (no such path or method), as OpenAI does."""
+    if isinstance(error, HTTPError | IFPError):
+        return _failed(error)
     return _error_response(HTTPError(error.status_code, f"{error.detail}."))
