@@ -355,7 +355,7 @@ def _self_check(selection: Selection) -> Iterator[str]:
 
 def _measured_before(selection: Selection, card: "Card | None") -> Iterator[str]:
     share, origin = selection.share, selection.origin
-    if origin.selector == "predictor":
+    if origin.predicted:
         return
     kept = f"{share:.0%} of the {selection.unit}s, without training for it"
     if found := origin.evaluation:

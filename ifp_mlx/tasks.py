@@ -46,7 +46,9 @@ def build_parser() -> cli.Parser:
     )
     names = "make|list|merge|overlap|import|export"
     verbs = parser.add_subparsers(required=True, metavar=names)
-    making = verbs.add_parser("make", help="make a mask from examples")
+    making = verbs.add_parser(
+        "make", help="make a mask from examples; by the predictor where there is one"
+    )
     what = making.add_mutually_exclusive_group(required=True)
     what.add_argument("--examples", type=Path, help="a JSONL file, as of evaluate")
     what.add_argument("--instruction", help="a text, in place of examples")
@@ -219,7 +221,7 @@ def _overlap(args: Any) -> None:
         for other in tasks[number + 1 :]:
             shares = overlap(one.selection, other.selection)
             parts = [shares, *np.array_split(shares, 3)]
-            cells = [f"{s:.0%} (chance {c:.0%})" for s, c in (p.mean(0) for p in parts)]
+            cells = [_share(part) for part in parts]
             print(f"| {one.name}, {other.name} | {' | '.join(cells)} |")
             names = {"tasks": [one.name, other.name]}
             pairs.append(
@@ -227,6 +229,12 @@ def _overlap(args: Any) -> None:
             )
     if args.json:
         print(json.dumps(pairs))
+
+
+def _share(part: np.ndarray) -> str:
+    if not len(part):  # a model of two layers has no last third
+        return "–"
+    return "{:.0%} (chance {:.0%})".format(*part.mean(axis=0))
 
 
 if __name__ == "__main__":

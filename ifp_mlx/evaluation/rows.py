@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..files.texts import read_text
-from ..selection.prompts import Message, encode, known_tokens, tokenize
+from ..selection.prompts import (
+    Message,
+    encode,
+    instruction_of,
+    known_tokens,
+    tokenize,
+)
 
 Example = dict[str, Any]
 
@@ -95,6 +101,19 @@ def retokenize(row: Row, tokenizer: Any, other: Any) -> Row:
     else:
         prompt = tokenize(other, _split(row.example)[0])
     return Row(prompt, answer, row.example)
+
+
+def selecting_tokens(row: Row, tokenizer: Any) -> list[int]:
+    """Return the token ids of a row that a trained predictor reads: of a conversation,
+    what comes up to the first user message.
+
+    Args:
+        row: from :func:`read_rows` with ``tokenizer``.
+        tokenizer: mlx-lm's.
+    """
+    if not row.example or "text" in row.example:
+        return row.prompt
+    return tokenize(tokenizer, instruction_of(_split(row.example)[0]))
 
 
 def answer_text(row: Row, tokenizer: Any) -> str:

@@ -1,11 +1,13 @@
 """Task masks: a few examples, or an instruction, once → a named mask to keep.
 
-A task mask is chosen by what prompt and answer use together, over all the examples,
-so it also knows the units that only answers need, which no prompt can show. It is
-an ordinary mask file that says how it was made and what it cost when that was
-measured; a folder of them is a library (`--task NAME` in the other commands). It keeps
-the first tokens of its examples, from which the kept channels can learn to make up for
-the dropped ones.
+Where the checkpoint has a trained predictor, its scores for what the examples ask, on
+average, choose, with the gates that the model was trained with. Elsewhere a task mask is
+chosen by what prompt and answer use together, over all the examples, so it also knows
+the units that only answers need, which no prompt can show; it then keeps the first tokens
+of its examples, from which the kept channels can learn to make up for the dropped ones.
+
+It is an ordinary mask file that says how it was made and what it cost when that was
+measured; a folder of them is a library (`--task NAME` in the other commands).
 """
 
 import re
@@ -23,8 +25,11 @@ from ..selection import profiles
 from ..selection.masks import Origin, Selection
 from ..selection.request import SAFE_KEEP
 from ..slicing.compensation import TEXT_TOKENS
-from .rows import Row
+from .rows import Row, selecting_tokens
 from .teacher import METRICS, Evaluator
+
+# Whose scores a task mask is made from: those of the units' use, or the predictor's.
+USE, PREDICTOR = "activation", "predictor"
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def make(
     Args:
         model: from :func:`ifp_mlx.load`.
         name: what to call the task.
-        examples: prompts and answers; an answer may be empty.
+        examples: prompts and answers; an answer may be empty, and a predictor reads none.
         progress: wraps the iteration over examples.
         size: ``keep`` or ``target_size``, and ``allocation``, of a :class:`Request`.
 
@@ -98,9 +103,15 @@ def make(
     if not examples:
         raise ValueError(f"The task {name} has no examples; give at least one.")
     pairs = [(row.prompt, row.answer) for row in examples]
-    scores = model.use_scores(pairs, progress=progress)
-    tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
-    about = {"examples": len(examples), "tokens": tokens}
+    if model.predictor is None:
+        selector, scores = USE, model.use_scores(pairs, progress=progress)
+        tokens = sum(len(prompt) + len(answer) for prompt, answer in pairs)
+    else:
+        asked = [selecting_tokens(row, model.tokenizer) for row in examples]
+        found = [model.scores(tokens, PREDICTOR) for tokens in progress(asked)]
+        selector, scores = PREDICTOR, mx.stack(found).mean(axis=0)
+        tokens = sum(map(len, asked))
+    about = {"selector": selector, "examples": len(examples), "tokens": tokens}
     text = sum(([*prompt, *answer] for prompt, answer in pairs), [])[:TEXT_TOKENS]
     return _task(model, name, scores, about, text, **size)
 
@@ -114,7 +125,8 @@ def merge(
     """Make one mask for several tasks, of the size of one.
 
     In every layer each task has the same say: its scores count as shares of the
-    energy that its own texts have there.
+    energy that its own texts have there. Of a predictor's, whose spread is the same,
+    the highest counts: that of the task which needs a channel most.
 
     Args:
         model: that the tasks were made with.
@@ -123,20 +135,36 @@ def merge(
         size: ``keep`` or ``target_size``, and ``allocation``, of a :class:`Request`.
 
     Raises:
-        ValueError: if there are fewer than two tasks, or one is of another model.
+        ValueError: if there are fewer than two tasks, or one is of another model, or
+            some have the scores of a predictor and others not.
     """
     check_name(name)
     if len(tasks) < 2:
         raise ValueError(f"{name} merges {len(tasks)} task(s); name two or more.")
-    energy = mx.zeros((model.layers, model.channels))
     for task in tasks:
         model.check_fits(task.selection)
-        square = mx.square(task.scores)
-        energy = energy + square / square.sum(axis=1, keepdims=True)
-    about = {"merged": [task.name for task in tasks]}
+    predicted = [task.name for task in tasks if task.selection.origin.predicted]
+    others = [task.name for task in tasks if task.name not in predicted]
+    if predicted and others:
+        raise ValueError(
+            f"{predicted[0]} has the scores of a trained predictor and {others[0]} has "
+            "not, and the two cannot be compared; make both again with this model."
+        )
+    selector = PREDICTOR if predicted else USE
     each = TEXT_TOKENS // len(tasks)
     text = sum((list(task.selection.text or ())[:each] for task in tasks), [])
-    return _task(model, name, mx.sqrt(energy), about, text, **size)
+    about = {"selector": selector, "merged": [task.name for task in tasks]}
+    scores = _together([task.scores for task in tasks], selector)
+    return _task(model, name, scores, about, text, **size)
+
+
+def _together(scores: Sequence[mx.array], selector: str) -> mx.array:
+    """Return the scores of several tasks at once, ``[L, F]``."""
+    found = mx.stack(list(scores))
+    if selector == PREDICTOR:
+        return found.max(axis=0)
+    square = mx.square(found)
+    return mx.sqrt((square / square.sum(axis=-1, keepdims=True)).sum(axis=0))
 
 
 def adopt(
@@ -261,9 +289,10 @@ def _task(
     asked = [size.get(name) for name in ("keep", "target_size")]
     if asked == [None, None] and model.ifp.target_size is None:
         size |= {"keep": SAFE_KEEP}  # nothing here could say what is enough
-    # The tokens select nothing here: the scores are known. "activation" keeps the
-    # gates binary even if the checkpoint has a predictor.
-    selection = model.select([0], selector="activation", scores=scores, **size)
+    # The tokens select nothing here: the scores are known. The selector says whether
+    # there are gates.
+    selector = about.get("selector", USE)
+    selection = model.select([0], selector=selector, scores=scores, **size)
     return _named(model, name, selection, scores, about, text)
 
 
@@ -283,8 +312,10 @@ def _named(
     origin = replace(
         selection.origin, selector="task", task=name, made=about, model=model.name
     )
-    if model.plan.unit == "channel":  # which can make up for others
-        selection = replace(selection, text=tuple(text) or None)
+    if model.plan.unit == "channel" and selection.gates is None:
+        selection = replace(
+            selection, text=tuple(text) or None
+        )  # to make up for others
     selection = replace(selection, origin=origin)
     return TaskMask(selection, scores)
 

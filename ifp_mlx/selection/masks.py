@@ -50,7 +50,8 @@ class Origin:
         instruction: the text that selected.
         task: the name of the task it is for.
         model: the name of the model it was made with.
-        made: of a task: examples, tokens, date, versions.
+        made: of a task: whose scores they are (``selector``), examples, tokens, date,
+            versions.
         evaluation: of a task: what it cost when it was measured.
         slicing: how a quantised model was sliced: ``whole groups``, ``requantised``.
         requantised_layers: how many layers were quantised again.
@@ -77,6 +78,11 @@ class Origin:
     kl: float | None = None
     router_mass: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the scores are a trained predictor's."""
+        return "predictor" in (self.selector, (self.made or {}).get("selector"))
 
     def as_text(self) -> dict[str, str]:
         """Return what is known as words, by the names that mask files have for it."""

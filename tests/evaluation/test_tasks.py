@@ -17,7 +17,7 @@ from ifp_mlx.model import export
 from ifp_mlx.model.checkpoint import IFPModel
 from ifp_mlx.selection.calibration import SKETCH_VERSION
 from ifp_mlx.selection.config import IFPConfig
-from ifp_mlx.selection.masks import find_mask
+from ifp_mlx.selection.masks import Origin, find_mask
 from ifp_mlx.slicing.compensation import read_channels
 from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.tasks import main
@@ -75,7 +75,8 @@ def test_a_task_file_says_how_it_was_made_and_gives_the_task_back(opened, tmp_pa
     assert (origin.keep, origin.allocation) == (0.25, "uniform")
     about = origin.made
     assert about["examples"] == 3 and about["tokens"] == 12
-    assert set(about) == {"examples", "tokens", "date", "versions"}
+    assert set(about) == {"selector", "examples", "tokens", "date", "versions"}
+    assert about["selector"] == "activation"
     assert mx.array_equal(again.selection.fingerprint, model.fingerprint)
     assert again.evaluation is None
 
@@ -352,3 +353,87 @@ def test_a_library_leaves_other_masks_out(opened, tmp_path):
     tasks.make(opened[0], "french", EXAMPLES).save(tmp_path)
     assert [task.name for task in tasks.library(tmp_path)] == ["french"]
     assert find_mask("french", [tmp_path]) == tmp_path / "french.safetensors"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load()
+
+
+def test_a_trained_predictor_makes_the_task_masks_of_its_checkpoint(shipped, tmp_path):
+    model, tokenizer = shipped
+    text = "You give the French names of countries."
+    described = tasks.make(model, "french", [Row(model.instruction_tokens(text), [])])
+    chosen = model.select(text)
+    assert described.selection.mask_id == chosen.mask_id
+    assert described.selection.gates is not None and described.selection.text is None
+    again = TaskMask.load(described.save(tmp_path))
+    assert (
+        again.selection.mask_id == chosen.mask_id and again.selection.origin.predicted
+    )
+
+
+@pytest.mark.parametrize("source", ["description", "examples"])
+def test_a_task_mask_of_the_shipped_checkpoint_knows_its_facts(
+    source, shipped, tmp_path, capsys
+):
+    model, tokenizer = shipped
+    facts = {"Yemen": "Yémen", "Cuba": "Cuba", "Norway": "Norvège", "Japan": "Japon"}
+    facts |= {"Germany": "Allemagne", "Spain": "Espagne", "Poland": "Pologne"}
+    how = ["--instruction", "You give the French names of countries."]
+    if source == "examples":
+        path = tmp_path / "rows.jsonl"
+        rows = [
+            {"prompt": f"What is {word} called in French?", "completion": name}
+            for word, name in facts.items()
+        ]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        how = ["--examples", path]
+    where = ["--model", model.path, "--tasks-folder", tmp_path / "library"]
+    run_json(capsys, "make", *where, "--name", "french", *how)
+    task = TaskMask.load(tmp_path / "library/french.safetensors").selection
+    found = [
+        generate(model, tokenizer, f"Please: Say {w} in French.", selection=task)
+        for w in facts
+    ]
+    right = [a.strip() == b for a, b in zip(found, facts.values(), strict=True)]
+    assert sum(right) >= len(facts) - 1
+    status, _, err = run_command(
+        generate_main, capsys, *where, "--task", "french", "-p", "Say Iraq in French."
+    )
+    assert status == 0 and "without training" not in err and "SmolLM" not in err
+
+
+def test_what_selects_of_an_example_is_its_first_users_message(shipped, tmp_path):
+    model, tokenizer = shipped
+    talk = [
+        {"role": "user", "content": "Say Iraq in French."},
+        {"role": "assistant", "content": "Irak"},
+        {"role": "user", "content": "And Yemen?"},
+        {"role": "assistant", "content": "Yémen"},
+    ]
+    path = tmp_path / "talk.jsonl"
+    path.write_text(json.dumps({"messages": talk}))
+    made = tasks.make(model, "talk", read_rows(path, tokenizer))
+    assert made.selection.mask_id == model.select(talk[0]["content"]).mask_id
+
+
+def test_trained_tasks_are_merged_by_who_needs_a_channel_most(shipped, opened):
+    model, _ = shipped
+    rows = [Row(model.instruction_tokens(t), []) for t in ("Say Iraq.", "Sort 3 1.")]
+    one, other = (tasks.make(model, "a", rows[:1]), tasks.make(model, "b", rows[1:]))
+    both = tasks.merge(model, "both", [one, other], keep=0.5)
+    assert mx.array_equal(both.scores, mx.maximum(one.scores, other.scores))
+    assert both.selection.sizes == [256, 256] and both.selection.gates is not None
+    plain = replace(one, selection=replace(one.selection, origin=Origin(task="old")))
+    with pytest.raises(ValueError, match="b has the scores of a trained predictor and"):
+        tasks.merge(model, "both", [plain, other])
+
+
+def test_two_layers_have_no_last_third(shipped, tmp_path, capsys):
+    model, _ = shipped
+    for name, text in (("one", "Say Iraq."), ("two", "Sort 3 1.")):
+        tasks.make(model, name, [Row(model.instruction_tokens(text), [])]).save(
+            tmp_path
+        )
+    run_json(capsys, "overlap", "--tasks-folder", tmp_path)
