@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import importlib.util
 import os
 import re
 import shutil
@@ -13,11 +12,10 @@ import threading
 import time
 import zipfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, fetch
+from conftest import ROOT
 
 from ifp_mlx.engine import Done, Engine, OutOfMemory, Progress, Token
 from ifp_mlx.openai import page as page_module
