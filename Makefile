@@ -53,7 +53,7 @@ check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/codespell $(SOURCES) $(TESTS) $(PAGES) Makefile .ci/run
+	@$(VENV)/bin/codespell $(SOURCES) $(TESTS) $(PAGES) Makefile .ci/run
 
 fix: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .

@@ -214,7 +214,14 @@ def write_quantised(
     return folder
 
 
-def write_adapter(folder: Path, model: Path, kind="lora", keys=None, seed=1, layers=2):
+def write_adapter(
+    folder: Path,
+    model: Path,
+    kind: str = "lora",
+    keys: list[str] | None = None,
+    seed: int = 1,
+    layers: int = 2,
+) -> Path:
     """Write an adapter of a model as mlx_lm.lora does, random instead of trained; it
     changes the last layers.
     """

@@ -151,7 +151,8 @@ def _numbers(config: dict[str, Any]) -> set[str]:
     """Return the keys that hold a number, and never a text, in every class that
     :func:`_classes` finds.
     """
-    numbers, others = set(), set()
+    numbers: set[str] = set()
+    others: set[str] = set()
     for kind in _classes(config):
         for key, hint in get_type_hints(kind).items():
             either = get_origin(hint) in (Union, UnionType)

@@ -83,7 +83,7 @@ def make_app(engine: Engine, policy: Policy) -> "Starlette":
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
     ]
-    keep, temp = policy.defaults.keep, policy.defaults.temp
+    keep, temp = policy.defaults.keep, policy.defaults.decoding.get("temp", 0.0)
     routes += page.routes(engine, name=policy.name, keep=keep, temp=temp)
     refusals = (HTTPError, HTTPException, IFPError)
     return Starlette(
