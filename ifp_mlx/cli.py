@@ -5,10 +5,11 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from .decoding.kv import BITS, KVOptions
 from .decoding.options import Decoding
 from .selection.masks import Selection, find_mask
 from .selection.request import MIN_AGREEMENT, SAFE_KEEP, Check, Keep, Request
@@ -246,6 +247,46 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
     chosen["stop_strings"] = tuple(args.stop_strings)
     Decoding(**chosen)  # or it says what is wrong, before anything is loaded
     return chosen
+
+
+def add_kv_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the KV cache is kept; :func:`kv_of` reads them."""
+    add = parser.add_argument_group("KV cache").add_argument
+    kept, size = KVOptions(), "the model's head size must be a multiple of it"
+    add(
+        "--kv-bits",
+        type=int,
+        metavar="N",
+        help=f"quantise it to so many bits: {', '.join(map(str, BITS))}; not with --check",
+    )
+    add(
+        "--kv-group-size",
+        type=int,
+        default=kept.kv_group_size,
+        metavar="N",
+        help=f"numbers that share a scale, {size}; default: %(default)s",
+    )
+    add(
+        "--quantized-kv-start",
+        type=int,
+        default=kept.quantized_kv_start,
+        metavar="N",
+        help="quantise it when it has so many tokens; default: %(default)s",
+    )
+    add(
+        "--max-kv-size",
+        type=int,
+        metavar="N",
+        help="keep no more tokens in it, the first four and the latest; not with "
+        "--check or --kv-bits",
+    )
+
+
+def kv_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options of :func:`add_kv_options` say, as ``stream_generate`` and
+    the engine take it.
+    """
+    return asdict(KVOptions.split(vars(args))[0])
 
 
 def _flag(name: str) -> str:

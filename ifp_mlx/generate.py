@@ -79,6 +79,14 @@ def build_parser() -> cli.Parser:
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     cli.add_decoding_options(parser)
+    cli.add_kv_options(parser)
+    add(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="the prompt goes on where the text in this file ends, which is not read "
+        "again; if there is no such file yet, it is written when the prompt was read; "
+        "it belongs to the mask, so give the same --instruction or --mask-file",
+    )
     add("--ignore-chat-template", action="store_true", help="prompt as plain text")
     add("--json", action="store_true", help="end with one line of JSON on stdout")
     return parser
@@ -95,7 +103,7 @@ def _command(args: Any) -> None:
     how: dict[str, Any] = {"check": cli.check_of(args.check), "reselect": args.reselect}
     how |= {"draft_tokens": args.draft_tokens, "memory_bytes": memory}
     request = cli.request_of(args, prefill=args.prefill, **how)
-    decoding = cli.decoding_of(args)
+    decoding = cli.decoding_of(args) | cli.kv_of(args)
     model, tokenizer = load(args.model, args.adapter_path)
     steps = stream_generate(
         model,
@@ -105,6 +113,7 @@ def _command(args: Any) -> None:
         system_prompt=args.system_prompt,
         cache=CompactCache(args.cache_folder),
         chat_template=not args.ignore_chat_template,
+        prompt_cache_file=args.prompt_cache_file,
         progress=SHOWN,
         max_tokens=args.max_tokens,
         prefill_step_size=args.prefill_step_size,

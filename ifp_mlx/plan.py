@@ -2,9 +2,11 @@
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 from . import cli
+from .decoding.kv import KVOptions
 from .planning import devices, machine
 from .planning.roofline import Job
 from .planning.rows import _verdict, as_json, open_subject, plan_rows, report
@@ -48,6 +50,7 @@ def build_parser() -> cli.Parser:
         help=f"kept shares of the units; default 0.5, {SAFE_KEEP:g}, and the largest "
         "that fits",
     )
+    cli.add_kv_options(parser)
     add("--prompt-tokens", type=int, default=512, help="default: %(default)s")
     add("--instruction-tokens", type=int, help="that select; default: the prompt's")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
@@ -71,6 +74,8 @@ def _command(args: Any) -> None:
     if args.device and args.device != "here":
         device = devices.find(args.device)
     subject = open_subject(args.model, channel_store=args.channel_store)
+    kv = KVOptions(**cli.kv_of(args))
+    subject = replace(subject, footprint=subject.footprint.keeping(kv))
     if args.device == "here":
         device = machine.here(subject.folder, again=args.measure_again)
     memory = None if args.memory_gb is None else round(args.memory_gb * 1e9)

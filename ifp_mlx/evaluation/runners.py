@@ -123,7 +123,7 @@ class Contest:
         from mlx_lm.generate import generate_step
 
         start = time.perf_counter()
-        kv, read, _ = read_densely(kv, self.prompt, self.prompt, None)
+        kv, read, *_ = read_densely(kv, self.prompt, self.prompt, None)
         # One step below the text level: no end-of-sequence token cuts a run short.
         steps = generate_step(
             mx.array(self.prompt[read:]),

@@ -13,17 +13,20 @@ from .checkpoint import IFPModel
 
 
 class Reading(NamedTuple):
-    """What the dense model has read of a prompt.
+    """What has been read of a prompt before the answer begins, by the dense model or for
+    a prompt cache file.
 
     Attributes:
         kv: mlx-lm's KV cache, if there is one.
         tokens: how many.
         seconds: that it took now.
+        cached: how many of them were read another time.
     """
 
     kv: list[Any] | None
     tokens: int
     seconds: float = 0.0
+    cached: int = 0
 
 
 def read_densely(

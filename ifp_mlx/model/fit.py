@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checking.drift import RECENT
+from ..decoding.kv import KVOptions
 from ..selection.calibration import CHATS, MOST_TOKENS
 from ..slicing import sketch
 from ..slicing.compensation import RANK, TOKENS
@@ -34,10 +35,17 @@ class Limits:
         memory_bytes: for compact model, KV cache and predictor, and for the dense
             layer and its activations that a sweep holds above them; ``None`` is what
             this machine has.
+        kv: how the KV cache is kept.
     """
 
     context: int
     memory_bytes: int | None = None
+    kv: KVOptions = KVOptions()
+
+    def weigh(self, model: Any) -> Footprint:
+        """Return the footprint of an :class:`ifp_mlx.model.checkpoint.IFPModel`."""
+        footprint: Footprint = model.footprint
+        return footprint.keeping(self.kv)
 
 
 def check_fits(model: Any, decision: Decision, limits: Limits) -> None:
@@ -82,7 +90,7 @@ def fitting_size(
 def _allowed(model: Any, decision: Decision, limits: Limits) -> tuple[int, Footprint]:
     """Return the bytes that may be taken, and the footprint that has to fit them."""
     if limits.memory_bytes is None:
-        return physical_memory(), model.footprint
+        return physical_memory(), limits.weigh(model)
     return limits.memory_bytes, _in_passing(model, decision, limits)
 
 
@@ -133,7 +141,7 @@ def cuts_inlets(model: Any, decision: Decision) -> bool:
 
 def _in_sweep(model: Any, decision: Decision, limits: Limits) -> Footprint:
     """Return the model's footprint with what a sweep has in memory for a while."""
-    footprint: Footprint = model.footprint
+    footprint = limits.weigh(model)
     reading, channels = len(decision.tokens), footprint.channels
     condensing = 0
     asks = decision.compensate or decision.selector in ("prior", "blend")

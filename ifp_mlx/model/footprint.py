@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..decoding.kv import KVOptions
 from ..files.quantised import leaves_out, noted, packing, quantised_by
 from ..selection.masks import Selection
 from ..slicing.plan import plan_of
@@ -51,15 +52,38 @@ class LayerCache:
         token_bytes: of a token's key and value.
         window: tokens that are kept at most; ``None`` is all.
         state_bytes: of what is kept however many tokens there are (state spaces).
+        item_bytes: of one number in it.
+        packed_bytes: of a token's key and value once the cache is quantised.
+        packed_from: tokens from which on it is; ``None`` is never.
     """
 
     token_bytes: int
     window: int | None = None
     state_bytes: int = 0
+    item_bytes: int = 2
+    packed_bytes: int = 0
+    packed_from: int | None = None
 
     def bytes(self, tokens: int) -> int:
-        """Return the bytes of this layer's cache after ``tokens``."""
-        return self.state_bytes + self.token_bytes * min(tokens, self.window or tokens)
+        """Return the most bytes of this layer's cache, up to ``tokens``."""
+        plain = self.token_bytes * min(tokens, self.window or tokens)
+        if self.packed_from is None or tokens <= self.packed_from:
+            return self.state_bytes + plain
+        before = self.token_bytes * self.packed_from
+        return self.state_bytes + max(before, self.packed_bytes * tokens)
+
+    def keeping(self, kv: KVOptions) -> "LayerCache":
+        """Return the same cache, kept in another way, where it can be."""
+        if not self.token_bytes or self.window is not None:
+            return self
+        if kv.max_kv_size is not None:
+            return replace(self, window=kv.max_kv_size)
+        if kv.kv_bits is None:
+            return self
+        numbers = self.token_bytes / self.item_bytes
+        each = kv.kv_bits / 8 + 2 * self.item_bytes / kv.kv_group_size
+        packed = math.ceil(numbers * each)
+        return replace(self, packed_bytes=packed, packed_from=kv.quantized_kv_start)
 
 
 @dataclass(frozen=True)
@@ -203,6 +227,10 @@ class Footprint:
         allocated; a sliding window is exceeded while a long prompt is read.
         """
         return sum(cache.bytes(tokens) for cache in self.caches)
+
+    def keeping(self, kv: KVOptions) -> "Footprint":
+        """Return it for a KV cache that is kept in another way."""
+        return replace(self, caches=tuple(cache.keeping(kv) for cache in self.caches))
 
     def total_bytes(self, sizes: Selection | Sizes, tokens: int) -> int:
         """Return what must be in memory at once: the compact model, the KV cache of
@@ -419,7 +447,8 @@ def _layer_cache(cache: Any) -> LayerCache:
         # [B, heads, tokens, head size], and room for more tokens than one
         pair = [kv for kv in (cache.keys, cache.values) if isinstance(kv, mx.array)]
         token_bytes = sum(kv.nbytes // kv.shape[2] for kv in pair)
-        return LayerCache(token_bytes, getattr(cache, "max_size", None))
+        window, size = getattr(cache, "max_size", None), pair[0].itemsize
+        return LayerCache(token_bytes, window, item_bytes=size)
     held = tree_flatten(cache.state)
     return LayerCache(
         0, None, sum(part.nbytes for _, part in held if isinstance(part, mx.array))

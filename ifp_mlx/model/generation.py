@@ -1,7 +1,9 @@
 """The main job: select, load the units, prefill, decode."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -9,6 +11,7 @@ import mlx.core as mx
 from ..checking.answer import CheckedResponse, answered
 from ..checking.loop import CheckedRun, DraftLength
 from ..checking.rule import Rule
+from ..decoding.kv import KVOptions
 from ..decoding.options import Decoding, Processor
 from ..decoding.stops import Stops
 from ..files.progress import ProgressBar
@@ -21,12 +24,14 @@ from ..selection.prompts import (
     tokenize,
 )
 from ..selection.request import Request
+from ..slicing.stock import PREFILL_STEP
 from .checkpoint import Compact, IFPModel
 from .compact_cache import CompactCache, prepare_once
 from .decide import decide, with_instruction
 from .decision import Decision
 from .dense_prefill import Reading, read_densely
 from .fit import Limits
+from .prompt_cache import PromptFile, continuation, open_length, write_prompt_cache
 from .responses import GenerationResponse, Seconds
 
 STOCK_MAX_TOKENS = 256  # mlx-lm's, where the caller names none
@@ -45,6 +50,7 @@ def stream_generate(
     system_prompt: str | None = None,
     chat_template: bool = True,
     cache: CompactCache | None = None,
+    prompt_cache_file: str | os.PathLike[str] | None = None,
     progress: ProgressBar = iter,
     **options: Any,
 ) -> Iterator[GenerationResponse]:
@@ -60,13 +66,17 @@ def stream_generate(
         system_prompt: put before the prompt, and so part of the default instruction.
         chat_template: ``False`` leaves the chat template out.
         cache: where a compact model that had to fit is kept for the next time.
+        prompt_cache_file: a ``.safetensors`` file of mlx-lm's form, whose text the
+            compact model does not read again: the prompt goes on where it ends, inside
+            the user's message. If there is no such file yet, it is written when the
+            prompt has been read.
         progress: wraps iterations over calibration texts and over layers.
         options: the fields of :class:`ifp_mlx.selection.request.Request`
             (``instruction``, ``keep``, ``selector``, ``check``, ...; by default the
             prompt's messages up to the first user message select) and of
             :class:`ifp_mlx.decoding.options.Decoding` (``temp``, ``top_p``,
-            ``repetition_penalty``, ``stop_strings``, ...; the seed is the request's).
-            The others go to ``mlx_lm.stream_generate`` (``max_tokens``,
+            ``repetition_penalty``, ``stop_strings``, ...; the seed is the request's),
+            and of :class:`ifp_mlx.decoding.kv.KVOptions` (``kv_bits``, ...). The others go to ``mlx_lm.stream_generate`` (``max_tokens``,
             ``prefill_step_size``, ...); with ``check`` there are only these two.
 
     Yields:
@@ -78,18 +88,53 @@ def stream_generate(
     asked, rest = Request.split(options)
     request = request or asked
     decoding, rest = Decoding.split(rest)
-    if request.checks:
-        _check_options(rest)
-    tokens, selecting = _read_prompt(
-        tokenizer,
-        prompt,
-        system_prompt=system_prompt,
-        chat_template=chat_template,
-        config=request.chat_template_config,
-    )
+    kv, rest = KVOptions.split(rest)
+    path = None if prompt_cache_file is None else Path(prompt_cache_file)
+    _check_options(request, kv, path, rest)
+    if path is not None:
+        request = replace(request, prefill="compact")
+    kv.check_fits(model.source.skeleton)
+    file = None if path is None else PromptFile.open(path)
+    how: dict[str, Any] = {"system": system_prompt, "chat_template": chat_template}
+    how["config"] = request.chat_template_config
+    tokens, selecting = _read_prompt(tokenizer, prompt, file, **how)
     tokens = known_tokens(tokens, model.vocabulary)
     context = len(tokens) + rest.get("max_tokens", STOCK_MAX_TOKENS)
-    limits = Limits(context, request.memory_bytes)
+    compact, decision = _prepared(
+        model,
+        request,
+        selecting,
+        Limits(context, request.memory_bytes, kv),
+        cache,
+        progress,
+    )
+    if file is not None:
+        reading = file.reading(model, compact, kv)
+    elif path is not None:
+        count = open_length(tokenizer, prompt, tokens, **how)
+        about = model, compact, tokens, count, kv
+        step = rest.get("prefill_step_size", PREFILL_STEP)
+        reading = write_prompt_cache(path, *about, step)
+    else:
+        reading = _read_densely(model, decision, compact, tokens)
+    decoding = replace(decoding, seed=request.seed)
+    decoding = decoding.fitted(tokenizer, model.vocabulary)
+    make = stream_checked if compact.whole is not None else _stream_unchecked
+    rest |= {} if compact.whole is not None else {"kv": kv}
+    steps = make(compact, tokenizer, tokens, request, reading, decoding, **rest)
+    for step in _until(decoding.stop_strings, steps):
+        yield _response(step, compact, reading)
+
+
+def _prepared(
+    model: IFPModel,
+    request: Request,
+    selecting: Prompt,
+    limits: Limits,
+    cache: CompactCache | None,
+    progress: ProgressBar,
+) -> tuple[Compact, Decision]:
+    """Return the compact model, and what was decided on it."""
     how: dict[str, Any] = {"limits": limits, "progress": progress}
     decision = decide(with_instruction(request, selecting), model, **how)
     kept = request.memory_bytes is not None and decision.selection is None
@@ -97,17 +142,26 @@ def stream_generate(
         compact = prepare_once(model, decision, cache or CompactCache(), progress)
     else:
         compact = model.prepare(decision, progress=progress)
-    reading = _read_densely(model, decision, compact, tokens)
-    decoding = replace(decoding, seed=request.seed)
-    decoding = decoding.fitted(tokenizer, model.vocabulary)
-    make = stream_checked if compact.whole is not None else _stream_unchecked
-    steps = make(compact, tokenizer, tokens, request, reading, decoding, **rest)
-    for step in _until(decoding.stop_strings, steps):
-        yield _response(step, compact, reading)
+    return compact, decision
 
 
-def _check_options(options: Iterable[str]) -> None:
-    """Raise ``ValueError`` on an option of mlx-lm that is nothing to checking."""
+def _check_options(
+    request: Request, kv: KVOptions, path: Path | None, options: Iterable[str]
+) -> None:
+    """Raise ``ValueError`` on options that do not go together."""
+    if path is not None and request.prefill == "dense":
+        raise ValueError(
+            f"prefill=dense has the whole model read the prompt, and {path} is read by the "
+            "compact one; leave one of them out."
+        )
+    if not request.checks:
+        return
+    kv.check_unchecked(request.check)
+    if path is not None:
+        raise ValueError(
+            f"check={request.check} has the whole model read the prompt, and {path} is "
+            "read by the compact one; leave one of them out."
+        )
     if unknown := {*options} - STOCK_OPTIONS:
         raise ValueError(
             f"{min(unknown)!r} does not go with checking, which has to know how tokens "
@@ -148,6 +202,7 @@ def _stream_unchecked(
     reading: Reading,
     decoding: Decoding,
     *,
+    kv: KVOptions,
     logits_processors: Sequence[Processor] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
@@ -157,8 +212,11 @@ def _stream_unchecked(
     more = [*decoding.processors, *(logits_processors or ())]
     decoding = replace(decoding, processors=more)
     options = decoding.for_mlx_lm(tokens[: reading.tokens]) | options
-    if reading.tokens:
-        options["prompt_cache"] = reading.kv
+    options |= kv.for_mlx_lm()
+    cache = reading.kv if reading.tokens else None
+    options["prompt_cache"] = (
+        kv.cache_of(compact.model) if cache is None else kv.holding(cache)
+    )
     left = tokens[reading.tokens :]
     yield from stock_stream_generate(compact.model, tokenizer, left, **options)
 
@@ -212,7 +270,9 @@ def _response(step: Any, compact: Compact, reading: Reading) -> GenerationRespon
     """Add our own figures to a response of mlx-lm."""
     prefill = reading.seconds + step.prompt_tokens / step.prompt_tps
     prompt_tokens = reading.tokens + step.prompt_tokens
-    selected = reading.tokens and not reading.seconds  # read while selecting
+    read_now = prompt_tokens - reading.cached
+    # Read while selecting.
+    selected = reading.tokens and not (reading.seconds or reading.cached)
     seconds = Seconds(
         select=compact.select,
         load=compact.load,
@@ -227,7 +287,8 @@ def _response(step: Any, compact: Compact, reading: Reading) -> GenerationRespon
         selection=compact.selection,
         seconds=seconds,
         prompt_tokens=prompt_tokens,
-        prompt_tps=prompt_tokens / (prefill + (compact.select if selected else 0)),
+        cached_tokens=reading.cached,
+        prompt_tps=read_now / (prefill + (compact.select if selected else 0)),
         generation_tokens=step.generation_tokens,
         generation_tps=step.generation_tps,
         peak_memory_bytes=mx.get_peak_memory(),
@@ -239,17 +300,24 @@ def _response(step: Any, compact: Compact, reading: Reading) -> GenerationRespon
 def _read_prompt(
     tokenizer: Any,
     prompt: Prompt,
+    file: PromptFile | None,
     *,
-    system_prompt: str | None,
+    system: str | None,
     chat_template: bool,
     config: Mapping[str, Any] | None,
 ) -> tuple[list[int], Prompt]:
-    """Return the prompt's tokens and its default instruction."""
-    if (ids := ids_of(prompt)) is not None:
-        return ids, ids
-    messages = as_messages(prompt, system_prompt)
+    """Return the prompt's tokens, those in a file included, and its default instruction."""
     how: dict[str, Any] = {"chat_template": chat_template, "config": config}
-    tokens = tokenize(tokenizer, messages, open_end=True, **how)
+    begun: list[int] = []
+    if file is not None:
+        begun = [
+            *file.tokens,
+            *continuation(tokenizer, file, prompt, system=system, **how),
+        ]
+    if (ids := ids_of(prompt)) is not None:
+        return begun or ids, ids
+    messages = as_messages(prompt, system)
+    tokens = begun or tokenize(tokenizer, messages, open_end=True, **how)
     if chat_template:
         return tokens, messages
     return tokens, tokenize(tokenizer, instruction_of(messages), chat_template=False)

@@ -38,6 +38,7 @@ class GenerationResponse:
         selection: the units it was generated with.
         seconds: the time spent so far.
         prompt_tokens: tokens in the prompt.
+        cached_tokens: how many of them were in the prompt cache file.
         prompt_tps: prefill speed, tokens per second.
         generation_tokens: tokens generated so far.
         generation_tps: decode speed, tokens per second.
@@ -59,6 +60,7 @@ class GenerationResponse:
     peak_memory_bytes: int
     cache: str | None = None
     check: Checks | None = None
+    cached_tokens: int = 0
 
 
 def report(last: GenerationResponse) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def report(last: GenerationResponse) -> dict[str, Any]:
     selection = last.selection
     return {
         "prompt_tokens": last.prompt_tokens,
+        "cached_tokens": last.cached_tokens,
         "generation_tokens": last.generation_tokens,
         "finish_reason": last.finish_reason,
         "selection": {

@@ -153,16 +153,22 @@ def render(
     messages: Sequence[Message],
     *,
     open_end: bool = False,
+    continued: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> str:
     """Return what the chat template makes of a conversation; see :func:`tokenize`.
+
+    Args:
+        tokenizer, messages, open_end, config: see there.
+        continued: whoever says the last message, what would close it is left out, and
+            what would begin an answer.
 
     Raises:
         ValueError: if the template refuses the conversation.
     """
     answered = messages[-1]["role"] == "assistant"
-    ending = {"add_generation_prompt": not answered}
-    if answered and open_end:
+    ending = {"add_generation_prompt": not answered and not continued}
+    if continued or (answered and open_end):
         ending["continue_final_message"] = True
     own = dict(config or {})
     if known := own.keys() & NOT_ASKED:
