@@ -63,6 +63,7 @@ def build_parser() -> cli.Parser:
     add("--cache-bytes", type=int, help="compact models kept; default: half of memory")
     add("--prompt-cache-bytes", type=int, default=256 << 20, help="default: 256 MiB")
     cli.add_decoding_options(parser, "where a request says nothing", prefill_step=256)
+    cli.add_kv_options(parser)
     add("--grace", type=int, default=10, help="seconds for answers when stopped")
     return parser
 
@@ -91,6 +92,7 @@ def _command(args: argparse.Namespace) -> None:
         max_queue=args.max_queue,
         batch=args.batch,
         prefill_step=args.prefill_step_size,
+        **cli.kv_of(args),
     ) as engine:
         _prepare(engine, args)
         policy = Policy(

@@ -121,6 +121,22 @@ class KVOptions:
                         f"{', '.join(map(str, GROUPS))}, or leave kv_bits out."
                     )
 
+    def read(self, model: nn.Module, tokens: Sequence[int], cache: list[Any]) -> None:
+        """Let a model read some tokens at once, and quantise the cache if it is time.
+
+        Args:
+            model: mlx-lm's.
+            tokens: ids, one at least.
+            cache: of what came before; it is changed.
+        """
+        import mlx.core as mx
+        from mlx_lm.generate import maybe_quantize_kv_cache
+
+        model(mx.array(list(tokens))[None], cache=cache)
+        how = self.quantized_kv_start, self.kv_group_size, self.kv_bits
+        maybe_quantize_kv_cache(cache, *how)
+        mx.eval([layer.state for layer in cache])
+
     def cache_of(self, model: nn.Module) -> list[Any]:
         """Return an empty cache for a model. Types that make their own, as llama's does,
         are not told its size by mlx-lm.
@@ -151,3 +167,6 @@ class KVOptions:
                     )
             held.append(new)
         return held
+
+
+PLAIN = KVOptions()  # as the model makes its cache

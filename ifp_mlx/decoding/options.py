@@ -151,7 +151,8 @@ class Decoding:
     @classmethod
     def names(cls) -> list[str]:
         """Return what there is to choose."""
-        return [option.name for option in fields(cls) if option.init]
+        names = [option.name for option in fields(cls)]
+        return [name for name in names if name != "xtc_special_tokens"]
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:

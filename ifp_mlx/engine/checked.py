@@ -1,11 +1,8 @@
 """Requests whose answers the whole model checks, one check after another."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-import mlx.core as mx
+from typing import Any
 
 from ..checking.loop import Checked, CheckedRun, DraftLength
 from ..checking.rule import Rule
@@ -14,22 +11,15 @@ from ..slicing.sliced import twin
 from .errors import CheckFailed, InvalidRequest
 from .events import FinishReason
 from .forms import Use
-from .lanes import Seats, Text, Ticket, seed_of
+from .lanes import Ticket, seed_of
 from .prompts import WHOLE_MODEL, Prompts
+from .turns import Turns
 
-BROKEN = (
+BROKEN: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     RuntimeError,
 )  # what reading fails with: MLX's is the last
-
-
-class Said(NamedTuple):
-    """A token that stands, as a batch would say it; see :meth:`Ticket.token`."""
-
-    token: int
-    logprobs: mx.array
-    finish_reason: FinishReason | None
 
 
 @dataclass
@@ -47,10 +37,10 @@ class Tally:
         return vars(self) | {"acceptance": share}
 
 
-class CheckedLane(Seats):
+class CheckedLane(Turns):
     """The requests of one mask whose answers the whole model checks.
 
-    They take turns, so that other lanes can take theirs between two checks. Their KV
+    They take turns, a prefill step or a check at a time. Their KV
     caches are the dense model's, so that any mask's will do for any other.
 
     Args:
@@ -63,6 +53,8 @@ class CheckedLane(Seats):
         prefill_step: prompt tokens between two chances to stop.
     """
 
+    breaks = BROKEN
+
     def __init__(
         self,
         whole: Whole,
@@ -74,11 +66,10 @@ class CheckedLane(Seats):
         batch: int,
         prefill_step: int,
     ) -> None:
-        super().__init__(use, batch)
-        self._whole, self._tokenizer, self._prompts = whole, tokenizer, prompts
+        super().__init__(use, tokenizer, batch)
+        self._whole, self._prompts = whole, prompts
         self._tally, self._prefill_step = tally, prefill_step
         self._runs: dict[int, tuple[CheckedRun, Iterator[int]]] = {}
-        self._numbers = itertools.count()
 
     def admit(self, ticket: Ticket) -> None:
         """See :meth:`Seats.admit`; a request that cannot be checked ends here."""
@@ -90,11 +81,9 @@ class CheckedLane(Seats):
             return ticket.emit(
                 InvalidRequest(str(error)) if refused else _failed(error)
             )
-        number = next(self._numbers)
         ticket.check = run.figures
-        self.running[number] = ticket
+        number = self._seat(ticket, cached)
         self._runs[number] = run, run.prefill(self._prefill_step)
-        ticket.start(Text(self._tokenizer, ticket.sampling.stop_strings), cached)
 
     def _run(self, ticket: Ticket, cache: list[Any] | None, known: int) -> CheckedRun:
         request, sampling, whole = ticket.request, ticket.sampling, self._whole
@@ -105,22 +94,6 @@ class CheckedLane(Seats):
             whole = Whole(whole.source, twin(whole.model))
         rule, length = Rule(request.check, decoding), DraftLength(request.draft_tokens)
         return CheckedRun(whole, ticket.tokens, rule, length, cache, known, follow)
-
-    def step(self) -> None:
-        """Take the one that waited longest a prefill step or a check further."""
-        for number in [n for n, one in self.running.items() if one.stop.cancelled]:
-            self._end(number, "cancelled")
-        if not self.running:
-            return
-        number = next(iter(self.running))
-        ticket = self.running[number] = self.running.pop(number)  # now the last
-        try:
-            said = self._advance(number)
-        except BROKEN as error:
-            del self.running[number], self._runs[number]
-            ticket.emit(_failed(error))
-        else:
-            self._say(number, said)
 
     def _advance(self, number: int) -> list[Checked]:
         """Take one request a bit further, and return the tokens that stand."""
@@ -137,20 +110,11 @@ class CheckedLane(Seats):
                 more = getattr(figures, name) - before[name]
                 setattr(self._tally, name, sum_ + more)
 
-    def _say(self, number: int, said: list[Checked]) -> None:
-        """Hand tokens on, as far as the request wants them."""
-        ticket, ends = self.running[number], self._tokenizer.eos_token_ids
-        if said and not ticket.number:  # of the prompt, a check reads the last token
-            ticket.prefilled(len(ticket.tokens) - ticket.cached)
-        for one in said:
-            last = ticket.number + 1 == ticket.max_tokens
-            reason: FinishReason | None = "length" if last else None
-            reason = "stop" if one.token in ends else reason
-            reason = ticket.token(Said(one.token, one.logprobs, reason))
-            if reason is None and ticket.stop.cancelled:
-                reason = "cancelled"
-            if reason is not None:
-                return self._end(number, reason)
+    def _forget(self, number: int) -> None:
+        del self._runs[number]
+
+    def _failed(self, error: Exception) -> CheckFailed:
+        return _failed(error)
 
     def close(self) -> None:
         """See :meth:`Seats.close`."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..decoding.kv import KVOptions
 from ..selection.prompts import Prompt, ids_of
 from ..selection.request import RESELECTS, Keep, Request
 from .chat import Chat, text_of
@@ -96,6 +97,10 @@ class Engine:
         batch: int = 16,
         prefill_step: int = 256,
         progress: OnProgress = lambda event: None,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 5000,
+        max_kv_size: int | None = None,
     ) -> "Engine":
         """Open a model folder or hub id; weights stay on disk until a task needs them.
 
@@ -114,11 +119,19 @@ class Engine:
             batch: requests of one mask that decode together at most.
             prefill_step: prompt tokens between two chances to cancel.
             progress: called with ``download`` and ``load``, on the worker thread.
+            kv_bits, kv_group_size, quantized_kv_start, max_kv_size: how KV caches are
+                kept, see :class:`ifp_mlx.decoding.kv.KVOptions`. With ``kv_bits`` or
+                ``max_kv_size`` a request's ``check`` is refused, and requests take turns
+                instead of decoding in a batch.
 
         Raises:
+            InvalidRequest: if mlx-lm cannot keep the model's KV cache so.
             ModelNotFound: if there is no such folder or hub id.
             IncompatibleModel: if its content is damaged or of an unsupported type.
         """
+        with typed_errors(InvalidRequest):
+            how = kv_bits, kv_group_size, quantized_kv_start, max_kv_size
+            kv = KVOptions(*how)
         settings = Settings(
             path=str(path),
             adapter_path=None if adapter_path is None else str(adapter_path),
@@ -128,6 +141,7 @@ class Engine:
             context_length=context_length,
             batch=batch,
             prefill_step=prefill_step,
+            kv=kv,
         )
         worker = Worker(partial(Host, settings, progress))
         try:
@@ -403,7 +417,7 @@ def split_options(options: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
     Raises:
         InvalidRequest: on an option that there is not, or that cannot be had.
     """
-    sampling = {*Sampling.names()} - {"processors", "xtc_special_tokens"}
+    sampling = {*Sampling.names()} - {"processors"}
     if unknown := options.keys() - {*CHOOSING} - sampling:
         raise InvalidRequest(
             f"{min(unknown)!r} is no option; there are "

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from ..decoding.kv import PLAIN, KVOptions
 from ..model.checkpoint import load
 from ..model.footprint import physical_memory
 from ..selection.prompts import (
@@ -40,6 +41,7 @@ from .lanes import Lane, Schedule, Seats, Ticket
 from .prompts import WHOLE_MODEL, Prompts
 from .residents import Shelf, clear_memory
 from .sampling import DEFAULT_MAX_TOKENS, Sampling
+from .turns import SoloLane
 from .worker import detached
 
 QUICK = 0.02  # seconds that tokenising what has its mask already may take
@@ -57,6 +59,7 @@ class Settings:
     batch: int
     prefill_step: int
     adapter_path: str | None = None
+    kv: KVOptions = PLAIN
 
 
 class Host:
@@ -79,11 +82,13 @@ class Host:
             self.model, self.tokenizer = load(folder, settings.adapter_path)
             if str(folder) != str(settings.path):
                 self.model.name = settings.path
+        with typed_errors(InvalidRequest):
+            settings.kv.check_fits(self.model.source.skeleton)
         limit = settings.memory_limit
         budget = settings.cache_bytes
         if budget is None:
             budget = limit or half_the_memory()
-        self.shelf = Shelf(self.model, budget, limit)
+        self.shelf = Shelf(self.model, budget, limit, settings.kv)
         self.prompts, self.tally = Prompts(settings.prompt_cache_bytes), Tally()
         self.schedule = Schedule(self._open_lane, self.shelf.weigh, budget, limit)
         self.shelf.in_use = self.schedule.uses
@@ -178,6 +183,8 @@ class Host:
         try:
             with typed_errors(InvalidRequest):
                 self._check_length(ticket)
+                if ticket.request.checks:
+                    self.settings.kv.check_unchecked(ticket.request.check)
                 start = time.perf_counter()
                 ticket.use = self.shelf.select(
                     ticket.request, self._selecting(ticket), ticket.emit, ticket.stop
@@ -245,6 +252,8 @@ class Host:
         settings, about = self.settings, (ticket.use, self.tokenizer, self.prompts)
         how: Any = {"batch": settings.batch, "prefill_step": settings.prefill_step}
         if held.whole is None:
+            if settings.kv.asked:
+                return SoloLane(held.model, *about, settings.kv, **how)
             return Lane(held.model, *about, **how)
         return CheckedLane(held.whole, *about, self.tally, **how)
 

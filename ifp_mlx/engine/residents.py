@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..checking.whole import Whole
+from ..decoding.kv import PLAIN, KVOptions
 from ..model.agreement import check_agreement
 from ..model.checkpoint import Compact, IFPModel
 from ..model.decide import decide, with_instruction
@@ -47,6 +48,7 @@ class Shelf:
         model: the large model.
         budget: bytes of compact models kept in memory, what they share once.
         limit: bytes that no request may exceed, or ``None``.
+        kv: how KV caches are kept.
 
     Attributes:
         in_use: returns what is being decoded with, whose models are the last to be let
@@ -58,9 +60,15 @@ class Shelf:
     in_use: Callable[[], Iterable[Use]] = staticmethod(lambda: ())
     read: Callable[[Sequence[int], list[Any]], None] = staticmethod(lambda *_: None)
 
-    def __init__(self, model: IFPModel, budget: int, limit: int | None) -> None:
+    def __init__(
+        self,
+        model: IFPModel,
+        budget: int,
+        limit: int | None,
+        kv: KVOptions = PLAIN,
+    ) -> None:
         self.model, self._limit = model, limit
-        self.footprint = model.footprint
+        self.footprint = model.footprint.keeping(kv)
         self.residents = Residents(model, budget)
         self.named: dict[str, Selection] = {}
         self._remembered: OrderedDict[Any, Selection] = OrderedDict()

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..checking.drift import RECENT
-from ..decoding.kv import KVOptions
+from ..decoding.kv import PLAIN, KVOptions
 from ..selection.calibration import CHATS, MOST_TOKENS
 from ..slicing import sketch
 from ..slicing.compensation import RANK, TOKENS
@@ -40,7 +40,7 @@ class Limits:
 
     context: int
     memory_bytes: int | None = None
-    kv: KVOptions = KVOptions()
+    kv: KVOptions = PLAIN
 
     def weigh(self, model: Any) -> Footprint:
         """Return the footprint of an :class:`ifp_mlx.model.checkpoint.IFPModel`."""

@@ -24,7 +24,6 @@ from ..selection.prompts import (
     tokenize,
 )
 from ..selection.request import Request
-from ..slicing.stock import PREFILL_STEP
 from .checkpoint import Compact, IFPModel
 from .compact_cache import CompactCache, prepare_once
 from .decide import decide, with_instruction
@@ -68,16 +67,16 @@ def stream_generate(
         cache: where a compact model that had to fit is kept for the next time.
         prompt_cache_file: a ``.safetensors`` file of mlx-lm's form, whose text the
             compact model does not read again: the prompt goes on where it ends, inside
-            the user's message. If there is no such file yet, it is written when the
-            prompt has been read.
+            the user's message. One that is not there yet is written.
         progress: wraps iterations over calibration texts and over layers.
         options: the fields of :class:`ifp_mlx.selection.request.Request`
             (``instruction``, ``keep``, ``selector``, ``check``, ...; by default the
             prompt's messages up to the first user message select) and of
             :class:`ifp_mlx.decoding.options.Decoding` (``temp``, ``top_p``,
             ``repetition_penalty``, ``stop_strings``, ...; the seed is the request's),
-            and of :class:`ifp_mlx.decoding.kv.KVOptions` (``kv_bits``, ...). The others go to ``mlx_lm.stream_generate`` (``max_tokens``,
-            ``prefill_step_size``, ...); with ``check`` there are only these two.
+            and of :class:`ifp_mlx.decoding.kv.KVOptions` (``kv_bits``, ...). The others
+            go to ``mlx_lm.stream_generate`` (``max_tokens``, ``prefill_step_size``, ...);
+            with ``check`` there are only these two.
 
     Yields:
         The text as it comes, with what it took.
@@ -87,43 +86,30 @@ def stream_generate(
     """
     asked, rest = Request.split(options)
     request = request or asked
-    decoding, rest = Decoding.split(rest)
+    decoding, rest = Decoding.split(rest | {"seed": request.seed})
     kv, rest = KVOptions.split(rest)
     path = None if prompt_cache_file is None else Path(prompt_cache_file)
-    _check_options(request, kv, path, rest)
-    if path is not None:
-        request = replace(request, prefill="compact")
+    request = _checked_options(request, kv, path, rest)
     kv.check_fits(model.source.skeleton)
     file = None if path is None else PromptFile.open(path)
     how: dict[str, Any] = {"system": system_prompt, "chat_template": chat_template}
     how["config"] = request.chat_template_config
-    tokens, selecting = _read_prompt(tokenizer, prompt, file, **how)
-    tokens = known_tokens(tokens, model.vocabulary)
+    tokens, selecting = _read_prompt(model, tokenizer, prompt, file, **how)
+    decoding = decoding.fitted(tokenizer, model.vocabulary)
     context = len(tokens) + rest.get("max_tokens", STOCK_MAX_TOKENS)
-    compact, decision = _prepared(
-        model,
-        request,
-        selecting,
-        Limits(context, request.memory_bytes, kv),
-        cache,
-        progress,
-    )
+    limits = Limits(context, request.memory_bytes, kv)
+    compact, decision = _prepared(model, request, selecting, limits, cache, progress)
     if file is not None:
         reading = file.reading(model, compact, kv)
     elif path is not None:
         count = open_length(tokenizer, prompt, tokens, **how)
-        about = model, compact, tokens, count, kv
-        step = rest.get("prefill_step_size", PREFILL_STEP)
-        reading = write_prompt_cache(path, *about, step)
+        reading = write_prompt_cache(path, model, compact, tokens, count, kv, rest)
     else:
         reading = _read_densely(model, decision, compact, tokens)
-    decoding = replace(decoding, seed=request.seed)
-    decoding = decoding.fitted(tokenizer, model.vocabulary)
     make = stream_checked if compact.whole is not None else _stream_unchecked
-    rest |= {} if compact.whole is not None else {"kv": kv}
-    steps = make(compact, tokenizer, tokens, request, reading, decoding, **rest)
-    for step in _until(decoding.stop_strings, steps):
-        yield _response(step, compact, reading)
+    steps = make(compact, tokenizer, tokens, request, reading, decoding, kv, **rest)
+    for one in _until(decoding.stop_strings, steps):
+        yield _response(one, compact, reading)
 
 
 def _prepared(
@@ -145,17 +131,21 @@ def _prepared(
     return compact, decision
 
 
-def _check_options(
+def _checked_options(
     request: Request, kv: KVOptions, path: Path | None, options: Iterable[str]
-) -> None:
-    """Raise ``ValueError`` on options that do not go together."""
+) -> Request:
+    """Return the request, of which a prompt cache file says who reads the prompt.
+
+    Raises:
+        ValueError: on options that do not go together.
+    """
     if path is not None and request.prefill == "dense":
         raise ValueError(
             f"prefill=dense has the whole model read the prompt, and {path} is read by the "
             "compact one; leave one of them out."
         )
     if not request.checks:
-        return
+        return request if path is None else replace(request, prefill="compact")
     kv.check_unchecked(request.check)
     if path is not None:
         raise ValueError(
@@ -167,6 +157,7 @@ def _check_options(
             f"{min(unknown)!r} does not go with checking, which has to know how tokens "
             f"are chosen; there are {', '.join(Decoding.names())}."
         )
+    return request
 
 
 def _until(strings: Sequence[str], steps: Iterable[Any]) -> Iterator[Any]:
@@ -201,8 +192,8 @@ def _stream_unchecked(
     request: Request,
     reading: Reading,
     decoding: Decoding,
-    *,
     kv: KVOptions,
+    *,
     logits_processors: Sequence[Processor] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
@@ -228,6 +219,7 @@ def stream_checked(
     request: Request,
     reading: Reading,
     decoding: Decoding,
+    kv: KVOptions,
     *,
     max_tokens: int = STOCK_MAX_TOKENS,
     prefill_step_size: int = 0,
@@ -241,6 +233,7 @@ def stream_checked(
         request: says how to check.
         reading: what the dense model has read of the prompt.
         decoding: says how tokens are chosen.
+        kv: asks for nothing.
         max_tokens: of the answer, at most.
         prefill_step_size: tokens of the prompt that are read at once; default: mlx-lm's.
 
@@ -298,6 +291,7 @@ def _response(step: Any, compact: Compact, reading: Reading) -> GenerationRespon
 
 
 def _read_prompt(
+    model: IFPModel,
     tokenizer: Any,
     prompt: Prompt,
     file: PromptFile | None,
@@ -315,9 +309,10 @@ def _read_prompt(
             *continuation(tokenizer, file, prompt, system=system, **how),
         ]
     if (ids := ids_of(prompt)) is not None:
-        return begun or ids, ids
+        return known_tokens(begun or ids, model.vocabulary), ids
     messages = as_messages(prompt, system)
     tokens = begun or tokenize(tokenizer, messages, open_end=True, **how)
+    tokens = known_tokens(tokens, model.vocabulary)
     if chat_template:
         return tokens, messages
     return tokens, tokenize(tokenizer, instruction_of(messages), chat_template=False)

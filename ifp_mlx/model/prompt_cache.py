@@ -8,7 +8,7 @@ another, so a file of another mask, adapter or model is refused.
 import copy
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import mlx.nn as nn
 from ..decoding.kv import KVOptions
 from ..files.atomic import new_file
 from ..selection.prompts import Prompt, as_messages, encode, ids_of, render, tokenize
+from ..slicing.stock import PREFILL_STEP
 from .card import fingerprint_of
 from .checkpoint import Compact, IFPModel
 from .dense_prefill import Reading
@@ -101,7 +102,7 @@ def write_prompt_cache(
     tokens: Sequence[int],
     count: int,
     kv: KVOptions,
-    step: int,
+    options: Mapping[str, Any],
 ) -> Reading:
     """Read the beginning of a prompt with a compact model, and keep that in a file.
 
@@ -112,7 +113,7 @@ def write_prompt_cache(
         tokens: of the prompt.
         count: how many of them go into the file.
         kv: how the cache is kept.
-        step: tokens that are read at once.
+        options: of ``mlx_lm.stream_generate``; that of reading holds here too.
 
     Returns:
         What has been read for the answer, which needs at least one token more.
@@ -120,6 +121,7 @@ def write_prompt_cache(
     from mlx_lm.models.cache import save_prompt_cache
 
     start = time.perf_counter()
+    step = options.get("prefill_step_size", PREFILL_STEP)
     cache = kv.cache_of(compact.model)
     known = min(count, len(tokens) - 1)
     _read(compact.model, tokens[:known], cache, kv, step)
