@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import mlx_lm
 import pytest
 from conftest import fetch, relative_error
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ifp_mlx import Selection, generate, load, stream_generate
 from ifp_mlx.model.export import Quantisation, write_compact
@@ -46,6 +50,60 @@ def test_keeping_everything_is_mlx_lms_own_model(opened):
     assert (
         generate(model, tokenizer, PROMPTS[name], keep=1.0, max_tokens=16) == expected
     )
+
+
+CODE = "What is the code word?", "Marzipan seven."
+
+
+def trained_adapter(folder, path):
+    """Teach SmolLM2 a code word: a LoRA of rank 4 on some layers, in a few steps."""
+    model, tokenizer = mlx_lm.load(str(path))
+    numbers = {"rank": 4, "scale": 10.0, "dropout": 0.0}
+    numbers["keys"] = ["self_attn.q_proj", "self_attn.v_proj"]
+    numbers["keys"] += ["mlp.up_proj", "mlp.down_proj"]
+    mx.random.seed(0)
+    model.freeze()
+    linear_to_lora_layers(model, 4, numbers)
+    tokens = tokenize(tokenizer, as_messages(CODE[0]))
+    answer = [*tokenizer.encode(CODE[1]), tokenizer.eos_token_id]
+    inputs = mx.array([tokens + answer])
+
+    def loss(model):
+        logits = model(inputs[:, :-1])[:, len(tokens) - 1 :]
+        return nn.losses.cross_entropy(logits, inputs[:, len(tokens) :]).mean()
+
+    step, optimizer = nn.value_and_grad(model, loss), optim.Adam(2e-3)
+    for _ in range(5):
+        optimizer.update(model, step(model)[1])
+        mx.eval(model.parameters(), optimizer.state)
+    weights = tree_flatten(model.trainable_parameters(), destination={})
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": numbers}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_half_of_an_adapted_model_knows_what_the_adapter_has_taught(smollm2, tmp_path):
+    base, _ = smollm2
+    lora = trained_adapter(tmp_path / "lora", base.path)
+    adapted, tokenizer = load(base.path, lora)
+    stock, _ = mlx_lm.load(str(base.path), adapter_path=str(lora))
+    tokens = tokenize(tokenizer, as_messages(CODE[0]))
+    expected = mlx_lm.generate(stock, tokenizer, tokens, max_tokens=10)
+    found = generate(adapted, tokenizer, CODE[0], keep=1.0, max_tokens=10)
+    assert found == expected == CODE[1]
+    how = {"keep": 0.5, "selector": "activation", "compensate": False}
+    half = [
+        [*stream_generate(model, tokenizer, CODE[0], max_tokens=5, **how)]
+        for model in (adapted, base)
+    ]
+    texts = ["".join(step.text for step in steps) for steps in half]
+    assert texts[0].startswith("Marzipan") and "Marzipan" not in texts[1]
+    mask = half[0][-1].selection
+    assert mask.identity != half[1][-1].selection.identity
+    with pytest.raises(ValueError, match="was made with the adapter"):
+        base.compact(mask)
 
 
 def test_real_slices_equal_real_masks(opened):
