@@ -414,7 +414,7 @@ async function receive(turn, view) {
   for await (const event of eventsOf(response)) {
     if (event === "data: [DONE]") return;
     if (event.startsWith(":")) progress(event);
-    else take(JSON.parse(event.slice("data:".length)), turn, view);
+    else if (event.startsWith("data:")) take(JSON.parse(event.slice("data:".length)), turn, view);
   }
   throw new Refusal("The server ended the answer before it was complete.");
 }
@@ -439,7 +439,7 @@ function settings() {
   const task = server?.tasks.find(({ name }) => source === `task:${name}`);
   const written = source === "first" ? "" : $("instruction").value.trim();
   const instruction = task ? task.instruction ?? "" : written;
-  const keep = { auto: "auto", share: $("share").value / 100, default: null }[chosenKeep()];
+  const keep = { auto: "auto", share: chosen.share / 100, default: null }[chosenKeep()];
   return {
     task: task?.name ?? null, instruction, keep, by: task ? task.name : written || turns[0]?.question,
     tell: $("tell").checked, temperature: $("temperature").value === "" ? undefined : Number($("temperature").value),
@@ -502,7 +502,7 @@ function under(turn) {
 }
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.995 && share > 0 ? 1 : 0).replace(/\.0$/, "")}%`;
-const seconds = (s) => (s < 10 ? `${s.toFixed(2)} s` : `${Math.round(s)} s`);
+const seconds = (s) => (s < 0.1 ? `${Math.ceil(1000 * s)} ms` : s < 10 ? `${s.toFixed(2)} s` : `${Math.round(s)} s`);
 const known = (value) => value !== null && value !== undefined;
 
 function inBrief(figures) {
@@ -631,7 +631,7 @@ function describe(now, then) {
   const [all, fresh, gone] = [mask.layers * mask.units, sum(2), sum(3)];
   const short = (words) => (words.length > 60 ? `${words.slice(0, 59)}…` : words);
   const first = `${sum(1, 2)} of ${all} ${units} for “${short(now.by)}”.`;
-  const second = before ? ` ${fresh} are new since “${short(then.by)}”, and ${gone} are gone.` : "";
+  const second = before ? ` New since “${short(then.by)}”: ${fresh}; gone: ${gone}.` : "";
   $("summary").textContent = first + second;
   $("map").setAttribute("aria-label", `${mask.layers} layers, one row each. ${first}${second}`);
   const names = before ? [["same", "kept before too"], ["new", "new"], ["gone", "gone"], ["none", "left out"]] : [["same", "kept"], ["none", "left out"]];
@@ -642,7 +642,11 @@ function describe(now, then) {
     make("tbody", {}, ...counts.map(([, same, fresh, gone], layer) => row([layer, same + fresh, percent((same + fresh) / mask.units), fresh, gone], "td"))));
 }
 
-const sorted = (row) => [1, 2, 3, 0].flatMap((kind) => [...row].filter((one) => one === kind));
+// A layer's units, those of one kind beside each other.
+function sorted(row, [, same, fresh, gone]) {
+  const found = new Uint8Array(row.length).fill(1, 0, same).fill(2, same, same + fresh);
+  return found.fill(3, same + fresh, same + fresh + gone);
+}
 
 function paletteOf(canvas) {
   return KINDS.map((kind) => {
@@ -655,15 +659,15 @@ function paletteOf(canvas) {
 function paint() {
   const canvas = $("map");
   if (!shown || !canvas.clientWidth) return;
-  const { rows, mask: { layers, units } } = shown;
+  const { rows, counts, mask: { layers, units } } = shown;
   const ratio = devicePixelRatio || 1;
-  const tall = Math.max(2, Math.round(Math.min(16, Math.max(4, 260 / layers)) * ratio));
+  const tall = Math.max(2, Math.round(Math.min(16, Math.max(4, 220 / layers)) * ratio));
   const width = Math.round(canvas.clientWidth * ratio);
   Object.assign(canvas, { width, height: tall * layers });
   const image = canvas.getContext("2d").createImageData(width, canvas.height);
   const palette = paletteOf(canvas);
   rows.forEach((row, layer) => {
-    const order = $("placed").checked ? row : sorted(row);
+    const order = $("placed").checked ? row : sorted(row, counts[layer]);
     const pixels = new Uint8ClampedArray(4 * width).fill(255);
     for (let x = 0; x < width; x++) {
       const from = Math.floor((x * units) / width);
@@ -719,7 +723,7 @@ function listFigures() {
 
 const READY = ["Answer questions about countries, cities and nature.", "Write a short Python function.", "You translate English into French.", "Write a story for children at bedtime."];
 const STARTERS = ["What is Germany called in French?", "Tell me the currency code of Japan.", "How do you say Norway in Polish?"];
-const FIELDS = ["instruction", "share", "temperature", "longest"];
+const FIELDS = ["instruction", "temperature", "longest"];
 const TICKS = ["tell", "exact", "placed"];
 
 let chosen = recall("settings", {});
@@ -756,25 +760,33 @@ function showSource() {
   showKeep(task);
 }
 
+const NOTES = {
+  task: "The task says how much it keeps.",
+  auto: "The smallest share for which the model’s card promises good answers. A model’s first request makes the card, which takes a while.",
+  share: "Less needs less memory, and agrees less often with the whole model.",
+  default: "What is kept where nobody says how much.",
+};
+
+// The slider stands where the share is known, whoever chose it.
 function showKeep(task) {
   const own = server?.keep ?? "auto";
-  const [standard] = document.querySelectorAll("[name=keep]");
-  standard.parentNode.hidden = own === "auto";
-  const saved = chosen.keep ?? "default";
-  const wanted = saved === "default" && own === "auto" ? "auto" : saved;
-  for (const radio of document.querySelectorAll("[name=keep]")) radio.checked = radio.value === wanted;
-  const share = task ? task.kept / task.total : wanted === "share" ? $("share").value / 100 : wanted === "default" && typeof own === "number" ? own : null;
-  $("percent").textContent = share === null ? "–" : percent(share);
-  $("share").setAttribute("aria-valuetext", `${$("share").value} percent`);
-  $("kept-note").textContent = task
-    ? "The task says how much it keeps."
-    : { auto: "The smallest share for which the model’s card promises good answers. A model’s first request makes the card, which takes a while.",
-        share: "Less needs less memory, and agrees less often with the whole model.", default: "What the server keeps where nobody says." }[wanted];
+  const radios = [...document.querySelectorAll("[name=keep]")];
+  radios[0].parentNode.hidden = own === "auto";
+  const { keep = "default", share = 75 } = chosen;
+  const wanted = keep === "default" && own === "auto" ? "auto" : keep;
+  for (const radio of radios) radio.checked = radio.value === wanted;
+  const kept = task ? task.kept / task.total : { default: own, share: share / 100, auto: null }[wanted];
+  $("share").value = 100 * (kept ?? share / 100);
+  $("share").setAttribute("aria-valuetext", kept === null ? "found by itself" : percent(kept));
+  $("percent").textContent = kept === null ? "–" : percent(kept);
+  $("kept-note").textContent = NOTES[task ? "task" : wanted];
 }
 
 function saveSettings() {
   const values = Object.fromEntries([...FIELDS.map((id) => [id, $(id).value]), ...TICKS.map((id) => [id, $(id).checked])]);
-  chosen = { ...values, source: $("source").value, keep: chosenKeep() };
+  const keep = chosenKeep();
+  const share = keep === "share" && !$("keeping").disabled ? Number($("share").value) : chosen.share;
+  chosen = { ...values, source: $("source").value, keep, share };
   remember("settings", chosen);
   showSource();
 }

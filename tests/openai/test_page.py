@@ -12,14 +12,16 @@ import threading
 import time
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fetch
 
 from ifp_mlx.engine import Done, Engine, OutOfMemory, Progress, Token
 from ifp_mlx.openai import page as page_module
 from ifp_mlx.openai.api import Policy, make_app
+from ifp_mlx.openai.protocol import Defaults
 from ifp_mlx.storage.folder import SHIPPED
 
 pytest.importorskip("starlette")
@@ -29,11 +31,11 @@ testclient = pytest.importorskip("starlette.testclient")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 PICTURES = ROOT / "examples/guides/pictures"
+QUIET = ("--headless=new", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run")
+QUIET += ("--disable-background-networking", "--disable-component-update")
 WIDE, PHONE, ZOOMED = (1280, 860, 1), (360, 640, 3), (640, 400, 2)
-GERMANY, NORWAY = (
-    "What is Germany called in French?",
-    "How do you say Norway in Polish?",
-)
+GERMANY = "What is Germany called in French?"
+NORWAY = "How do you say Norway in Polish?"
 HOSTILE = (
     "<img src=x onerror=window.hacked=1><script>window.hacked=1</script>"
     "[a](javascript:window.hacked=1) [b](<java\tscript:window.hacked=1>)"
@@ -116,7 +118,7 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for argument in ("--headless=new", "--disable-dev-shm-usage", "--disable-gpu"):
+    for argument in QUIET:
         options.add_argument(argument)
     if os.getuid() == 0:  # whom Chromium's sandbox does not take
         options.add_argument("--no-sandbox")
@@ -148,7 +150,7 @@ class Page:
         end = time.monotonic() + seconds
         while not (found := holds()):
             assert time.monotonic() < end, what
-            time.sleep(0.03)
+            time.sleep(0.05)
         return found
 
     def keys(self, *keys):
@@ -163,8 +165,8 @@ class Page:
         self["message"].send_keys(text)
         self.keys("ENTER")
 
-    def idle(self):
-        self.wait(lambda: self["send"].is_displayed(), "it never ends")
+    def idle(self, seconds=20):
+        self.wait(lambda: self["send"].is_displayed(), "it never ends", seconds)
 
     def ask(self, text):
         """Ask and return the answer."""
@@ -313,7 +315,7 @@ def test_a_conversation_shows_answers_figures_and_what_was_kept(engine, visit):
         assert page["about"].text == "2 layers of 512 channels"
         assert page.ask(GERMANY) == "Allemagne"
         page.wait(lambda: "256 of 1024" in page["summary"].text, "the picture")
-        assert "new since" not in page["summary"].text
+        assert "New since" not in page["summary"].text
         said = [("user", GERMANY), ("assistant", "Allemagne"), ("user", NORWAY)]
         messages = [{"role": role, "content": content} for role, content in said]
         assert page.ask(NORWAY) == engine.generate(messages).strip()
@@ -333,11 +335,11 @@ def test_another_task_shows_what_is_new_and_what_is_gone(engine, visit):
         page.ask("What is Cuba called in French?")
         page.choose("polish")
         page.ask(NORWAY)
-        page.wait(lambda: "new since" in page["summary"].text, "the difference")
+        page.wait(lambda: "New since" in page["summary"].text, "the difference")
         french, polish = (engine.mask(name) > 0 for name in ("french", "polish"))
         fresh, gone = (polish & ~french).sum(), (french & ~polish).sum()
         summary = page["summary"].text
-        assert f"{fresh} are new since “french”, and {gone} are gone" in summary
+        assert f"New since “french”: {fresh}; gone: {gone}." in summary
         assert summary in page["map"].get_attribute("aria-label")
         page.all("#picture summary")[0].click()
         rows = page.texts("#layers tbody tr")
@@ -353,7 +355,7 @@ def test_instruction_share_and_settings_are_asked_for_as_they_stand(engine, visi
         page.choose("An instruction of my own")
         page["instruction"].send_keys("Be brief.")
         page["share"].send_keys("\ue012")  # the arrow to the left
-        assert page["percent"].text == "70%"
+        assert page["percent"].text == "20%"
         page["more"].click()
         page["longest"].send_keys("7")
         page["temperature"].send_keys("0.5")
@@ -365,7 +367,7 @@ def test_instruction_share_and_settings_are_asked_for_as_they_stand(engine, visi
     assert said == [("system", "Be brief."), ("user", "One?")]
     said = [(message["role"], message["content"]) for message in second]
     assert said == [("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]
-    assert (options["instruction"], options["keep"]) == ("Be brief.", 0.7)
+    assert (options["instruction"], options["keep"]) == ("Be brief.", 0.2)
     assert (options["max_tokens"], options["temp"]) == (7, 0.5)
 
 
@@ -512,19 +514,18 @@ LONG = "\n\n".join(
 )
 
 
-@pytest.mark.parametrize("size", [PHONE, ZOOMED, WIDE], ids=["phone", "zoom", "wide"])
-def test_nothing_sticks_out_however_long(engine, visit, size):
+def test_nothing_sticks_out_however_long(engine, visit):
     with served(Saying(engine, LONG), name="m" * 99) as url:
         page = visit(url)
-        page.size(*size)
         page.ask("w" * 300)
-        page.wait(
-            lambda: "256 of" in page["summary"].get_attribute("textContent"), "it"
-        )
+        page.wait(lambda: "256 of" in page["summary"].text, "the picture")
+        assert page["side"].is_displayed() and not page["panel"].is_displayed()
         assert not page.too_wide()
-        box = page["message"].rect
-        assert box["y"] + box["height"] < size[1] and box["height"] >= 24
-        if size is not WIDE:
+        for size in (PHONE, ZOOMED):
+            page.size(*size)
+            assert not page.too_wide()
+            box = page["message"].rect
+            assert box["y"] + box["height"] < size[1] and box["height"] >= 24
             assert not page["side"].is_displayed()
             page["panel"].click()
             assert page["side"].is_displayed() and not page["message"].is_displayed()
@@ -631,38 +632,42 @@ def test_what_is_said_can_be_copied(engine, visit):
             assert page["message"].get_attribute("value") == text
 
 
-@pytest.mark.parametrize("where", ["answer", "task", "instruction", "error", "model"])
-def test_what_is_said_stays_text(engine, visit, where):
-    from dataclasses import replace
+def is_harmless(page):
+    """Return whether nothing that was said has become a part of the page, or has run."""
+    time.sleep(0.1)  # what would be loaded, or run, has been
+    parts = "#log img, #log script, #log svg, #log a, aside img, aside script, h1 img"
+    parts += ", [onerror], [onload], [href^=javascript], [src^=x]"
+    return not page.all(parts) and page.run("return window.hacked") is None
 
+
+def test_what_is_said_stays_text(engine, visit):
+    typed = HOSTILE.replace("\t", "")
     [task] = [
         replace(engine.task("french"), name=HOSTILE, info={"instruction": HOSTILE})
     ]
-    error = OutOfMemory(HOSTILE) if where == "error" else None
-    saying = Saying(engine, HOSTILE, error=error, tasks=[task])
-    with served(saying, name=HOSTILE if where == "model" else "tiny") as url:
+    with served(Saying(engine, HOSTILE, tasks=[task]), name=HOSTILE) as url:
         page = visit(url)
-        [option] = page.all("#tasks option")
-        assert option.text.startswith("<img src=x")
-        if where == "task":
-            option.click()
-            assert page["task"].text.startswith("<img src=x")
-        if where == "instruction":
-            page.choose("An instruction of my own")
-            page["instruction"].send_keys(HOSTILE.replace("\t", ""))
-        page.ask(HOSTILE.replace("\t", "") if where == "instruction" else "Hello")
-        if where == "error":
-            assert page.texts(".notice")[0].startswith("<img src=x")
+        assert page["model"].text.startswith("<img src=x")
+        page.choose("An instruction of my own")
+        page["instruction"].send_keys(typed)
+        assert "[a](javascript:window.hacked=1)" in page.ask(typed)
+        assert page.texts(".asked") == [typed]
+        page.wait(lambda: "for “<img src=x" in page["summary"].text, "the picture")
+        page.all("#tasks option")[0].click()
+        assert page["task"].text.startswith("<img src=x")
+        assert is_harmless(page)
         page.driver.refresh()
-        page.wait(lambda: page.all(".turn .buttons"), "the turn")
-        time.sleep(0.1)  # what would be loaded, or run, has been
-        assert page.run("return window.hacked") is None
-        inside = "#log img, #log script, #log svg, #log a, aside img, aside script"
-        assert not page.all(inside)
-        assert not page.all("[onerror], [onload], [href^=javascript], [src^=x]")
-        shown = page.texts(".answer")[0]
-        if where != "error":
-            assert "[a](javascript:window.hacked=1)" in shown
+        page.wait(lambda: page["task"].text.startswith("<img src=x"), "the task")
+        assert "<script>window.hacked=1</script>" in page.texts(".answer")[0]
+        assert is_harmless(page)
+
+
+def test_an_error_stays_text(engine, visit):
+    with served(Saying(engine, error=OutOfMemory(HOSTILE))) as url:
+        page = visit(url)
+        page.ask("Hello")
+        assert page.texts(".notice")[0].startswith("<img src=x")
+        assert is_harmless(page)
 
 
 def test_the_key_is_asked_for_and_kept_in_the_tab_only(engine, browser, visit):
@@ -691,3 +696,40 @@ def test_the_key_is_asked_for_and_kept_in_the_tab_only(engine, browser, visit):
         assert page["said"].text == "The API key is missing or wrong."
         assert page.texts(".answer")[:1] == ["Norwegia"]
         browser.get_log("browser")
+
+
+@pytest.mark.skipif(
+    "IFP_MLX_PICTURES" not in os.environ,
+    reason="draws the guide's pictures where IFP_MLX_PICTURES is set",
+)
+@pytest.mark.real
+def test_the_guides_pictures(visit):
+    def shoot(name):
+        time.sleep(0.3)  # the last frame
+        file = PICTURES / f"{name}.png"
+        page.driver.save_screenshot(str(file))
+        assert file.stat().st_size < 150_000
+
+    with Engine.open(fetch("smollm2")) as engine:
+        python = "You write short Python functions."
+        engine.prepare(python, name="python", keep=0.75)
+        with served(engine, name="smollm2", defaults=Defaults(keep=0.75)) as url:
+            page = visit(url)
+            page.choose("Write a story for children at bedtime.")
+            page["more"].click()
+            page["longest"].send_keys("1")  # the selection is what it is for
+            page.say("A small dragon")
+            page.idle(300)
+            page["longest"].clear()
+            page["more"].click()
+            page["fresh"].click()
+            page.choose("python")
+            page.say("Write a function that adds two numbers.")
+            page.idle(300)
+            page.wait(lambda: "New since" in page["summary"].text, "the picture")
+            page["message"].click()
+            page.size(1280, 960, 1)
+            shoot("page")
+            page.size(360, 700, 1.5)
+            page.system("dark")
+            shoot("page-phone")
