@@ -16,7 +16,7 @@ function make(tag, attributes = {}, ...children) {
 /* ---- Markdown, as blocks: whoever streams draws only those anew that have changed. */
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*$/;
-const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)[ \t#]*$/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const RULE = /^ {0,3}([-*_])([ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}>[ \t]?/;
 const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)])([ \t]+|$)/;
@@ -96,7 +96,7 @@ const DRAW = {
   code: (lines) => codeBlock(lines),
   heading: ([line]) => {
     const [, marks, title] = line.match(HEADING);
-    return make(`h${Math.min(6, marks.length + 2)}`, {}, ...spans(title));
+    return make(`h${Math.min(6, marks.length + 2)}`, {}, ...spans(title.replace(/[ \t]#+[ \t]*$/, "").trim()));
   },
   rule: () => make("hr"),
   quote: (lines, depth) =>
@@ -211,7 +211,7 @@ function closing(text, from, mark) {
   return -1;
 }
 
-const LINK = /^!?\[((?:\\.|[^\\[\]]|\[[^[\]]*\])*)\]\(\s*<?([^\s<>]+?)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/;
+const LINK = /^!?\[((?:\\.|[^\\[\]]|\[[^[\]]*\])*)\]\(\s*<?((?:[^\s<>()]|\([^\s<>()]*\))+)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/;
 
 function linkAt(text, at, depth) {
   const found = text.slice(at, at + FARTHEST).match(LINK);
