@@ -301,9 +301,8 @@ function remember(name, value, store = "sessionStorage") {
 
 /* ---- The server. */
 
-class Refusal extends Error {}
-
 let server = null; // what ifp/state says
+let current = false; // whether that still holds, for all that is known
 let key = recall("key", "");
 
 // Ask the server; ask the user for the key when the server wants one.
@@ -312,11 +311,11 @@ async function ask(path, options = {}) {
     const used = key;
     const headers = { ...options.headers, ...(used && { Authorization: `Bearer ${used}` }) };
     const response = await fetch(path, { ...options, headers, cache: "no-store" }).catch((error) => {
-      throw error.name === "AbortError" ? error : new Refusal("The server does not answer. Is it running?");
+      throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it running?");
     });
     if (response.ok) return response;
     const sentence = await sentenceOf(response);
-    if (response.status !== 401 || !(await newKey(used))) throw new Refusal(sentence);
+    if (response.status !== 401 || !(await newKey(used))) throw new Error(sentence);
   }
 }
 
@@ -353,7 +352,7 @@ async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Refusal("The server has gone in the midst of the answer.");
+      throw error.name === "AbortError" ? error : new Error("The server has gone in the midst of the answer.");
     });
     if (done) return;
     const parts = (rest + value).split("\n\n");
@@ -393,11 +392,12 @@ async function answer(turn) {
   busy(true);
   say("Choosing what to load…", true);
   try {
-    if (!server) await refresh();
+    if (!current) await refresh();
     turn.by = settings().by;
     await receive(turn, view);
   } catch (error) {
     if (error.name !== "AbortError") Object.assign(turn, { error: error.message, ending: "error" });
+    current = false; // perhaps the server was started anew, with another model
   }
   running = null;
   view.end();
@@ -416,7 +416,7 @@ async function receive(turn, view) {
     if (event.startsWith(":")) progress(event);
     else if (event.startsWith("data:")) take(JSON.parse(event.slice("data:".length)), turn, view);
   }
-  throw new Refusal("The server ended the answer before it was complete.");
+  throw new Error("The server ended the answer before it was complete.");
 }
 
 function progress(comment) {
@@ -426,7 +426,7 @@ function progress(comment) {
 }
 
 function take(chunk, turn, view) {
-  if (chunk.error) throw new Refusal(chunk.error.message);
+  if (chunk.error) throw new Error(chunk.error.message);
   const [choice] = chunk.choices ?? [];
   turn.answer += choice?.delta?.content ?? "";
   turn.ending = choice?.finish_reason ?? turn.ending;
@@ -607,13 +607,13 @@ function compared(mask, before) {
   return Array.from({ length: mask.layers }, (_, layer) => Uint8Array.from({ length: mask.units }, (_, unit) => kindOf(layer, unit)));
 }
 
-let shown = null; // { rows, counts, mask }
+let shown = null; // { rows, counts, mask, before }
 
 async function showMask() {
   const [now, then] = seen;
   if (!now) return;
-  const found = await Promise.all([now, then].map((one) => one && maskOf(one.id).catch(() => null)));
-  const [mask, old] = found;
+  const [mask, old] = await Promise.all([now, then].map((one) => one && maskOf(one.id).catch(() => null)));
+  for (const id of masks.keys()) if (!seen.some((one) => one.id === id)) masks.delete(id);
   $("picture").hidden = !mask;
   if (!mask) { $("summary").textContent = "The server has let this selection go; the next answer shows it."; return; }
   const before = old?.layers === mask.layers && old?.units === mask.units ? old : null;
@@ -731,6 +731,7 @@ const chosenKeep = () => document.querySelector("[name=keep]:checked")?.value ??
 
 async function refresh() {
   server = await (await ask("ifp/state")).json();
+  current = true;
   const plural = server.unit === "expert" ? "experts" : "channels";
   $("model").textContent = document.title = server.model;
   $("about").textContent = `${server.layers} layers of ${server.units} ${plural}`;

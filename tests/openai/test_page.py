@@ -6,11 +6,8 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
-import zipfile
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -93,13 +90,14 @@ class Saying:
 
 
 @contextmanager
-def served(engine, **policy):
-    """Serve an engine on a free port; yield the address."""
+def served(engine, port=0, **policy):
+    """Serve an engine, on a free port; yield the address."""
     app = make_app(engine, Policy(**{"name": "tiny"} | policy))
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         listener.listen()
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -291,23 +289,6 @@ def test_an_answers_mask_can_be_had_as_long_as_it_is_known(engine):
     assert (engine.mask(mask_id=done.mask_id) != engine.mask("french")).any()
 
 
-def test_a_wheel_holds_the_page(tmp_path):
-    pytest.importorskip("setuptools", minversion="77")
-    for room in ("ifp_mlx", "convert"):
-        leave = shutil.ignore_patterns("__pycache__", "*.safetensors")
-        shutil.copytree(ROOT / room, tmp_path / room, ignore=leave)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    code = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
-        for name, _ in page_module.FILES.values():
-            file = f"ifp_mlx/openai/{name}"
-            assert wheel.read(file) == (ROOT / file).read_bytes()
-
-
 def test_a_conversation_shows_answers_figures_and_what_was_kept(engine, visit):
     with served(engine) as url:
         page = visit(url)
@@ -407,6 +388,17 @@ def test_a_server_that_has_gone_is_said(engine, visit):
         page = visit(url)
     page.ask("Hello")
     assert page.texts(".notice") == ["The server does not answer. Is it running?"]
+
+
+def test_a_server_that_was_started_anew_is_asked_what_it_has(engine, visit):
+    with served(engine, name="old") as url:
+        page = visit(url)
+    with served(Saying(engine, "Yes."), port=int(url.split(":")[-1]), name="new"):
+        page.ask("Hello")
+        assert "no model 'old'" in page.texts(".notice")[0]
+        page.all(".turn .buttons button")[0].click()
+        page.wait(lambda: page.texts(".answer") == ["Yes."], "the answer")
+        assert page["model"].text == "new"
 
 
 def test_stop_keeps_what_was_said_and_frees_the_server(engine, visit):
