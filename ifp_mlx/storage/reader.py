@@ -1,13 +1,13 @@
 """Reads chosen units of a channel file into arrays, and nothing else of it."""
 
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from ..slicing.shapes import Plan
 from ..slicing.sliced import Donor, cut, follow
@@ -178,10 +178,10 @@ class ChannelReader(UnitReader):
         """Check records that lie one after another, from the place ``first`` on."""
         sums, size = self.layout.checksums[layer], self.layout.record_bytes[layer]
         before = int(sums[first - 1]) if first else 0
-        if zlib.crc32(records.data, before) == sums[first + records.size // size - 1]:
+        if crc32(records.data, before) == sums[first + records.size // size - 1]:
             return
         for place, record in enumerate(records.reshape(-1, size), first):
-            before = zlib.crc32(record.data, before)
+            before = crc32(record.data, before)
             if before != sums[place]:
                 unit = int(self.layout.order[layer, place])
                 raise ValueError(

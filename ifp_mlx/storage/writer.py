@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from ..files.atomic import new_folder, refuse_existing
 from ..files.companions import LICENCES
@@ -234,7 +234,7 @@ def _write_records(
                 into = records[:, offset : offset + dense[0].nbytes].view(dense.dtype)
                 into[...] = dense[chosen].reshape(len(chosen), -1)
             for n, record in enumerate(records, place):
-                layout.checksums[layer, n] = sum_ = zlib.crc32(record, sum_)
+                layout.checksums[layer, n] = sum_ = crc32(record, sum_)
             file.write(records.data)
     file.seek(0)
     file.write(layout.pack())
