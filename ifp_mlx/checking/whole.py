@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 
 from ..slicing.apart import Apart, linear_of
 from ..slicing.compensation import evidence, learned
-from ..slicing.reading import FFN_STEP, computed_by, order_of
+from ..slicing.reading import FFN_STEP, computed_by
 from ..slicing.shapes import LayerPlan, Plan, at, put_at
-from ..slicing.sliced import elements, sliced_names, tensors_along
+from ..slicing.sliced import elements, gathered, sliced_names, tensors_along
 from ..slicing.stock import StandIn, logits_at
 from ..storage.device import FEWEST_BYTES
 from ..storage.folder import Folder
@@ -50,7 +50,7 @@ class Whole:
         self._passing_plan = _without_whole_inlets(self.plan, self.parts)
         self._reader = source.reader_of(self._passing_plan, FEWEST_BYTES)
         self._kept = self.plan.modules(model)
-        self._order = order_of(source.skeleton, self.plan)
+        self._order = source.order
         self.visits_once = len({*self._order}) == len(self._order)
         self._shells = self.plan.modules(source.open())
         self._coming: list[mx.array] | None = None
@@ -148,9 +148,9 @@ class Whole:
         if part.recent is not None and len(part.recent) > self._reading:
             # What is being read now has not been judged.
             known = part.recent[: len(part.recent) - self._reading]
-            rows = evidence(known)
-            missing = self._made_of_dropped(layer, other, new, rows)
-            new.correction = learned(rows, new.index, missing)
+            shown = evidence(known)
+            missing = self._made_of_dropped(layer, other, new, shown.rows)
+            new.correction = learned(shown, new.index, missing)
         at(kept, plan.inlet)._apart = self.parts[layer] = new
         mx.eval(kept.parameters(), new.correction)
 
@@ -160,7 +160,7 @@ class Whole:
         """Return what the dropped ones of some tokens' channels do, ``[n, D]``."""
         inlet = at(other, self.plan.layers[layer].inlet)
         if not part.whole:
-            return _without_bias(inlet, channels[:, part.dropped_index])
+            return _without_bias(inlet, gathered(channels, part.dropped_index))
         dropped = mx.ones(part.units, channels.dtype)
         dropped[part.index] = 0
         own = at(self._kept[layer], self.plan.layers[layer].inlet)
@@ -275,7 +275,7 @@ def exchange(
             both = mx.concatenate([home[name] for home in homes], axis=piece.axis)
             for home, index in zip(homes, (new.index, new.dropped_index), strict=True):
                 places = order[elements(piece, index, old.units)]
-                home[name] = mx.take(both, places, axis=piece.axis)
+                home[name] = gathered(both, places, piece.axis)
             mx.eval([home[name] for home in homes])
 
 

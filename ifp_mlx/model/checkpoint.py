@@ -39,7 +39,7 @@ from ..selection.top_k import select
 from ..selection.widths import MEASURED_SHARES
 from ..slicing import reading
 from ..slicing.apart import set_apart_all
-from ..slicing.compensation import merit, strength_of
+from ..slicing.compensation import Evidence, merit
 from ..slicing.reading import Example
 from ..slicing.routing import mass_share
 from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
@@ -370,11 +370,10 @@ class IFPModel:
         blend = decision.selector == "blend"
         prior = self.known_prior(progress) if blend else None
 
-        def choose(layer: int, scores: mx.array, known: mx.array | None) -> mx.array:
+        def choose(layer: int, scores: mx.array, known: Evidence | None) -> mx.array:
             row = scores[None]
             if prior is not None and known is not None:
-                strength = strength_of(known, sketched=True)
-                row = merit(known, decision.size / self.channels, strength)[None]
+                row = merit(known, decision.size / self.channels)[None]
             elif prior is not None:
                 row = self._blended(row, prior[layer : layer + 1])
             rows[layer] = row[0]

@@ -18,17 +18,11 @@ import numpy as np
 from ..files.progress import ProgressBar
 from ..selection.masks import Selection
 from ..slicing.apart import cut_apart
-from ..slicing.compensation import (
-    correction_of,
-    cut_compensated,
-    evidence,
-    strength_of,
-)
+from ..slicing.compensation import Evidence, correction_of, cut_compensated, evidence
 from ..slicing.reading import (
     Example,
     Texts,
     batches_of,
-    order_of,
     padded,
     read_layer,
     read_text,
@@ -41,8 +35,8 @@ from ..slicing.stock import noted_at, steps_of
 from ..storage.folder import Folder
 
 # Returns the units of a layer to keep, int32 [k], sorted, for its number, its scores [F],
-# and what is known of its channels, [m, F], where they are compensated.
-Choose = Callable[[int, mx.array, mx.array | None], mx.array]
+# and what is known of its channels, where they are compensated.
+Choose = Callable[[int, mx.array, Evidence | None], mx.array]
 # Returns the sketch of a layer, [r, F], read only now: all layers' together are large.
 Sketch = Callable[[int], mx.array]
 
@@ -199,7 +193,7 @@ def compensated_model(
     """
     selection.check_reproducible()
 
-    def choose(layer: int, scores: mx.array, rows: mx.array | None) -> mx.array:
+    def choose(layer: int, scores: mx.array, known: Evidence | None) -> mx.array:
         return selection.indices[layer]
 
     tokens = selection.text or ()
@@ -292,27 +286,24 @@ class _Sweep:
     ) -> None:
         """Keep some units of a layer, compensated by what was seen of all channels."""
         plan, units = self.plan.layers[layer], self.plan.units
-        rows, recent = None, None
-        how: dict[str, Any] = {}
+        known, recent = None, None
         if seen is not None:
             channels = mx.concatenate(seen)
-            sketch = None if self.sketch is None else self.sketch(layer)
-            rows = evidence(channels, sketch)
+            known = evidence(channels, self.sketch and self.sketch(layer))
             recent = mx.array(channels[-self.remember :]) if self.remember else None
-            mx.eval(rows, recent)
+            mx.eval(known.rows, recent)
             seen.clear()
             del channels
-            how["strength"] = strength_of(rows, sketched=sketch is not None)
-        index = choose(layer, scores_of(self.plan.unit, self.uses[layer]), rows)
+        index = choose(layer, scores_of(self.plan.unit, self.uses[layer]), known)
         if self.apart:
             correction = None
-            if rows is not None and index.size < units:
-                correction = correction_of(at(module, plan.inlet), rows, index, **how)
+            if known is not None and index.size < units:
+                correction = correction_of(at(module, plan.inlet), known, index)
                 mx.eval(correction)
             part = cut_apart(module, plan, index, units, correction=correction)
             part.recent = recent
-        elif rows is not None:
-            cut_compensated(module, plan, index, rows, **how)
+        elif known is not None:
+            cut_compensated(module, plan, index, known)
         else:
             cut(module, plan, index, units)
         settle(module)
@@ -347,5 +338,6 @@ def _real_rows(channels: mx.array, weights: mx.array) -> mx.array:
 def _visits_of(source: Folder, texts: Texts) -> list[int]:
     """Return how often each layer is gone through, in all steps together."""
     steps = len(steps_of(range(texts.tokens.shape[1])))
-    order = order_of(source.skeleton, source.plan)
-    return [steps * order.count(layer) for layer in range(len(source.plan.layers))]
+    return [
+        steps * source.order.count(layer) for layer in range(len(source.plan.layers))
+    ]

@@ -18,7 +18,7 @@ from ..selection.masks import Selection
 from .compensation import Correction
 from .masked import become
 from .shapes import LayerPlan, Plan, at
-from .sliced import cut, cut_rows, cuts_groups, settle
+from .sliced import cut, cut_rows, cuts_groups, gathered, others_of, settle
 
 Linear = Callable[[mx.array], mx.array]
 
@@ -52,9 +52,8 @@ class Apart:
     ) -> None:
         self.index, self.units, self.whole = index, units, whole
         self.gate, self.correction = gate, correction
-        kept = np.array(index)
-        left = np.setdiff1d(np.arange(units), kept).astype(np.int32)
-        self.dropped_index = mx.array(left)
+        self.dropped_index = others_of(index, units)
+        kept, left = np.array(index), np.array(self.dropped_index)
         places = np.full(units, kept.size, np.int32)
         places[kept] = np.arange(kept.size)
         self._places_alone = mx.array(places)
@@ -102,7 +101,7 @@ class Apart:
             others = mx.zeros((*h.shape[:-1], 1), h.dtype)
         both = mx.concatenate([h, others.astype(h.dtype)], axis=-1)
         places = self._places_alone if alone else self._places
-        return mx.take(both, places, axis=-1)
+        return gathered(both, places)
 
     @property
     def drops(self) -> bool:

@@ -21,7 +21,14 @@ import mlx.nn as nn
 from .masked import tapped
 from .shapes import LayerPlan, Plan, at
 from .sketch import unit_rows
-from .sliced import columns, count_units, cut_rows, dequantised, put_down
+from .sliced import (
+    count_units,
+    cut_rows,
+    dequantised,
+    gathered,
+    others_of,
+    put_down,
+)
 
 STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
 EXPECTED_SHARE = 0.8  # of a token's energy, in the channels that will be kept
@@ -33,7 +40,22 @@ TEXT_TOKENS = 2000  # of a task's examples, which make one text
 RANK = 128  # of a correction that stays a matrix of its own
 
 
-Strength = float | mx.array
+class Evidence(NamedTuple):
+    """What is known of a layer's channels.
+
+    Attributes:
+        rows: float32 ``[m, F]``, of which each counts as a token does.
+        tokens: how many of them are tokens of a text, each of length 1; they come first,
+            and after them a sketch, whose rows are at right angles.
+        energy: of all rows.
+        strength: λ as a share of the energy that some channels have in a token; larger
+            trusts the rows less.
+    """
+
+    rows: mx.array
+    tokens: int
+    energy: mx.array
+    strength: float | mx.array = STRENGTH
 
 
 class Correction(NamedTuple):
@@ -48,39 +70,26 @@ class Correction(NamedTuple):
     writes: mx.array
 
 
-def evidence(channels: mx.array, sketch: mx.array | None = None) -> mx.array:
-    """Return what is known of a layer's channels: rows that count as tokens do.
+def evidence(channels: mx.array, sketch: mx.array | None = None) -> Evidence:
+    """Return what is known of a layer's channels.
 
     Args:
         channels: what comes into the inlet of the dense layer for a text, ``[T, F]``; of
             a long text, ``TOKENS`` of it, evenly spread.
         sketch: of a calibration text, ``[r, F]``, from
-            :func:`ifp_mlx.slicing.sketch.condensed`.
-
-    Returns:
-        ``[m, F]`` float32, each token of length 1.
+            :func:`ifp_mlx.slicing.sketch.condensed`. Without one it is as in version 0.1,
+            so that what was compensated then can be made again.
     """
     most = TOKENS_ALONE if sketch is None else TOKENS
     rows = unit_rows(channels[:: max(1, -(-len(channels) // most))])
     if sketch is None:
-        return rows
-    return mx.concatenate([rows, WORTH**0.5 * sketch.astype(mx.float32)])
+        return Evidence(rows, len(rows), mx.square(rows).sum())
+    both = mx.concatenate([rows, WORTH**0.5 * sketch.astype(mx.float32)])
+    energy = mx.square(both).sum()
+    return Evidence(both, len(rows), energy, STRENGTH * mx.sqrt(energy / KNOWN))
 
 
-def strength_of(rows: mx.array, *, sketched: bool) -> Strength:
-    """Return how little some rows are to be trusted, for :func:`down_correction`.
-
-    Args:
-        rows: from :func:`evidence`.
-        sketched: whether a sketch is among them; without one it is as in version 0.1, so
-            that what was compensated then can be made again.
-    """
-    if not sketched:
-        return STRENGTH
-    return STRENGTH * mx.sqrt(mx.square(rows).sum() / KNOWN)
-
-
-def worth(rows: mx.array, strength: Strength = STRENGTH) -> mx.array:
+def worth(known: Evidence) -> mx.array:
     """Return what would be lost of each channel if all others made up for it.
 
     With the second moment ``A = Hᵀ H + λ I`` of the rows ``H`` it is ``1 / (A⁻¹)ⱼⱼ``: a
@@ -88,21 +97,28 @@ def worth(rows: mx.array, strength: Strength = STRENGTH) -> mx.array:
     Stork 1993, without the weights: how large a channel's column of ``down_proj`` is
     misleads).
 
+    Since the rows of a sketch are at right angles, only those of the text, less what
+    the sketch says of them, take solving.
+
     Args:
-        rows: from :func:`evidence`, ``[m, F]``.
-        strength: as for :func:`down_correction`.
+        known: from :func:`evidence`.
 
     Returns:
         ``[F]`` float32, not negative.
     """
-    penalty = strength * EXPECTED_SHARE
-    gram = rows @ rows.T + penalty * mx.eye(len(rows))
+    penalty = known.strength * EXPECTED_SHARE
+    rows, sketch = known.rows[: known.tokens], known.rows[known.tokens :]
+    squares = mx.square(sketch)
+    sizes = squares.sum(axis=1) + penalty
+    left = rows - ((rows @ sketch.T) / sizes) @ sketch
+    gram = left @ rows.T + penalty * mx.eye(len(rows))
     with mx.stream(mx.cpu):  # where linear systems are solved
-        known = mx.linalg.tri_inv(mx.linalg.cholesky(gram)) @ rows
-    return penalty / mx.maximum(1 - mx.square(known).sum(axis=0), 1e-6)
+        back = mx.linalg.tri_inv(mx.linalg.cholesky(gram))
+    said = (1 / sizes) @ squares + mx.square(back @ left).sum(axis=0)
+    return penalty / mx.maximum(1 - said, 1e-6)
 
 
-def merit(rows: mx.array, keep: float, strength: Strength = STRENGTH) -> mx.array:
+def merit(known: Evidence, keep: float) -> mx.array:
     """Return by what channels are chosen that will make up for the others.
 
     Their :func:`worth` and ``4 keep⁵`` times their energy, an eighth of it at keep 0.5 and
@@ -111,24 +127,19 @@ def merit(rows: mx.array, keep: float, strength: Strength = STRENGTH) -> mx.arra
     calibration prompts of SmolLM2-135M.
 
     Args:
-        rows: from :func:`evidence`, ``[m, F]``.
+        known: from :func:`evidence`.
         keep: share of the channels that will be kept.
-        strength: as for :func:`down_correction`.
 
     Returns:
         ``[F]`` float32, not negative.
     """
-    energy = mx.square(rows).sum(axis=0)
-    alone = worth(rows, strength) - strength * EXPECTED_SHARE
+    energy = mx.square(known.rows).sum(axis=0)
+    alone = worth(known) - known.strength * EXPECTED_SHARE
     return mx.maximum(alone, 0) + 4 * keep**5 * energy
 
 
 def cut_compensated(
-    module: nn.Module,
-    layer: LayerPlan,
-    index: mx.array,
-    rows: mx.array,
-    strength: Strength = STRENGTH,
+    module: nn.Module, layer: LayerPlan, index: mx.array, known: Evidence
 ) -> None:
     """Keep the channels ``index`` of one layer, in place, compensated.
 
@@ -138,8 +149,7 @@ def cut_compensated(
         module: the layer's.
         layer: its plan.
         index: int32 ``[k]``, sorted.
-        rows: what is known of the dense layer's channels, from :func:`evidence`.
-        strength: see :func:`down_correction`.
+        known: of the dense layer's channels, from :func:`evidence`.
 
     Raises:
         ValueError: as :func:`ifp_mlx.slicing.sliced.cut`.
@@ -148,7 +158,7 @@ def cut_compensated(
     if index.size == units:
         return  # nothing is dropped
     inlet = at(module, layer.inlet)
-    down = compensated_down(dequantised(inlet), rows, index, strength)
+    down = compensated_down(dequantised(inlet), known, index)
     mx.eval(down)
     cut_rows(module, layer, index, units)
     put_down(inlet, down)
@@ -177,25 +187,21 @@ def read_channels(
     return channels
 
 
-def compensated_down(
-    down: mx.array, rows: mx.array, index: mx.array, strength: Strength = STRENGTH
-) -> mx.array:
+def compensated_down(down: mx.array, known: Evidence, index: mx.array) -> mx.array:
     """Return the kept columns of ``down_proj``, corrected for those that are dropped.
 
     Args:
-        down, rows, index, strength: see :func:`down_correction`.
+        down, known, index: see :func:`down_correction`.
 
     Returns:
         ``[D, k]`` in the dtype of ``down``.
     """
-    correction = down_correction(down, rows, index, strength)
-    kept = columns(down, index).astype(mx.float32)
+    correction = down_correction(down, known, index)
+    kept = gathered(down, index).astype(mx.float32)
     return (kept + correction.T).astype(down.dtype)
 
 
-def down_correction(
-    down: mx.array, rows: mx.array, index: mx.array, strength: Strength = STRENGTH
-) -> mx.array:
+def down_correction(down: mx.array, known: Evidence, index: mx.array) -> mx.array:
     """Return what to add to each kept column of ``down_proj``.
 
     With the rows split into kept ``K`` and dropped ``R``, the correction ``Δ`` minimises
@@ -204,39 +210,38 @@ def down_correction(
 
     Args:
         down: ``[D, F]``, not quantised.
-        rows: from :func:`evidence`, ``[m, F]``.
+        known: from :func:`evidence`.
         index: int32 ``[k]``, sorted, what is kept.
-        strength: λ as a share of the energy that the kept channels have in a token;
-            larger trusts the rows less; see :func:`strength_of`.
 
     Returns:
         ``[k, D]`` float32, one row per kept channel.
     """
     D, F = down.shape
-    if index.size == F or not len(rows):
+    if index.size == F or not len(known.rows):
         return mx.zeros((index.size, D))
-    kept, missing = columns(rows, index), missing_of(down, rows, index)
-    with mx.stream(mx.cpu):  # where linear systems are solved
-        return _ridge(kept, missing, strength * _share(kept, rows))
+    kept, missing = gathered(known.rows, index), missing_of(down, known.rows, index)
+    if len(kept) <= index.size:
+        return kept.T @ _solved(_penalised(kept @ kept.T, known), missing)
+    return _solved(_penalised(kept.T @ kept, known), kept.T @ missing)
 
 
 def missing_of(down: mx.array, rows: mx.array, index: mx.array) -> mx.array:
     """Return what ``down_proj`` makes of the dropped part of some rows, ``[m, D]``.
 
+    Only the dropped columns are multiplied: as much work as taking what the kept ones
+    make from the output, which the sketch has none of, and nothing cancels.
+
     Args:
-        down, rows, index: see :func:`down_correction`.
+        down: ``[D, F]``, not quantised.
+        rows: ``[m, F]``.
+        index: int32 ``[k]``, sorted, what is kept.
     """
-    dropped = mx.ones(rows.shape[1])
-    dropped[index] = 0
-    return (rows * dropped) @ down.astype(mx.float32).T
+    dropped = others_of(index, rows.shape[1])
+    return gathered(rows, dropped) @ gathered(down, dropped).astype(mx.float32).T
 
 
 def correction_of(
-    inlet: nn.Module,
-    rows: mx.array,
-    index: mx.array,
-    rank: int = RANK,
-    strength: Strength = STRENGTH,
+    inlet: nn.Module, known: Evidence, index: mx.array, rank: int = RANK
 ) -> Correction:
     """Return :func:`down_correction` as two factors of a limited rank.
 
@@ -245,38 +250,30 @@ def correction_of(
 
     Args:
         inlet: ``down_proj`` of the dense layer, quantised or not.
-        rows: from :func:`evidence`, ``[m, F]``.
+        known: from :func:`evidence`.
         index: int32 ``[k]``, sorted, what is kept.
         rank: at most so many directions.
-        strength: see :func:`down_correction`.
     """
     down = dequantised(inlet)
-    found = learned(rows, index, missing_of(down, rows, index), rank, strength)
+    found = learned(known, index, missing_of(down, known.rows, index), rank)
     return Correction(*(factor.astype(down.dtype) for factor in found))
 
 
 def learned(
-    rows: mx.array,
-    index: mx.array,
-    missing: mx.array,
-    rank: int = RANK,
-    strength: Strength = STRENGTH,
+    known: Evidence, index: mx.array, missing: mx.array, rank: int = RANK
 ) -> Correction:
     """Return what makes the kept channels do what is missing, as two factors.
 
     Args:
-        rows: from :func:`evidence`, ``[m, F]``.
+        known: from :func:`evidence`.
         index: int32 ``[k]``, sorted, what is kept.
         missing: what ``down_proj`` makes of the others, ``[m, D]``.
         rank: at most so many directions.
-        strength: see :func:`down_correction`.
     """
-    kept = columns(rows, index)
+    kept = gathered(known.rows, index)
     gram = kept @ kept.T
     # The dual form throughout: nothing of the size of down_proj is ever made.
-    penalty = strength * _share(kept, rows) * mx.eye(len(gram))
-    with mx.stream(mx.cpu):  # where linear systems are solved
-        weights = mx.linalg.solve(gram + penalty, missing.astype(mx.float32))
+    weights = _solved(_penalised(gram, known), missing.astype(mx.float32))
     reads, writes = kept.T, weights
     if len(gram) > rank:
         does = gram @ weights
@@ -289,22 +286,17 @@ def learned(
     return Correction(reads, writes)
 
 
-def _share(kept: mx.array, rows: mx.array) -> mx.array:
-    """Return the share of a token's energy that the kept channels have, on average."""
-    return mx.square(kept).sum() / mx.maximum(mx.square(rows).sum(), 1e-30)
-
-
-def _ridge(kept: mx.array, missing: mx.array, penalty: mx.array) -> mx.array:
-    """Return the ridge solution of ``kept @ X = missing``, ``[k, D]``."""
-    m, k = kept.shape
-    if m <= k:
-        gram = kept @ kept.T + penalty * mx.eye(m)
-        return kept.T @ _solved(gram, missing)
-    gram = kept.T @ kept + penalty * mx.eye(k)
-    return _solved(gram, kept.T @ missing)
+def _penalised(gram: mx.array, known: Evidence) -> mx.array:
+    """Return the second moment of the kept channels, in either form, with λ added: its
+    strength times the share of a token's energy that they have, on average.
+    """
+    energy = mx.diag(gram).sum()
+    share = known.strength * energy / mx.maximum(known.energy, 1e-30)
+    return gram + share * mx.eye(len(gram))
 
 
 def _solved(gram: mx.array, right: mx.array) -> mx.array:
     """Return the solution for a positive definite matrix, by its Cholesky factor."""
-    back = mx.linalg.tri_inv(mx.linalg.cholesky(gram))
+    with mx.stream(mx.cpu):  # where linear systems are solved
+        back = mx.linalg.tri_inv(mx.linalg.cholesky(gram))
     return back.T @ (back @ right)

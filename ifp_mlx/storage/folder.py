@@ -13,6 +13,7 @@ from ..files.objects import read_object
 from ..files.quantised import quantised_by, unreadable
 from ..files.tensors import digest_of, weights_of
 from ..slicing.plan import plan_of
+from ..slicing.reading import order_of
 from ..slicing.shapes import Plan
 from ..slicing.sliced import Donor, forget_units, share_core, twin
 from ..slicing.stock import unmoved_random_state
@@ -145,6 +146,13 @@ class Folder:
     def plan(self) -> Plan:
         """What is sliced of the model; see :func:`ifp_mlx.slicing.plan.plan_of`."""
         return plan_of(self.skeleton, self.config)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Its layers as a forward pass goes through them; see
+        :func:`ifp_mlx.slicing.reading.order_of`.
+        """
+        return order_of(self.skeleton, self.plan)
 
     @cached_property
     def reader(self) -> "UnitReader":

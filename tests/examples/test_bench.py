@@ -34,7 +34,7 @@ from ifp_mlx.model.decide import decide
 from ifp_mlx.selection.request import Request
 from ifp_mlx.selection.top_k import select
 from ifp_mlx.selection.widths import MEASURED_SHARES
-from ifp_mlx.slicing.compensation import compensated_down, evidence, strength_of
+from ifp_mlx.slicing.compensation import compensated_down, evidence
 from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.slicing.reading import scores as use_scores
 
@@ -126,9 +126,7 @@ def test_compensated_slices_are_the_packages(bench, alone):
     for ffn, module, h, sketch, index in zip(
         bench.ffns, modules, reading.channels, sketches, selection.indices, strict=True
     ):
-        rows = evidence(h, sketch)
-        strength = strength_of(rows, sketched=not alone)
-        down = compensated_down(ffn.down_proj.weight, rows, index, strength)
+        down = compensated_down(ffn.down_proj.weight, evidence(h, sketch), index)
         np.testing.assert_allclose(module._weights[2].T, down, rtol=1e-4, atol=1e-6)
 
 

@@ -23,7 +23,6 @@ from ifp_mlx.slicing.compensation import (
     evidence,
     merit,
     read_channels,
-    strength_of,
     worth,
 )
 from ifp_mlx.slicing.plan import plan_of
@@ -53,8 +52,8 @@ def test_dropped_channels_that_follow_from_kept_ones_are_made_up_for():
     h[:, 1] = 2 * h[:, 0] - h[:, 7]
     for dropped in (4, 5, 6, 10):
         h[:, dropped] = 0.5 * h[:, 9]
-    rows = evidence(mx.array(h))
-    found = compensated_down(DOWN, rows, KEPT, strength=1e-5)
+    known = evidence(mx.array(h))._replace(strength=1e-5)
+    found = compensated_down(DOWN, known, KEPT)
     whole, part = outputs(mx.array(h), found, KEPT)
     assert mx.allclose(whole, part, atol=1e-3)
 
@@ -79,7 +78,7 @@ def test_it_is_the_ridge_solution_however_many_tokens_there_are():
         expected = np.linalg.solve(
             kept.T @ kept + penalty * np.eye(KEPT.size), kept.T @ missing
         )
-        found = compensated_down(DOWN, evidence(h), KEPT, strength=0.3)
+        found = compensated_down(DOWN, evidence(h), KEPT)
         found = np.array(found - DOWN[:, KEPT]).T
         assert np.allclose(found, expected, atol=1e-4)
 
@@ -87,21 +86,21 @@ def test_it_is_the_ridge_solution_however_many_tokens_there_are():
 def test_a_correction_in_two_factors_is_the_best_of_its_rank_on_the_text():
     inlet = nn.Linear(F, D, bias=False)
     inlet.weight = DOWN
-    rows = evidence(channels(25))
-    whole = down_correction(DOWN, rows, KEPT)
-    reads, writes = correction_of(inlet, rows, KEPT)  # no more tokens than its rank
+    known = evidence(channels(25))
+    kept = known.rows[:, KEPT]
+    whole = down_correction(DOWN, known, KEPT)
+    reads, writes = correction_of(inlet, known, KEPT)  # no more tokens than its rank
     assert mx.allclose(reads @ writes, whole, atol=1e-4)
-    reads, writes = correction_of(inlet, rows, KEPT, rank=2)
+    reads, writes = correction_of(inlet, known, KEPT, rank=2)
     assert (reads.shape, writes.shape) == ((7, 2), (2, 6))
-    does = np.array(rows[:, KEPT] @ whole)
-    left, sizes, right = np.linalg.svd(does, full_matrices=False)
+    left, sizes, right = np.linalg.svd(np.array(kept @ whole), full_matrices=False)
     best = (left[:, :2] * sizes[:2]) @ right[:2]
-    assert np.allclose(np.array(rows[:, KEPT] @ reads @ writes), best, atol=1e-4)
+    assert np.allclose(np.array(kept @ reads @ writes), best, atol=1e-4)
 
 
 def test_a_sketch_counts_as_so_many_tokens_beside_the_text():
     h, sketch = channels(5), channels(3).astype(mx.float16)
-    rows = np.array(evidence(h, sketch), dtype=np.float64)
+    rows = np.array(evidence(h, sketch).rows, dtype=np.float64)
     texts = unit(h).T @ unit(h)
     calibration = np.array(sketch, dtype=np.float64)
     expected = texts + WORTH * calibration.T @ calibration
@@ -109,19 +108,27 @@ def test_a_sketch_counts_as_so_many_tokens_beside_the_text():
 
 
 def test_more_tokens_beside_a_sketch_are_trusted_less_each_and_without_one_as_ever():
-    sketch = evidence(channels(20)) / 20**0.5  # counts as one token
+    sketch = evidence(channels(20)).rows / 20**0.5  # counts as one token
     strengths = []
     for tokens in (30, 2 * WORTH + 60):
-        rows = evidence(channels(tokens), sketch)
-        assert strength_of(rows, sketched=False) == 0.3
-        strengths.append(float(strength_of(rows, sketched=True)))
+        assert evidence(channels(tokens)).strength == 0.3
+        strengths.append(float(evidence(channels(tokens), sketch).strength))
     assert strengths == pytest.approx([0.3, 0.3 * (960 / 330) ** 0.5], rel=1e-3)
 
 
+def at_right_angles(rows):
+    """Return a sketch's rows: at right angles, as those of condensed are."""
+    turned, _ = np.linalg.qr(RNG.normal(size=(F, rows)))
+    return mx.array((turned * RNG.uniform(0.02, 0.1, rows)).T.astype(np.float32))
+
+
+@pytest.mark.parametrize("sketched", [0, 5])
 @pytest.mark.parametrize("tokens", [4, 30])
-def test_worth_is_what_the_ridge_of_all_others_leaves_of_a_channel(tokens):
-    rows, penalty = unit(channels(tokens)), 0.3 * 0.8
-    found = np.array(worth(mx.array(rows, mx.float32)))
+def test_worth_is_what_the_ridge_of_all_others_leaves_of_a_channel(tokens, sketched):
+    sketch = at_right_angles(sketched) if sketched else None
+    known = evidence(channels(tokens), sketch)
+    rows = np.array(known.rows, dtype=np.float64)
+    penalty, found = float(known.strength) * 0.8, np.array(worth(known))
     for channel, value in enumerate(found):
         mine, others = rows[:, channel], np.delete(rows, channel, axis=1)
         gram = others.T @ others + penalty * np.eye(F - 1)
@@ -132,9 +139,9 @@ def test_worth_is_what_the_ridge_of_all_others_leaves_of_a_channel(tokens):
 
 
 def test_merit_is_worth_of_few_channels_and_energy_of_many():
-    rows = evidence(channels(9))
-    energy, lost = np.array(mx.square(rows).sum(axis=0)), np.array(worth(rows))
-    few, many = (np.array(merit(rows, keep)) for keep in (1e-3, 1.0))
+    known = evidence(channels(9))
+    energy, lost = np.array(mx.square(known.rows).sum(axis=0)), np.array(worth(known))
+    few, many = (np.array(merit(known, keep)) for keep in (1e-3, 1.0))
     np.testing.assert_allclose(few, lost - 0.3 * 0.8, atol=1e-5)
     np.testing.assert_allclose(many, lost - 0.3 * 0.8 + 4 * energy, atol=1e-5)
 
@@ -160,10 +167,10 @@ def test_nothing_changes_where_nothing_is_dropped_or_read():
 
 
 def test_an_infinitely_cautious_correction_is_none():
-    rows = evidence(channels(9))
-    cautious = compensated_down(DOWN, rows, KEPT, strength=1e9)
+    known = evidence(channels(9))
+    cautious = compensated_down(DOWN, known._replace(strength=1e9), KEPT)
     assert mx.allclose(cautious, DOWN[:, KEPT], atol=1e-5)
-    half = compensated_down(DOWN.astype(mx.float16), rows, KEPT)
+    half = compensated_down(DOWN.astype(mx.float16), known, KEPT)
     assert half.dtype == mx.float16
 
 
@@ -212,9 +219,8 @@ def test_a_sweep_gives_what_selecting_and_then_compensating_gives(
     pairs = zip(seen, model.sketch(), strict=True)
     known = [evidence(h[-last:], rows) for h, rows in pairs]
     chosen = model.select(text, **options)
-    trusts = [strength_of(rows, sketched=True) for rows in known]
     if selector == "blend":  # chooses what the others cannot make up for
-        lost = [merit(h, 0.5, trust) for h, trust in zip(known, trusts, strict=True)]
+        lost = [merit(one, 0.5) for one in known]
         chosen = select(mx.stack(lost), selection.sizes)
     assert selection.mask_id == chosen.mask_id
     chosen = replace(chosen, fingerprint=selection.fingerprint)
@@ -223,8 +229,7 @@ def test_a_sweep_gives_what_selecting_and_then_compensating_gives(
     for number, (ffn, index) in enumerate(
         zip(plan_of(dense).modules(dense), chosen.indices, strict=True)
     ):
-        about = (known[number], index, trusts[number])
-        down = compensated_down(ffn.down_proj.weight, *about)
+        down = compensated_down(ffn.down_proj.weight, known[number], index)
         found = model.plan.modules(compact)[number].down_proj.weight
         assert mx.allclose(found, down, atol=1e-4)
     # The keys and values are the dense model's.
@@ -242,13 +247,15 @@ def test_no_more_tokens_than_needed_are_looked_at(tiny_folder, monkeypatch):
     index = mx.arange(0, 64, 2)
     ffn = model.plan.modules(model.dense())[0]
     seen = read_channels(model.dense(), model.plan, text)
-    rows = evidence(seen[0])
-    assert len(rows) <= 20 and mx.array_equal(rows, evidence(seen[0][::3]))
+    known = evidence(seen[0])
+    assert known.tokens <= 20
+    assert mx.array_equal(known.rows, evidence(seen[0][::3]).rows)
     beside = evidence(seen[0], mx.ones((2, 64)))
-    assert mx.array_equal(beside[:-2], evidence(seen[0][::2], mx.ones((2, 64)))[:-2])
-    assert len(beside) <= 32
-    expected = compensated_down(ffn.down_proj.weight, rows, index)
-    cut_compensated(ffn, model.plan.layers[0], index, rows)
+    again = evidence(seen[0][::2], mx.ones((2, 64)))
+    assert mx.array_equal(beside.rows, again.rows)
+    assert len(beside.rows) == beside.tokens + 2 <= 32
+    expected = compensated_down(ffn.down_proj.weight, known, index)
+    cut_compensated(ffn, model.plan.layers[0], index, known)
     assert mx.allclose(ffn.down_proj.weight, expected)
 
 

@@ -17,12 +17,7 @@ import mlx.nn as nn
 from ifp_mlx import Selection, load
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.evaluation.teacher import Reference, continued, log_probabilities, read_row
-from ifp_mlx.slicing.compensation import (
-    Strength,
-    down_correction,
-    evidence,
-    strength_of,
-)
+from ifp_mlx.slicing.compensation import Evidence, down_correction, evidence
 from ifp_mlx.slicing.masked import tapped
 from ifp_mlx.slicing.shapes import put_at
 
@@ -124,22 +119,20 @@ class Bench:
 
     def evidence(
         self, channels: Sequence[mx.array], *, alone: bool = False
-    ) -> list[tuple[mx.array, Strength]]:
-        """Return what compensates each layer: rows, ``[m, F]``, and the strength of the
-        ridge that goes with them.
+    ) -> list[Evidence]:
+        """Return what compensates each layer.
 
         Args:
             channels: of a text, for each layer, ``[T, F]``.
             alone: whether no sketch of the calibration text stands beside them.
         """
         sketch = [None] * len(channels) if alone else self.sketch
-        rows = [evidence(*known) for known in zip(channels, sketch, strict=True)]
-        return [(row, strength_of(row, sketched=not alone)) for row in rows]
+        return [evidence(*known) for known in zip(channels, sketch, strict=True)]
 
     def sliced(
         self,
         selection: Selection,
-        known: Sequence[tuple[mx.array, Strength]] | None = None,
+        known: Sequence[Evidence] | None = None,
         *,
         quantise: bool = False,
     ) -> list[nn.Module]:
@@ -151,8 +144,7 @@ class Bench:
             index, down = selection.indices[layer], self.down[layer]
             part = [ffn.gate_proj.weight[index], ffn.up_proj.weight[index], down[index]]
             if known is not None:
-                rows, strength = known[layer]
-                part[2] += down_correction(down.T, rows, index, strength)
+                part[2] += down_correction(down.T, known[layer], index)
             if quantise:
                 part[2] = rounded(part[2])
             mx.eval(part)

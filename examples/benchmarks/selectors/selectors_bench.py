@@ -197,7 +197,7 @@ def scores_of(
         return prior
     if kind == "merit":
         known = calibration.bench.evidence(reading.channels)
-        return mx.stack([merit(rows, keep, strength) for rows, strength in known])
+        return mx.stack([merit(one, keep) for one in known])
     if kind == "random":
         L, F = prior.shape
         return scores.random_scores(L, F, seed=number)
