@@ -21,7 +21,7 @@ from .evaluation import checked_speed
 from .evaluation.runners import Contest, forget_files
 from .evaluation.speed import Case, draw, measure, table
 from .files.progress import SHOWN
-from .model.checkpoint import IFPModel, load
+from .model.checkpoint import IFPModel, open_model
 from .selection.calibration import calibration_chats
 from .selection.masks import Selection
 from .selection.request import MOST_DRAFTED, Request
@@ -96,7 +96,7 @@ def _command(args: Any) -> None:
             f"--check {args.check[0]} has no cold runs and no picture; leave out --cold "
             "and --plot."
         )
-    model, _ = load(args.model)
+    model = open_model(args.model)
     if args.cold:
         forget_files(model.path)  # or it says now that it cannot
     texts = (model.tokens_of(chat[-2:]) for chat in calibration_chats())

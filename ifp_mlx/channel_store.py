@@ -9,7 +9,7 @@ import numpy as np
 from . import cli
 from .files.atomic import refuse_existing
 from .files.progress import SHOWN
-from .model.checkpoint import IFPModel, load
+from .model.checkpoint import IFPModel, open_model
 from .selection.masks import Selection
 from .storage.layout import CHANNEL_FILE, read_layout
 from .storage.writer import write_folder, write_store
@@ -96,7 +96,7 @@ def uses_of(
 def _command(args: Any) -> None:
     refuse_existing(Path(args.output))
     progress = SHOWN
-    model, _ = load(args.model)
+    model = open_model(args.model)
     about: dict[str, Any] = {"path": args.output}
     if args.to_folder:
         write_folder(model.path, args.output, progress=progress)

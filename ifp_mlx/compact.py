@@ -9,7 +9,7 @@ from typing import Any
 from . import cli
 from .files.atomic import refuse_existing
 from .files.progress import SHOWN
-from .model.checkpoint import IFPModel, load
+from .model.checkpoint import IFPModel, open_model
 from .model.decide import decide
 from .model.export import (
     MASK_FILE,
@@ -50,7 +50,7 @@ def _command(args: Any) -> None:
     if args.instruction is None and args.mask_file is None:
         raise ValueError("Give --instruction or --mask-file: it says what is kept.")
     request = cli.request_of(args)
-    model, _ = load(args.model, args.adapter_path)
+    model = open_model(args.model, args.adapter_path)
     if not request.given:
         request = replace(
             request, allocation=_writable_allocation(model, request.allocation)

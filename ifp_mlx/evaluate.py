@@ -41,7 +41,7 @@ from .evaluation.teacher import Setting
 from .files.atomic import new_file
 from .files.progress import SHOWN
 from .model.card import save_card
-from .model.checkpoint import IFPModel, load
+from .model.checkpoint import IFPModel, open_model
 from .model.decide import can_compensate
 from .selection.request import Request
 from .selection.scores import READING
@@ -186,8 +186,8 @@ def _sweep(args: Any) -> None:
     bits = args.q_bits if args.quantize else None
     if bits is not None and args.prefill != ["compact"]:
         raise ValueError("With -q the prompt is read by the compact model alone.")
-    model, tokenizer = load(args.model)
-    files = _files(args, tokenizer)
+    model = open_model(args.model)
+    files = _files(args, model.tokenizer)
     choices = itertools.product(
         args.prefill,
         args.selector or ["activation", "random"],
@@ -275,7 +275,7 @@ def _harness(args: Any) -> None:
         raise ImportError(
             f"--harness needs lm-eval ({error}): pip install 'ifp_mlx[evaluate]'."
         ) from error
-    model, _ = load(args.model)
+    model = open_model(args.model)
     tasks = harness.open_tasks(args.harness, args.harness_path)
     options: dict[str, Any] = {
         "by": args.select_by,
@@ -306,7 +306,7 @@ def _answers(args: Any) -> None:
         raise ValueError(f"{', '.join(empty)} hold no question; give other sets.")
     if answers.runs_programs(sets):
         _allow_programs(args.run_generated_code)
-    model, _ = load(args.model)
+    model = open_model(args.model)
     max_tokens = args.max_tokens or answers.MAX_TOKENS
     settings = _task_settings(args, model)
     about = about_run(model, args.seed) | {"max_tokens": max_tokens}
@@ -335,7 +335,7 @@ def _card(args: Any) -> None:
             f"--card measures the model's default way of selecting on the package's own "
             f"prompts; leave out --{given[0].replace('_', '-')}."
         )
-    model, _ = load(args.model)
+    model = open_model(args.model)
     prompts, keeps = card.card_prompts(), card.measured_keeps(model, args.keep)
     log = Log(args.output, card.settings_of(model, prompts), card.KEY)
     found = card.measure(model, prompts, keeps, log, progress=SHOWN)

@@ -17,7 +17,7 @@ from .evaluation.sensitivity import (
     measure_sensitivity,
 )
 from .files.progress import SHOWN
-from .model.checkpoint import SENSITIVITY_FILE, load
+from .model.checkpoint import SENSITIVITY_FILE, open_model
 from .selection.widths import MEASURED_SHARES
 
 
@@ -59,7 +59,7 @@ def build_parser() -> cli.Parser:
 
 
 def _command(args: Any) -> None:
-    model, _ = load(args.model)
+    model = open_model(args.model)
     texts = data_texts(model, args.data) if args.data else None
     costs = model.sensitivity
     file = model.path / SENSITIVITY_FILE

@@ -24,7 +24,7 @@ from .evaluation.tasks import (
 from .files.atomic import new_file, refuse_existing
 from .files.progress import SHOWN
 from .files.texts import read_text
-from .model.checkpoint import IFPModel, load
+from .model.checkpoint import IFPModel, open_model
 from .selection import profiles
 from .selection.masks import Selection, find_mask
 from .selection.prompts import as_messages
@@ -94,7 +94,7 @@ def build_parser() -> cli.Parser:
 
 def _make(args: Any) -> None:
     check_name(args.name)
-    model, _ = load(args.model, args.adapter_path)
+    model = open_model(args.model, args.adapter_path)
     examples = _examples(args, model)
     task = make(
         model,
@@ -119,7 +119,7 @@ def _examples(args: Any, model: IFPModel) -> list[Row]:
 
 
 def _merge(args: Any) -> None:
-    model, _ = load(args.model, args.adapter_path)
+    model = open_model(args.model, args.adapter_path)
     folders = cli.tasks_folders(args)
     task = merge(
         model,
@@ -136,7 +136,7 @@ def _import(args: Any) -> None:
     if not args.profile.is_file():
         raise FileNotFoundError(f"There is no profile {args.profile}.")
     text = args.profile.read_bytes()
-    model, _ = load(args.model, args.adapter_path)
+    model = open_model(args.model, args.adapter_path)
     task = adopt(model, args.name, text, keep=args.keep, target_size=args.target_size)
     made, size = task.selection.origin.made or {}, task.selection.target_size
     print(
@@ -149,7 +149,7 @@ def _import(args: Any) -> None:
 
 def _export(args: Any) -> None:
     refuse_existing(args.output)
-    model, _ = load(args.model, args.adapter_path)
+    model = open_model(args.model, args.adapter_path)
     selection = Selection.load(find_mask(args.name, cli.tasks_folders(args)))
     model.check_fits(selection)
     text = profiles.write(selection, model.plan.paths, args.format)

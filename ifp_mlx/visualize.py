@@ -6,7 +6,7 @@ from typing import Any
 
 from . import cli
 from .evaluation.tasks import library
-from .model.checkpoint import load
+from .model.checkpoint import open_model
 from .pictures.assemble import visualize
 from .pictures.measured import read_benchmarks, read_evaluation
 from .pictures.tally import Tally
@@ -45,7 +45,7 @@ def _command(args: Any) -> None:
             "give one."
         )
     tally = _tally(args)
-    model, _ = load(args.model)
+    model = open_model(args.model)
     for selection in tally.selections:
         model.check_fits(selection)
     written = visualize(

@@ -19,7 +19,7 @@ import numpy as np
 from .. import cli
 from ..files.atomic import new_folder, refuse_existing
 from ..files.progress import SHOWN, ProgressBar
-from ..model.checkpoint import IFPModel, load
+from ..model.checkpoint import IFPModel, open_model
 from ..model.decide import decide
 from ..model.export import Quantisation
 from ..selection.masks import Selection
@@ -204,7 +204,7 @@ def command(args: Any) -> None:
             raise ValueError(f"{flag} is for --format coreml; leave it out.")
     refuse_existing(Path(args.output))
     request = cli.request_of(args)
-    model, _ = load(args.model)
+    model = open_model(args.model)
     _check_family(model)  # before the whole model is read to select
     decision = decide(request, model, lasting=True, progress=SHOWN)
     report = export_coreai(

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from .. import cli
 from ..files.atomic import new_folder, refuse_existing
 from ..files.progress import SHOWN, ProgressBar
-from ..model.checkpoint import IFPModel, load
+from ..model.checkpoint import IFPModel, open_model
 from ..model.decide import decide
 from ..model.export import Quantisation
 from ..selection.masks import Selection
@@ -434,7 +434,7 @@ def _command(args: Any) -> None:
     cli.request_of(args)
     from .coreml.graph import check_family
 
-    model, _ = load(args.model)
+    model = open_model(args.model)
     check_family(model.source.skeleton)  # before the whole model is read to select
     length, verify = args.context_length, not args.no_verify
     options = Options(

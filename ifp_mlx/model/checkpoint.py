@@ -86,14 +86,14 @@ class IFPModel:
     """A large model on disk, from which an instruction's units can be loaded.
 
     No weight stays in memory: :meth:`select` and :meth:`compact` read what they
-    need and let it go. Make one with :func:`load`.
+    need and let it go. Make one with :func:`load`, or :func:`open_model` where no text
+    is to be read.
 
     Attributes:
         path: the checkpoint folder.
         name: the hub id it was opened by, else the folder's name.
         config: its config.json.
         ifp: its ifp_config.json, or the defaults.
-        tokenizer: mlx-lm's ``TokenizerWrapper``.
         source: where the weights are read from.
         plan: what is sliced of it.
         layers: ``L``.
@@ -105,8 +105,8 @@ class IFPModel:
         notes: the folder where what is measured of it is kept: its own, or the adapter's.
     """
 
-    def __init__(self, source: Folder, name: str, tokenizer: Any) -> None:
-        self.source, self.name, self.tokenizer = source, name, tokenizer
+    def __init__(self, source: Folder, name: str) -> None:
+        self.source, self.name = source, name
         self.path, self.config, self.plan = source.path, source.config, source.plan
         self.ifp = IFPConfig.load(self.path)
         fused = source.adapter
@@ -129,6 +129,15 @@ class IFPModel:
     def dense(self) -> nn.Module:
         """Return the whole stock mlx-lm model; each weight is read when first used."""
         return self.source.dense()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """mlx-lm's ``TokenizerWrapper``; reading it can take seconds.
+
+        Raises:
+            ValueError: if it is missing, damaged, or code of the folder's own.
+        """
+        return open_tokenizer(self.path, self.config)
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -663,13 +672,23 @@ def load(
         FileNotFoundError: if there is no such folder or hub id.
         ValueError: if its content is damaged or of an unsupported type.
     """
+    opened = open_model(model, adapter_path)
+    return opened, opened.tokenizer
+
+
+def open_model(
+    model: str | os.PathLike[str] = SHIPPED,
+    adapter_path: str | os.PathLike[str] | None = None,
+) -> IFPModel:
+    """Open a checkpoint as :func:`load` does; its tokenizer is read when it is first
+    used.
+    """
     path = resolve(model)
     adapter = None if adapter_path is None else Adapter(Path(adapter_path).expanduser())
     source = source_of(path, adapter)
     _ = source.plan  # or it says why nothing can be selected
-    tokenizer = open_tokenizer(path, source.config)
     name = path.resolve().name if Path(model).exists() else str(model)
-    return IFPModel(source, name, tokenizer), tokenizer
+    return IFPModel(source, name)
 
 
 def _fingerprint(model: nn.Module) -> mx.array:

@@ -93,8 +93,7 @@ def write_compact(
         compact = model.compact(selection, progress=progress)
     selection = _with_slicing(model, compact, selection, progress)
     said = UNTRAINED + _curve(card, selection)
-    how: dict[str, Any] = {"quantisation": quantisation, "said": said}
-    return write_plain(model, compact, selection, out, **how)
+    return _written(model, compact, selection, out, quantisation, said)
 
 
 def write_plain(
@@ -120,6 +119,18 @@ def write_plain(
         FileExistsError, ValueError: as :func:`write_compact`.
     """
     check_can_write(model, selection.sizes, quantisation)
+    return _written(model, compact, selection, out, quantisation, said)
+
+
+def _written(
+    model: IFPModel,
+    compact: nn.Module,
+    selection: Selection,
+    out: Path,
+    quantisation: Quantisation | None,
+    said: str,
+) -> Path:
+    """Do what :func:`write_plain` does, once all has been checked."""
     config = dict(model.config)
     if selection.target_size is not None:
         config = model.plan.resized(config, selection.target_size)

@@ -16,7 +16,7 @@ from typing import Any
 from ..evaluation.tables import markdown
 from ..files.config import read_config
 from ..model.card import Card, load_card
-from ..model.checkpoint import PREDICTOR_FOLDER, load
+from ..model.checkpoint import PREDICTOR_FOLDER, open_model
 from ..model.footprint import Footprint, in_words, model_of_config
 from ..selection import widths
 from ..slicing.plan import plan_of
@@ -92,7 +92,7 @@ def open_subject(name: str, *, channel_store: bool = False) -> Subject:
         footprint = Footprint.of_module(dense, plan, config)
         work = Work.of(dense, plan)
         return Subject(name, None, footprint, work, None, channel_store)
-    model, _ = load(path)
+    model = open_model(path)
     return Subject(
         name,
         model.path,

@@ -7,7 +7,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..model.checkpoint import load
+from ..model.checkpoint import open_model
 from .batches import Batch
 from .maskers import Budget, FixedMask, Form, Masker
 from .step import Pair, target_losses
@@ -84,7 +84,7 @@ def sliced_error(folder: Path, model: nn.Module, batch: Batch) -> float:
         model: the trained model.
         batch: of any examples.
     """
-    checkpoint, _ = load(folder)
+    checkpoint = open_model(folder)
     predictor = checkpoint.predictor
     assert predictor is not None
     own = batch.instruction[:1, : int(batch.lengths[0])]

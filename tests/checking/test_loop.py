@@ -89,7 +89,7 @@ def all_but(plan, count, seed=0):
 def test_every_type_says_what_it_says_alone_or_is_refused(name, tmp_path):
     untied = {"tie_word_embeddings": False} if name == "minicpm" else {}
     source = source_of(write_family(tmp_path / "model", name, **untied))
-    model = IFPModel(source, "", None).apart(all_but(source.plan, 9))
+    model = IFPModel(source, "").apart(all_but(source.plan, 9))
     whole = Whole(source, model)
     if not GOES_BACK[name]:
         with pytest.raises(

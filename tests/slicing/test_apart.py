@@ -99,7 +99,7 @@ def assert_whole(source, selection, room=0, times=1):
     set_masks(mask_model(masked, source.plan), mx.array(mask))
     dense, compact = says(source.dense(), PARTS), says(masked, PARTS)
     assert relative_error(compact, dense) > 1e-3  # or nothing is tried
-    model = IFPModel(source, "", None).apart(selection)
+    model = IFPModel(source, "").apart(selection)
     whole = Whole(source, model, room)
     for _ in range(times):
         assert relative_error(says(whole, PARTS), dense) <= 1e-5
