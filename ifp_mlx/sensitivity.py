@@ -51,8 +51,7 @@ def build_parser() -> cli.Parser:
         nargs="+",
         metavar="X",
         help="JSONL files as of evaluate, one per family of tasks: measured on examples "
-        f"of theirs, {DATA_TEXTS} in all; default: the package's calibration text, which "
-        "was a worse guide to SmolLM2 (examples/benchmarks/selectors/quality.md)",
+        f"of theirs, {DATA_TEXTS} in all; default: the package's calibration text",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     return parser

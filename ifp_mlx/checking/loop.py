@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..selection.request import MOST_DRAFTED
@@ -144,10 +145,7 @@ class CheckedRun:
                 the dropped channels once.
         """
         left = self.tokens[self.known : -1]
-        parts = steps_of(left)
-        if step:
-            parts = [left[n : n + step] for n in range(0, len(left), step)]
-        for part in parts:
+        for part in steps_of(left, step):
             with self._past.marked():
                 self._read(part, self._past.noting(), last=0)
             self.known += len(part)
@@ -175,7 +173,7 @@ class CheckedRun:
             logits = self.rule.decoding.processed(logits, self.tokens + drafted)
             stand, following = self.rule.judge(drafted, logits)
             self._past.keep(stand + 1, len(read))
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        logprobs = nn.log_softmax(logits, axis=-1)
         said = [*drafted[:stand], following]
         if stand and drafted[stand - 1] in ends:
             said.pop()

@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten
 from ..slicing.apart import Apart, linear_of
 from ..slicing.compensation import evidence, learned
 from ..slicing.reading import FFN_STEP, computed_by
-from ..slicing.shapes import LayerPlan, Plan, at, put_at
+from ..slicing.shapes import LayerPlan, Plan, at
 from ..slicing.sliced import elements, gathered, sliced_names, tensors_along
-from ..slicing.stock import StandIn, logits_at
+from ..slicing.stock import logits_at, standing_in
 from ..storage.device import FEWEST_BYTES
 from ..storage.folder import Folder
 from ..storage.units import Wanted
@@ -247,11 +247,10 @@ class Whole:
             return made
 
         try:
-            put_at(other, plan.inlet, StandIn(inlet, catch))
-            other(*args, **kwargs)
+            with standing_in(other, {plan.inlet: catch}):
+                other(*args, **kwargs)
             yield
         finally:
-            put_at(other, plan.inlet, inlet)
             part.dropped = None
 
 

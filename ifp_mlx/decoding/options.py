@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Self
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 Processor = Callable[[mx.array, mx.array], mx.array]
@@ -200,8 +201,7 @@ class Decoding:
         """
         from mlx_lm.sample_utils import apply_min_p, apply_top_p, apply_xtc
 
-        logits = logits.astype(mx.float32)
-        found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        found = nn.log_softmax(logits.astype(mx.float32), axis=-1)
         if self.top_p < 1:
             found = apply_top_p(found, self.top_p)
         if self.min_p:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from ..checking.rollback import without_last
 from ..selection.masks import Selection
-from ..slicing.stock import log_softmax, logits_at, steps_of
+from ..slicing.stock import log_softmax, logits_at, prefill, steps_of
 
 PLACES = 64  # tokens at which they are compared, at most
 SHARE = 8  # one token of so many is compared: the check may take a small part of select
@@ -70,17 +70,12 @@ def says(
     Returns:
         Log-probabilities, the dense model's first, float32 ``[n, V]`` each.
     """
-    from mlx_lm.models.cache import make_prompt_cache
-
     count = noted.shape[1]
     with without_last(kv, count) as shortened:
         cache, read = kv, list(tokens[-count:])
         if not shortened:  # the compact model reads all of the text itself
-            cache = make_prompt_cache(model)
-            *before, read = steps_of(tokens)
-            for step in before:
-                model(mx.array(step)[None], cache=cache)
-                mx.eval([layer.state for layer in cache])
+            read = steps_of(tokens)[-1]
+            cache = prefill(model, tokens[: len(tokens) - len(read)])
         places = mx.arange(len(read) - count, len(read))
         with logits_at(model, places, noted) as some:
             both = log_softmax(some(model(mx.array(read)[None], cache=cache))[0])

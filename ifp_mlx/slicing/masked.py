@@ -10,6 +10,7 @@ Source: Hou et al. 2025 (arXiv:2501.02086) sec. 2, ``F(X, m)``.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -87,17 +88,23 @@ def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
         inlets: of the layers, from :meth:`Plan.inlets`.
         taps: for each, maps the channels ``[..., F]`` to their stand-in.
     """
-    classes = [type(inlet) for inlet in inlets]
+    with becoming(inlets, "Tapped", [partial(_tapped_call, tap) for tap in taps]):
+        yield
+
+
+@contextmanager
+def becoming(
+    modules: Sequence[nn.Module], how: str, calls: Sequence[Callable[[type], Any]]
+) -> Iterator[None]:
+    """Give modules another call, meanwhile; see :func:`become`."""
+    stocks = [type(module) for module in modules]
     try:
-        for inlet, tap in zip(inlets, taps, strict=True):
-            become(inlet, "Tapped", _tapped_call)
-            inlet._tap = tap
+        for module, call in zip(modules, calls, strict=True):
+            become(module, how, call)
         yield
     finally:
-        for inlet, stock in zip(inlets, classes, strict=True):
-            if inlet.__class__ is not stock:
-                inlet.__class__ = stock
-                del inlet._tap
+        for module, stock in zip(modules, stocks, strict=True):
+            module.__class__ = stock
 
 
 def become(module: nn.Module, how: str, call: Callable[[type], Any]) -> None:
@@ -120,9 +127,9 @@ def _masked_call(stock: type) -> Any:
     return call
 
 
-def _tapped_call(stock: type) -> Any:
+def _tapped_call(tap: Tap, stock: type) -> Any:
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        return stock.__call__(self, self._tap(x), *args, **kwargs)
+        return stock.__call__(self, tap(x), *args, **kwargs)
 
     return call
 

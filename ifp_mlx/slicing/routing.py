@@ -7,6 +7,7 @@ returned is that expert's gate weight, whatever the block is.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..selection.masks import Selection
-from .masked import become
+from .masked import becoming
 from .shapes import LayerPlan, Plan, at
 
 # Statistics of an expert: what it contributed, its gate weights, and its tokens.
@@ -36,16 +37,12 @@ def watched(module: nn.Module, layer: LayerPlan, see: See) -> Iterator[None]:
             experts return, gate weights are known up to a factor of each token.
     """
     above, _, name = layer.experts.rpartition(".")
-    owner = at(module, above)
-    stock = type(owner)
-    become(owner, "Watched", lambda kind: _watched_call(kind, name, see))
-    try:
+    call = partial(_watched_call, name, see)
+    with becoming([at(module, above)], "Watched", [call]):
         yield
-    finally:
-        owner.__class__ = stock
 
 
-def _watched_call(stock: type, name: str, see: See) -> Any:
+def _watched_call(name: str, see: See, stock: type) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         experts = getattr(self, name)
         made: list[mx.array] = []

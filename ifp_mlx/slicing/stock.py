@@ -1,7 +1,7 @@
 """What is borrowed from mlx-lm to run a stock model that is not loaded by it."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .masked import become
+from .masked import becoming
 from .shapes import at, put_at
 
 PREFILL_STEP = 2048  # tokens that go through the model at once, as in mlx-lm
@@ -47,8 +47,16 @@ def build(config: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def steps_of(tokens: Sequence[int]) -> list[list[int]]:
-    """Return the parts in which a text goes through the model; the last is whole."""
+def steps_of(tokens: Sequence[int], step: int = 0) -> list[list[int]]:
+    """Return the parts in which a text goes through the model.
+
+    Args:
+        tokens: ``T`` ids.
+        step: of one part, the last of which may be shorter; default: mlx-lm's, of which
+            the first may be shorter, and the last is whole.
+    """
+    if step:
+        return [list(tokens[n : n + step]) for n in range(0, len(tokens), step)]
     ends = range(len(tokens), 0, -PREFILL_STEP)
     return [list(tokens[max(0, end - PREFILL_STEP) : end]) for end in reversed(ends)]
 
@@ -61,15 +69,12 @@ def prefill(model: nn.Module, tokens: Sequence[int], step: int = 0) -> list[Any]
     Args:
         model: any stock model.
         tokens: ``T`` ids.
-        step: tokens that go through it at once; default: as :func:`steps_of`.
+        step: see :func:`steps_of`.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
-    parts = steps_of(tokens)
-    if step:
-        parts = [list(tokens[n : n + step]) for n in range(0, len(tokens), step)]
-    for part in parts:
+    for part in steps_of(tokens, step):
         model(mx.array(part)[None], cache=cache)
         mx.eval([layer.state for layer in cache])
     return cache
@@ -146,13 +151,12 @@ def _norm_changed(
     if path is None or _calls_of(model, path) > 1:
         yield False
         return
-    norm = at(model, path)
-    stock = type(norm)
-    become(norm, "Some", lambda _: lambda self, x: change(stock.__call__(self, x)))
-    try:
+
+    def call(stock: type) -> Any:
+        return lambda self, x: change(stock.__call__(self, x))
+
+    with becoming([at(model, path)], "Some", [call]):
         yield True
-    finally:
-        norm.__class__ = stock
 
 
 def _calls_of(model: nn.Module, path: str) -> int:
@@ -167,11 +171,8 @@ def _calls_of(model: nn.Module, path: str) -> int:
         counted: mx.array = module(x)
         return counted
 
-    put_at(model, path, StandIn(module, count))
-    try:
+    with standing_in(model, {path: count}):
         model(mx.array([[0]]), cache=make_prompt_cache(model))
-    finally:
-        put_at(model, path, module)
     return calls
 
 
@@ -210,6 +211,26 @@ class StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+@contextmanager
+def standing_in(
+    model: nn.Module, calls: Mapping[str, Callable[..., Any]]
+) -> Iterator[None]:
+    """Let functions be called instead of some modules of a model, meanwhile.
+
+    Args:
+        model: as it was, afterwards.
+        calls: by the path of the module.
+    """
+    there = {path: at(model, path) for path in calls}
+    try:
+        for path, call in calls.items():
+            put_at(model, path, StandIn(there[path], call))
+        yield
+    finally:
+        for path, module in there.items():
+            put_at(model, path, module)
 
 
 def log_softmax(logits: mx.array) -> mx.array:

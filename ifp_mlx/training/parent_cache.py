@@ -22,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..files.atomic import new_file
+from ..slicing.stock import log_softmax
 from .batches import Batch, Record
 
 INDEX = "index.json"
@@ -183,8 +184,7 @@ def _digest(records: Sequence[Record]) -> str:
 
 def _compress(parent: Any, record: Record, form: Form) -> np.ndarray:
     """Return what is kept of the distributions after a record's tokens, ``[T - 1]``."""
-    logits = parent(mx.array(record.tokens[None, :-1]))[0].astype(mx.float32)
-    logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    logp = log_softmax(parent(mx.array(record.tokens[None, :-1]))[0])
     rng = np.random.default_rng(record.task)  # the same after an interruption
     table = np.array(logp)
     parts = np.split(table, range(CHUNK, len(table), CHUNK))

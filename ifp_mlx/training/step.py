@@ -100,8 +100,7 @@ def divergence(logits: mx.array, parent: Said, batch: Batch) -> mx.array:
         found = found - mx.logsumexp(logits, axis=-1, keepdims=True)
         return (weights * (logp - found)).sum(axis=-1) * batch.loss_mask[:, 1:]
     parent = mx.stop_gradient(parent.astype(mx.float32))
-    truth = parent - mx.logsumexp(parent, axis=-1, keepdims=True)
-    found = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    truth, found = (nn.log_softmax(said, axis=-1) for said in (parent, logits))
     return (mx.exp(truth) * (truth - found)).sum(axis=-1) * batch.loss_mask[:, 1:]
 
 

@@ -64,7 +64,7 @@ def test_a_tokenizer_is_opened_only_where_a_text_is_read(name, command, monkeypa
 
 # One as it is and one that is wider tell what is sliced; a folder's width is checked
 # before the work, and by what writes it.
-BUILDS = {"generate": 2, "compact": 4, "plan": 2, "visualize": 2, "channel_store": 4}
+BUILDS = {"compact": 4, "plan": 2, "visualize": 2, "channel_store": 4}
 
 
 @pytest.mark.parametrize(("name", "count"), BUILDS.items())
