@@ -13,8 +13,8 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..decoding.kv import PLAIN, KVOptions
+from ..files.amounts import physical_memory
 from ..model.checkpoint import load
-from ..model.footprint import physical_memory
 from ..selection.prompts import (
     Prompt,
     as_messages,

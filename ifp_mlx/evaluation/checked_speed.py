@@ -20,9 +20,9 @@ from ..checking.loop import CheckedRun, DraftLength
 from ..checking.rule import Rule
 from ..checking.whole import Whole
 from ..decoding.options import Decoding
+from ..files.amounts import physical_memory
 from ..model.checkpoint import Compact, IFPModel
 from ..model.decide import decide
-from ..model.footprint import physical_memory
 from ..selection.request import MOST_DRAFTED, Check, Request
 from .cost import decode
 from .runners import clear

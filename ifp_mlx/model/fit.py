@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..checking.drift import RECENT
 from ..decoding.kv import PLAIN, KVOptions
+from ..files.amounts import physical_memory
 from ..selection.calibration import CHATS, MOST_TOKENS
 from ..slicing import sketch
 from ..slicing.compensation import RANK, TOKENS
@@ -17,7 +18,7 @@ from ..slicing.reading import FFN_STEP
 from ..slicing.stock import PREFILL_STEP
 from .agreement import PLACES
 from .decision import Decision
-from .footprint import Footprint, physical_memory
+from .footprint import Footprint
 
 ROW_FLOATS = 5  # arrays [m, F] of what is known of a layer while it is judged
 GRAM_FLOATS = 4  # arrays [m, m] of it

@@ -5,7 +5,6 @@ opened, or one that mlx-lm builds from a config.json alone, can be weighed for f
 """
 
 import math
-import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..decoding.kv import KVOptions
+from ..files.amounts import in_words
 from ..files.quantised import leaves_out, noted, packing, quantised_by
 from ..selection.masks import Selection
 from ..slicing.plan import plan_of
@@ -322,21 +322,6 @@ class Footprint:
             f"needs {in_words(least)} ({summands}); allow {in_words(least)}, or take a "
             "shorter context or a smaller or more strongly quantised model."
         )
-
-
-def physical_memory() -> int:
-    """Return the bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def in_words(count: int) -> str:
-    """Return bytes as people write them; what is needed is never rounded down."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            digits = max(0, 3 - len(str(count // unit)))
-            scale = 10**digits
-            return f"{-(-count * scale // unit) / scale:.{digits}f} {name}"
-    return f"{count} bytes"
 
 
 def model_bytes(model: nn.Module) -> int:

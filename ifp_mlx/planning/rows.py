@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.tables import markdown
+from ..files.amounts import in_words
 from ..files.config import read_config
 from ..model.card import Card, load_card
 from ..model.checkpoint import PREDICTOR_FOLDER, open_model
-from ..model.footprint import Footprint, in_words, model_of_config
+from ..model.footprint import Footprint, model_of_config
 from ..selection import widths
 from ..slicing.plan import plan_of
 from . import roofline

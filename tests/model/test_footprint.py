@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from ifp_mlx import load
+from ifp_mlx.files.amounts import in_words
 from ifp_mlx.model.footprint import (
     Footprint,
     LayerCache,
     folder_bytes,
-    in_words,
     model_bytes,
     model_of_config,
 )
