@@ -304,7 +304,8 @@ class Engine:
         """
         if reselect in RESELECTS:
             options, reselect = options | {"reselect": reselect}, None
-        split_options(options)
+        _, sampling = split_options(options)
+        Sampling(**sampling)  # refused now, not with every turn
         return Chat(self, system, reselect, options)
 
     def memory(self) -> dict[str, int]:

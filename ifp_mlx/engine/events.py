@@ -4,7 +4,16 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["download", "load", "select", "channels", "prefill", "decode"]
+Stage = Literal[
+    "download",
+    "load",
+    "card",
+    "calibrate",
+    "select",
+    "channels",
+    "prefill",
+    "decode",
+]
 FinishReason = Literal["stop", "length", "cancelled"]
 Unit = Literal["channel", "expert"]
 
@@ -14,10 +23,11 @@ class Progress:
     """How far a stage is.
 
     Attributes:
-        stage: ``download`` (bytes), ``load`` (opening the folder), ``select`` (layers
-            that read the instruction, or calibration texts), ``channels`` (layers whose
-            channels, or experts, are read), ``prefill`` (prompt tokens), ``decode``
-            (starts; then one :class:`Token` a step).
+        stage: ``download`` (bytes), ``load`` (opening the folder), ``card`` (dialogues
+            that measure the model, once), ``calibrate`` (layers that read the
+            calibration text, once), ``select`` (layers that read the instruction),
+            ``channels`` (layers whose channels, or experts, are read), ``prefill``
+            (prompt tokens), ``decode`` (starts; then one :class:`Token` a step).
         done: units finished.
         total: units in all; 0 when unknown.
     """

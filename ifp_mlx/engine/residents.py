@@ -92,13 +92,15 @@ class Shelf:
             request = replace(request, task=None, selection=named)
         # Channels that follow an answer are that answer's own.
         asked = with_instruction(replace(request, reselect="off"), messages)
-        progress = reporting("select", emit, stop)
-        decision = decide(asked, self.model, progress=progress)
+        measuring = reporting("card", emit, stop)
+        decision = decide(asked, self.model, progress=measuring)
         if decision.selection is not None:
             return self.use(decision.selection, decision.checks)
         key = self._key(decision)
         if key not in self._remembered:
+            self._calibrate(decision, reporting("calibrate", emit, stop))
             emit(Progress("select", 0, 0))
+            progress = reporting("select", emit, stop)
             self._remembered[key] = self._choose(decision, progress)
         self._remembered.move_to_end(key)
         most = REMEMBERED_BYTES // (4 * self.model.layers * self.model.channels)
@@ -118,6 +120,13 @@ class Shelf:
         form = decision.compares and decision.checks  # which is what is compared
         how = decision.granularity, decision.compensate, form, seed
         return tuple(decision.tokens), decision.selector, tuple(decision.sizes), *how
+
+    def _calibrate(self, decision: Decision, progress: Any) -> None:
+        """Compute what is kept of the calibration text, if it is asked for and missing."""
+        if decision.compensate:
+            self.model.sketch(progress)
+        elif decision.selector in ("prior", "blend"):
+            self.model.known_prior(progress)
 
     def _choose(self, decision: Decision, progress: Any) -> Selection:
         if decision.reads:

@@ -62,6 +62,8 @@ def tried(
     start, chats = perf_counter(), dialogues()
     same: dict[float, list[bool]] = {share: [] for share in shares}
     kl: dict[float, list[float]] = {share: [] for share in shares}
+    if decide([0], max(shares)).compensate:
+        model.sketch(progress)  # computed once, which would take the first one long
     for question, answer in progress([parts_of(model, chat) for chat in chats]):
         text = [*question, *answer[:-1]]
         kv, noted = sweep.read(model.source, text, len(answer))

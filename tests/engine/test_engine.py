@@ -80,7 +80,7 @@ def test_every_stage_is_reported_and_everything_is_plain_data(folder):
         events = list(engine.stream("Hello there.", max_tokens=3))
     stages = [e.stage for e in [*seen, *events] if isinstance(e, Progress)]
     order = list(dict.fromkeys(stages))
-    assert order == ["load", "select", "prefill", "decode"]
+    assert order == ["load", "card", "select", "prefill", "decode"]
     prefill = [e for e in events if isinstance(e, Progress) and e.stage == "prefill"]
     assert prefill[0].done == 0
     assert prefill[-1].done == prefill[-1].total == events[-1].prompt_tokens
@@ -91,6 +91,21 @@ def test_every_stage_is_reported_and_everything_is_plain_data(folder):
     assert (done.finish_reason, done.generation_tokens) == ("length", 3)
     assert set(done.seconds) == {"select", "load", "wait", "prefill", "decode", "ttft"}
     assert "array" not in repr(events)
+
+
+def test_what_is_done_once_for_a_model_is_a_stage_of_its_own(tmp_path):
+    def stages(engine, **options):
+        events = engine.stream("Hello there.", max_tokens=1, **options)
+        found = [e.stage for e in events if isinstance(e, Progress)]
+        return list(dict.fromkeys(found))
+
+    with Engine.open(write_folder(tmp_path / "new")) as engine:
+        asked = {"keep": 0.5, "selector": "prior"}
+        assert (
+            stages(engine, **asked)
+            == "calibrate select channels prefill decode".split()
+        )
+        assert stages(engine, keep=0.75)[:2] == ["select", "prefill"]
 
 
 def test_a_download_is_reported_in_bytes(folder, monkeypatch, capsys):

@@ -30,6 +30,8 @@ FRAMES_PER_SECOND = 25
 WORDS = {
     "download": "Downloading",
     "load": "Opening the folder",
+    "card": "Measuring the model, once",
+    "calibrate": "Calibrating, once",
     "select": "Selecting channels",
     "channels": "Reading channels",
     "prefill": "Reading the prompt",
