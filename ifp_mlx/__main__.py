@@ -10,6 +10,7 @@ from . import __version__, cli
 
 # The order in which help lists them; those whose module is not there are left out.
 VERBS = {
+    "chat": "hold a conversation in the terminal",
     "generate": "select, load, answer",
     "compact": "write a compact model as a plain model folder",
     "tasks": "make, list, merge and compare task masks",

@@ -1,4 +1,8 @@
-"""What the commands share: how they end, and the options that select."""
+"""What the commands share: how they end, and the options that select.
+
+What needs MLX is imported where it is used: the help, the doctor and a mistyped command do
+without.
+"""
 
 import argparse
 import json
@@ -9,18 +13,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .decoding.kv import BITS, KVOptions
-from .decoding.options import Decoding
-from .selection.masks import Selection, find_mask
-from .selection.request import MIN_AGREEMENT, SAFE_KEEP, Check, Keep, Request
-from .selection.scores import SELECTORS
-from .selection.widths import ALLOCATIONS
-from .slicing.stock import PREFILL_STEP
-from .storage.folder import SHIPPED
+from .terminal.visible import say, visible_output
 
 if TYPE_CHECKING:
     from .model.card import Card
     from .model.export import Quantisation
+    from .selection.masks import Selection
+    from .selection.request import Check, Keep, Request
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +49,8 @@ def run(command: Callable[[], None], prog: str) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        command()
+        with visible_output():
+            command()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -61,8 +61,7 @@ def run(command: Callable[[], None], prog: str) -> None:
 
 def fail(prog: str, message: str) -> NoReturn:
     """Print ``message`` as one line on standard error and exit with status 2."""
-    sentence = " ".join(message.split())
-    print(f"{prog}: error: {sentence}", file=sys.stderr)
+    say(f"{prog}: error: {' '.join(message.split())}")
     sys.exit(2)
 
 
@@ -73,6 +72,8 @@ def add_model_option(parser: argparse.ArgumentParser, *, shipped: bool = False) 
         parser: takes the option.
         shipped: whether the small checkpoint inside the package is the default.
     """
+    from .storage.folder import SHIPPED
+
     about = "a model folder or a Hugging Face Hub id"
     if shipped:
         about += "; default: the small trained checkpoint inside the package"
@@ -93,6 +94,10 @@ def add_adapter_option(parser: argparse.ArgumentParser) -> None:
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which units are kept."""
+    from .selection.request import MIN_AGREEMENT
+    from .selection.scores import SELECTORS
+    from .selection.widths import ALLOCATIONS
+
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--instruction", help="what selects; default: the first user message"
@@ -152,20 +157,62 @@ def add_compensate_option(parser: argparse.ArgumentParser, default: str) -> None
 LASTING = "for task masks, and where the instruction is read to select by it"
 
 
-def keep_of(text: str) -> Keep:
+def keep_of(text: str) -> "Keep":
     """Return what ``--keep`` asks for; a :class:`Request` knows it, or refuses it."""
     try:
         return float(text)
     except ValueError:
-        return cast(Keep, text)
+        return cast("Keep", text)
 
 
-def check_of(text: str) -> Check:
+def check_of(text: str) -> "Check":
     """Return what ``--check`` asks for; a :class:`Request` knows it, or refuses it."""
     try:
         return float(text)
     except ValueError:
-        return cast(Check, text)
+        return cast("Check", text)
+
+
+def add_check_options(parser: argparse.ArgumentParser, turn: str = "") -> None:
+    """Add the options by which the whole model checks, and channels are chosen again.
+
+    Args:
+        parser: takes the options.
+        turn: what ``--reselect turn`` does, where it can be asked for.
+    """
+    from .selection.request import MOST_DRAFTED, RESELECTS
+
+    add = parser.add_argument
+    add(
+        "--check",
+        default="off",
+        metavar="exact|T|off",
+        help="the whole model checks what the compact one drafts, its dropped channels "
+        "read layer by layer: exact says what the whole model says, T from 0 to 1 lets a "
+        "token stand that has so much of the probability of the whole model's best; "
+        "default: %(default)s",
+    )
+    add(
+        "--draft-tokens",
+        type=int,
+        default=MOST_DRAFTED,
+        metavar="N",
+        help="drafted for one check at most; default: %(default)s",
+    )
+    add(
+        "--reselect",
+        choices=("turn", *RESELECTS) if turn else RESELECTS,
+        default="off",
+        help=f"{turn}drift: choose other channels in a check when those kept fit the "
+        "latest tokens badly; default: %(default)s",
+    )
+
+
+def bytes_of(gigabytes: float | None) -> int | None:
+    """Return what ``--memory-gb`` allows; ``None`` sets no limit."""
+    if gigabytes is not None and not 0 < gigabytes < 1e6:
+        raise ValueError(f"--memory-gb {gigabytes:g} must be more than 0.")
+    return None if gigabytes is None else round(gigabytes * 1e9)
 
 
 def add_quantisation_options(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +234,7 @@ def add_decoding_options(
     parser: argparse.ArgumentParser,
     when: str | None = None,
     *,
-    prefill_step: int = PREFILL_STEP,
+    prefill_step: int | None = None,
 ) -> None:
     """Add the options that say how the prompt is read, how tokens are chosen and where
     the text ends, mlx_lm's names wherever it has one; :func:`decoding_of` and
@@ -196,8 +243,12 @@ def add_decoding_options(
     Args:
         parser: takes the options.
         when: they hold; default: always.
-        prefill_step: tokens of the prompt that are read at once, by default.
+        prefill_step: tokens of the prompt that are read at once, by default; ``None`` is
+            what ``stream_generate`` reads.
     """
+    from .decoding.options import Decoding
+    from .slicing.stock import PREFILL_STEP
+
     add = parser.add_argument_group("decoding", when and f"{when}:").add_argument
     for option in fields(Decoding):
         if option.metadata:
@@ -231,7 +282,7 @@ def add_decoding_options(
     add(
         "--prefill-step-size",
         type=whole_of,
-        default=prefill_step,
+        default=prefill_step or PREFILL_STEP,
         metavar="N",
         help="tokens of the prompt that are read at once; fewer take less memory; "
         "default: %(default)s",
@@ -242,6 +293,8 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options of :func:`add_decoding_options` say of decoding, as
     ``stream_generate`` and the engine take it.
     """
+    from .decoding.options import Decoding
+
     names = {*Decoding.names(), "logit_bias"} & vars(args).keys() - {"seed"}
     chosen = {name: getattr(args, name) for name in names}
     chosen["stop_strings"] = tuple(args.stop_strings)
@@ -252,6 +305,8 @@ def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
 def add_kv_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how the KV cache is kept; :func:`kv_of` reads them."""
     add = parser.add_argument_group("KV cache").add_argument
+    from .decoding.kv import BITS, KVOptions
+
     kept, size = KVOptions(), "the model's head size must be a multiple of it"
     add(
         "--kv-bits",
@@ -286,6 +341,8 @@ def kv_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the options of :func:`add_kv_options` say, as ``stream_generate`` and
     the engine take it.
     """
+    from .decoding.kv import KVOptions
+
     return asdict(KVOptions.split(vars(args))[0])
 
 
@@ -348,7 +405,9 @@ def library_folder(args: argparse.Namespace) -> Path:
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
-def say_quality(selection: Selection, card: "Card | None", request: Request) -> None:
+def say_quality(
+    selection: "Selection", card: "Card | None", request: "Request"
+) -> None:
     """Say on stderr how good a selection is, as far as that is known: by the comparison
     with the dense model on the text that selected, and by what was measured before.
 
@@ -362,10 +421,12 @@ def say_quality(selection: Selection, card: "Card | None", request: Request) -> 
     else:
         lines = list(_nothing_dropped(card, request))
     for line in lines:
-        print(line, file=sys.stderr)
+        say(line)
 
 
-def _nothing_dropped(card: "Card | None", request: Request) -> Iterator[str]:
+def _nothing_dropped(card: "Card | None", request: "Request") -> Iterator[str]:
+    from .selection.request import MIN_AGREEMENT
+
     if card is not None and request.auto:
         most, least = card.keeps()[-1], request.min_agreement or MIN_AGREEMENT
         yield (
@@ -375,7 +436,9 @@ def _nothing_dropped(card: "Card | None", request: Request) -> Iterator[str]:
         )
 
 
-def _self_check(selection: Selection) -> Iterator[str]:
+def _self_check(selection: "Selection") -> Iterator[str]:
+    from .selection.request import MIN_AGREEMENT
+
     origin = selection.origin
     if origin.agreement is None:
         return
@@ -394,7 +457,9 @@ def _self_check(selection: Selection) -> Iterator[str]:
         )
 
 
-def _measured_before(selection: Selection, card: "Card | None") -> Iterator[str]:
+def _measured_before(selection: "Selection", card: "Card | None") -> Iterator[str]:
+    from .selection.request import MIN_AGREEMENT, SAFE_KEEP
+
     share, origin = selection.share, selection.origin
     if origin.predicted:
         return
@@ -419,7 +484,7 @@ def _measured_before(selection: Selection, card: "Card | None") -> Iterator[str]
         )
 
 
-def say_slicing(slicing: str, selection: Selection) -> None:
+def say_slicing(slicing: str, selection: "Selection") -> None:
     """Say on stderr whether slicing a quantised model lost anything.
 
     Args:
@@ -448,11 +513,13 @@ def say_slicing(slicing: str, selection: Selection) -> None:
 def _with_task(args: argparse.Namespace) -> argparse.Namespace:
     """``--task NAME`` is ``--mask-file`` with the library's file of that name."""
     if getattr(args, "task", None) is not None:
+        from .selection.masks import find_mask
+
         args.mask_file = str(find_mask(args.task, tasks_folders(args)))
     return args
 
 
-def request_of(args: argparse.Namespace, **more: Any) -> Request:
+def request_of(args: argparse.Namespace, **more: Any) -> "Request":
     """Return what the options of :func:`add_selection_options` ask for.
 
     Args:
@@ -462,6 +529,8 @@ def request_of(args: argparse.Namespace, **more: Any) -> Request:
     Raises:
         ValueError: if they contradict each other.
     """
+    from .selection.request import Request
+
     names: tuple[str, ...] = ("instruction", "mask_file", "keep", "target_size")
     names += ("selector", "allocation", "granularity", "seed", "compensate")
     names += ("min_agreement", "chat_template_config")

@@ -14,7 +14,6 @@ from .model.compact_cache import CompactCache
 from .model.generation import stream_generate
 from .model.responses import GenerationResponse, report
 from .selection.prompts import as_messages
-from .selection.request import MOST_DRAFTED, RESELECTS
 from .slicing.stock import context_of
 
 
@@ -52,29 +51,7 @@ def build_parser() -> cli.Parser:
         "meanwhile, unless it reads the prompt to select; auto is dense as far as that "
         "goes, else compact; default: %(default)s",
     )
-    add(
-        "--check",
-        default="off",
-        metavar="exact|T|off",
-        help="the whole model checks what the compact one drafts, its dropped channels "
-        "read layer by layer: exact says what the whole model says, T from 0 to 1 lets a "
-        "token stand that has so much of the probability of the whole model's best; "
-        "default: %(default)s",
-    )
-    add(
-        "--draft-tokens",
-        type=int,
-        default=MOST_DRAFTED,
-        metavar="N",
-        help="drafted for one check at most; default: %(default)s",
-    )
-    add(
-        "--reselect",
-        choices=RESELECTS,
-        default="off",
-        help="drift: choose other channels in a check when those kept fit the latest "
-        "tokens badly; default: %(default)s",
-    )
+    cli.add_check_options(parser)
     add("--cache-folder", type=Path, help="where that is; default: ~/.cache/ifp_mlx")
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
@@ -99,7 +76,7 @@ def _command(args: Any) -> None:
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens {args.max_tokens} must be at least 1.")
     as_messages(prompt)  # an empty prompt is refused before anything is loaded
-    memory = _bytes(args.memory_gb)
+    memory = cli.bytes_of(args.memory_gb)
     how: dict[str, Any] = {"check": cli.check_of(args.check), "reselect": args.reselect}
     how |= {"draft_tokens": args.draft_tokens, "memory_bytes": memory}
     request = cli.request_of(args, prefill=args.prefill, **how)
@@ -157,12 +134,6 @@ def _say_checks(last: GenerationResponse) -> None:
         "MB of dropped channels read a token.",
         file=sys.stderr,
     )
-
-
-def _bytes(gigabytes: float | None) -> int | None:
-    if gigabytes is not None and not 0 < gigabytes < 1e6:
-        raise ValueError(f"--memory-gb {gigabytes:g} must be more than 0.")
-    return None if gigabytes is None else round(gigabytes * 1e9)
 
 
 def _print_stream(

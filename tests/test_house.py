@@ -26,12 +26,13 @@ BELOW["slicing"] = {"selection"}
 BELOW["storage"] = {"files", "slicing"}
 BELOW["checking"] = {"decoding", "selection", "slicing", "storage"}
 BELOW["model"] = {"checking", "decoding", "files", "selection", "slicing", "storage"}
-BELOW["engine"] = {"checking", "decoding", "model", "selection", "slicing", "storage"}
+BELOW["engine"] = BELOW["model"] | {"model"}
 BELOW["openai"] = {"decoding", "engine", "selection"}
 BELOW["evaluation"] = {"checking", "files", "model"} | BELOW["checking"]
 BELOW["planning"] = BELOW["evaluation"] | {"evaluation"}
 BELOW["pictures"] = {"files", "evaluation", "selection"}
 BELOW["training"] = BELOW["evaluation"] | {"evaluation"}
+BELOW["terminal"] = {"engine", "files", "selection"}
 BELOW["convert"] = {"cli", "files", "model", "selection", "slicing", "storage"}
 # What one can type, and what those share.
 ROOT_MODULES = {"__init__", "__main__", "cli", "llm_plugin"}
@@ -44,8 +45,9 @@ ROOT_MODULES |= {
     "plan",
 }
 ROOT_MODULES |= {"sensitivity", "server", "tasks", "train", "visualize"}
+ROOT_MODULES |= {"chat"}
 LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
-LATE |= {"starlette", "uvicorn", "llguidance", "lm_eval"}
+LATE |= {"starlette", "uvicorn", "llguidance", "lm_eval", "prompt_toolkit"}
 
 
 def imports_of(tree: ast.AST, home: str = "ifp_mlx") -> set[str]:

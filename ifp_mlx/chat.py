@@ -1,0 +1,124 @@
+"""A conversation in the terminal: the command."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import cli
+from .engine import Engine, IFPError
+from .engine.sampling import DEFAULT_MAX_TOKENS
+from .terminal.bars import Bars
+from .terminal.conversation import Conversation, Source
+from .terminal.reading import reader_of
+from .terminal.talk import hold
+from .terminal.visible import say
+
+# Of what the options ask for, what an engine selects by; None is not asked for.
+CHOOSING = (
+    "keep",
+    "target_size",
+    "allocation",
+    "granularity",
+    "compensate",
+    "min_agreement",
+    "chat_template_config",
+)
+EPILOG = """In the conversation, /help lists the commands; Ctrl-C stops an answer, Ctrl-D
+ends. Where standard input is no terminal, each of its lines is a message or a command."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``python -m ifp_mlx.chat``."""
+    cli.main(build_parser(), _command, argv)
+
+
+def build_parser() -> cli.Parser:
+    """Return the command's parser; names are those of ``ifp_mlx.generate``."""
+    parser = cli.Parser(
+        prog="ifp_mlx.chat",
+        description="Hold a conversation with what an instruction needs of a model.",
+        epilog=EPILOG,
+    )
+    cli.add_model_option(parser, shipped=True)
+    cli.add_adapter_option(parser)
+    add = parser.add_argument
+    add("--system-prompt", help="the system message")
+    cli.add_selection_options(parser)
+    cli.add_compensate_option(parser, "where that is read anyway, to select by it")
+    add(
+        "--memory-gb",
+        type=float,
+        help="refuse what takes more memory, in 10^9 bytes; default: no limit",
+    )
+    turn = "turn: each message selects anew, as if it were the first; "
+    cli.add_check_options(parser, turn)
+    add(
+        "--max-tokens",
+        "-m",
+        type=int,
+        help=f"longest answer; default: {DEFAULT_MAX_TOKENS}, or what the context leaves",
+    )
+    cli.add_decoding_options(parser, prefill_step=256)
+    add(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="keep what is typed in this file, for the next time; default: forget it",
+    )
+    return parser
+
+
+def _command(args: argparse.Namespace) -> None:
+    asked, bars = _asked(args), Bars()
+    how: dict[str, Any] = {"memory_limit": cli.bytes_of(args.memory_gb)}
+    how |= {"prefill_step": args.prefill_step_size, "adapter_path": args.adapter_path}
+    with _sentences(), Engine.open(args.model, progress=bars, **how) as engine:
+        talk = Conversation(engine, cli.tasks_folders(args), report=bars, **asked)
+        if (source := _source(args)) is not None:
+            talk.select_by(source)
+        bars.close()
+        reader = reader_of(talk, args.history)
+        if reader.typed:
+            say(f"{engine.name}: /help lists the commands, Ctrl-D ends.")
+        hold(talk, reader, bars)
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the options ask of a conversation, or refuse it."""
+    cli.request_of(args)
+    choosing: dict[str, Any] = {name: getattr(args, name) for name in CHOOSING}
+    choosing = {name: asked for name, asked in choosing.items() if asked is not None}
+    choosing |= {"check": cli.check_of(args.check), "draft_tokens": args.draft_tokens}
+    decoding = cli.decoding_of(args)
+    return {
+        "system": args.system_prompt or None,
+        "reselect": args.reselect,
+        "choosing": choosing | {"selector": args.selector},
+        "decoding": decoding | {"max_tokens": args.max_tokens, "seed": args.seed},
+    }
+
+
+def _source(args: argparse.Namespace) -> Source | None:
+    """Return what the options say that selects beforehand."""
+    if args.mask_file is not None:
+        words = f"the task {args.task}" if args.task else f"the mask {args.mask_file}"
+        return Source(words, mask_file=args.mask_file)
+    if args.instruction is not None:
+        words = f"the instruction {args.instruction!r}"
+        return Source(words, instruction=args.instruction)
+    return None
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn the engine's errors into a command's: a sentence, and exit status 2."""
+    try:
+        yield
+    except IFPError as error:
+        raise ValueError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
