@@ -5,32 +5,47 @@ import difflib
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from . import __version__, cli
 
-# The order in which help lists them; those whose module is not there are left out.
-VERBS = {
-    "chat": "hold a conversation in the terminal",
-    "generate": "select, load, answer",
-    "compact": "write a compact model as a plain model folder",
-    "tasks": "make, list, merge and compare task masks",
-    "server": "serve a model over the OpenAI API",
-    "benchmark": "time dense, compact and stock models in turns",
-    "evaluate": "compare selections with the dense model",
-    "train": "train a model that selects for itself",
-    "plan": "say what fits into the memory there is",
-    "visualize": "draw selections",
+# What a person wants to do, and the commands for it, in the order of the help; those whose
+# module is not there are left out.
+GROUPS = {
+    "talk to a model": {
+        "chat": "hold a conversation in the terminal",
+        "generate": "select, load, answer",
+    },
+    "make it small and keep it": {
+        "compact": "write a compact model as a plain model folder",
+        "tasks": "make, list, merge and compare task masks",
+        "channel-store": "lay a model out so that few channels are read alone",
+        "convert": "make a model folder from PyTorch or GGUF",
+    },
+    "see and measure": {
+        "plan": "say what fits into the memory there is",
+        "visualize": "draw selections",
+        "evaluate": "compare selections with the dense model",
+        "benchmark": "time dense, compact and stock models in turns",
+        "sensitivity": "measure what each layer bears to lose",
+    },
+    "train": {
+        "train": "train a model that selects for itself",
+    },
+    "serve and build apps": {
+        "server": "serve a model over the OpenAI API",
+        "to-coreml": "export to Core ML",
+    },
+    "look after the installation": {
+        "doctor": "say what works here, and what to fix",
+        "completion": "write the completion script of a shell",
+    },
 }
-SCRIPTS = {
-    "channel-store": (
-        "ifp_mlx.channel_store",
-        "lay a model out so that few channels are read alone",
-    ),
-    "convert": (
-        "ifp_mlx.convert.from_pytorch",
-        "make a model folder from PyTorch or GGUF",
-    ),
-    "to-coreml": ("ifp_mlx.convert.to_coreml", "export to Core ML"),
+# Of those that are not called as their module.
+MODULES = {
+    "channel-store": "ifp_mlx.channel_store",
+    "convert": "ifp_mlx.convert.from_pytorch",
+    "to-coreml": "ifp_mlx.convert.to_coreml",
 }
 
 
@@ -49,13 +64,21 @@ def main(argv: list[str] | None = None) -> None:
         near = difflib.get_close_matches(verb, modules, 1)
         hint = f"did you mean {near[0]}?" if near else "see ifp_mlx --help."
         cli.fail(parser.prog, f"there is no command {verb!r}; {hint}")
-    import_module(modules[verb]).main(rest)
+    _module_of(verb, modules[verb]).main(rest)
+
+
+def _module_of(verb: str, name: str) -> Any:
+    """Import a command's module; what is missing for that is one sentence."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        cli.fail(f"ifp_mlx {verb}", f"{error}; ifp_mlx doctor says what is missing.")
 
 
 def available() -> dict[str, str]:
     """Return the module of every command that is there; none is imported."""
-    modules = {verb: f"ifp_mlx.{verb}" for verb in VERBS}
-    modules |= {verb: module for verb, (module, _) in SCRIPTS.items()}
+    verbs = (verb for group in GROUPS.values() for verb in group)
+    modules = {verb: MODULES.get(verb, f"ifp_mlx.{verb}") for verb in verbs}
     return {verb: name for verb, name in modules.items() if _is_there(name)}
 
 
@@ -68,21 +91,27 @@ def _is_there(module: str) -> bool:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of what stands before the command."""
-    about = VERBS | {verb: text for verb, (_, text) in SCRIPTS.items()}
-    width = max(map(len, about)) + 2
-    lines = [f"  {verb:<{width}}{about[verb]}" for verb in available()]
     parser = cli.Parser(
         prog="ifp_mlx",
         usage="ifp_mlx COMMAND [OPTIONS]",
         description="Big model on disk, small model in memory, chosen by the "
         "instruction.",
-        epilog="\n".join(
-            ["commands:", *lines, "", "ifp_mlx COMMAND --help says more."]
-        ),
+        epilog="\n".join([*_listing(), "", "ifp_mlx COMMAND --help says more."]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ifp_mlx {__version__}")
     return parser
+
+
+def _listing() -> list[str]:
+    """Return the lines that list the commands, by group."""
+    modules, lines = available(), []
+    width = max(map(len, modules)) + 2
+    for title, group in GROUPS.items():
+        there = {verb: about for verb, about in group.items() if verb in modules}
+        lines += ["", f"{title}:"] if there else []
+        lines += [f"  {verb:<{width}}{about}" for verb, about in there.items()]
+    return lines[1:]
 
 
 if __name__ == "__main__":

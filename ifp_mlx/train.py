@@ -18,13 +18,21 @@ from .training.validation import (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train a model whose instructions choose its channels, or experts; see ``--help``."""
-    parser = cli.Parser(prog="python -m ifp_mlx.train", description=main.__doc__)
+    """Run ``python -m ifp_mlx.train``."""
+    cli.main(build_parser(), _command, argv)
+
+
+def build_parser() -> cli.Parser:
+    """Return the command's parser."""
+    parser = cli.Parser(
+        prog="ifp_mlx.train",
+        description="Train a model whose instructions choose its channels, or experts.",
+    )
     add_options(parser)
     parser.add_argument("--task", help="recover: this task's mask, for --mask-file")
     cli.add_tasks_folder_option(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON document")
-    cli.main(parser, _command, argv)
+    return parser
 
 
 def _command(args: argparse.Namespace) -> None:

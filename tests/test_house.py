@@ -33,6 +33,7 @@ BELOW["planning"] = BELOW["evaluation"] | {"evaluation"}
 BELOW["pictures"] = {"files", "evaluation", "selection"}
 BELOW["training"] = BELOW["evaluation"] | {"evaluation"}
 BELOW["terminal"] = {"engine", "files", "selection"}
+BELOW["installation"] = {"files"}
 BELOW["convert"] = {"cli", "files", "model", "selection", "slicing", "storage"}
 # What one can type, and what those share.
 ROOT_MODULES = {"__init__", "__main__", "cli", "llm_plugin"}
@@ -45,9 +46,9 @@ ROOT_MODULES |= {
     "plan",
 }
 ROOT_MODULES |= {"sensitivity", "server", "tasks", "train", "visualize"}
-ROOT_MODULES |= {"chat"}
+ROOT_MODULES |= {"chat", "completion", "doctor"}
 LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
-LATE |= {"starlette", "uvicorn", "llguidance", "lm_eval", "prompt_toolkit"}
+LATE |= {"starlette", "uvicorn", "llguidance", "lm_eval", "prompt_toolkit", "shtab"}
 
 
 def imports_of(tree: ast.AST, home: str = "ifp_mlx") -> set[str]:

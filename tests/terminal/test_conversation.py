@@ -10,11 +10,14 @@ import pytest
 from conftest import ROOT, full_disk, run_command, write_family, write_folder
 
 from ifp_mlx.chat import main as chat
-from ifp_mlx.engine import Engine
+from ifp_mlx.engine import Engine, EngineClosed
 from ifp_mlx.storage.writer import write_store
 from ifp_mlx.tasks import main as tasks
+from ifp_mlx.terminal.bars import Bars
 from ifp_mlx.terminal.commands import obey
 from ifp_mlx.terminal.conversation import Conversation
+from ifp_mlx.terminal.reading import Reader
+from ifp_mlx.terminal.talk import hold
 
 GERMANY = "What is Germany called in French?"
 SHORT = ("--max-tokens", "4")
@@ -240,6 +243,14 @@ def test_what_is_wrong_at_the_start_is_one_line_and_exit_status_2(
     status, out, err = talk("Hi.\n", options=(*model, *options))
     assert (status, out, len(err)) == (2, [], 1), err
     assert err[0].startswith("ifp_mlx.chat: error: ") and sentence in err[0]
+
+
+def test_a_conversation_ends_with_its_engine(folder):
+    with Engine.open(folder) as engine:
+        conversation = Conversation(engine)
+        engine.close()
+        with pytest.raises(EngineClosed):
+            hold(conversation, Reader(lambda: "Hi.", typed=True), Bars())
 
 
 def test_two_slashes_begin_a_message(talk, folder, tmp_path):
