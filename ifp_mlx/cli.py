@@ -9,7 +9,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -17,6 +17,7 @@ from .terminal.visible import say, visible_output
 
 if TYPE_CHECKING:
     from .model.card import Card
+    from .model.checkpoint import IFPModel
     from .model.export import Quantisation
     from .selection.masks import Selection
     from .selection.request import Check, Keep, Request
@@ -508,6 +509,24 @@ def say_slicing(slicing: str, selection: "Selection") -> None:
             f"it was dequantised, sliced and quantised again; {measured}.",
             file=sys.stderr,
         )
+
+
+def writable(request: "Request", model: "IFPModel") -> "Request":
+    """Return what a plain folder can hold of a request, and say what that costs."""
+    from .model.export import can_be_ragged
+
+    if request.given:
+        return request
+    wanted = request.allocation
+    if wanted in (None, "uniform") or can_be_ragged(model):
+        return replace(request, allocation=wanted or "uniform")
+    print(
+        f"No stock architecture for {model.config['model_type']} has unequal widths per "
+        "layer: writing uniform ones, for some models a little further from the dense "
+        "one.",
+        file=sys.stderr,
+    )
+    return replace(request, allocation="uniform")
 
 
 def _with_task(args: argparse.Namespace) -> argparse.Namespace:

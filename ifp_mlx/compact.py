@@ -2,21 +2,14 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import cli
 from .files.atomic import refuse_existing
 from .files.progress import SHOWN
-from .model.checkpoint import IFPModel, open_model
-from .model.decide import decide
-from .model.export import (
-    MASK_FILE,
-    can_be_ragged,
-    check_can_write,
-    write_compact,
-)
+from .model.checkpoint import open_model
+from .model.export import MASK_FILE, write_requested
 from .selection.masks import Selection
 
 
@@ -51,23 +44,11 @@ def _command(args: Any) -> None:
         raise ValueError("Give --instruction or --mask-file: it says what is kept.")
     request = cli.request_of(args)
     model = open_model(args.model, args.adapter_path)
-    if not request.given:
-        request = replace(
-            request, allocation=_writable_allocation(model, request.allocation)
-        )
-    quantisation = cli.quantisation_of(args)
-    group = quantisation.group_size if quantisation else 1
-    multiple = group if model.plan.unit == "channel" else 1
-    options: dict[str, Any] = {"lasting": True, "multiple": multiple}
-    decision = decide(request, model, **options, progress=SHOWN)
-    check_can_write(model, decision.sizes, quantisation)
-    made = model.prepare(decision, progress=SHOWN)
-    out = write_compact(
+    out = write_requested(
         model,
-        made.selection,
+        cli.writable(request, model),
         args.mlx_path,
-        compact=made.model,
-        quantisation=quantisation,
+        quantisation=cli.quantisation_of(args),
         progress=SHOWN,
     )
     written = Selection.load(out / MASK_FILE)
@@ -83,19 +64,6 @@ def _command(args: Any) -> None:
     about["router_mass"] = written.origin.router_mass
     about["requantisation_kl"] = written.origin.requantisation_kl
     print(json.dumps(about) if args.json else out)
-
-
-def _writable_allocation(model: IFPModel, wanted: str | None) -> Any:
-    """Return the allocation a plain folder can have, and say what that costs."""
-    if wanted in (None, "uniform") or can_be_ragged(model):
-        return wanted or "uniform"
-    print(
-        f"No stock architecture for {model.config['model_type']} has unequal widths per "
-        "layer: writing uniform ones, for some models a little further from the dense "
-        "one.",
-        file=sys.stderr,
-    )
-    return "uniform"
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def _is_place_of(target: Path, named: Path) -> bool:
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike[str], *, replace: bool = False
+) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` when the block ends well.
 
     What a killed process left of the same folder is deleted first: its scratch folder
@@ -79,25 +81,52 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: the folder to make; its parents are made too.
+        replace: whether a folder that is there gives way to the new one, at the end.
 
     Raises:
-        FileExistsError: if ``path`` is already there.
+        FileExistsError: if ``path`` is already there, unless it is to be replaced.
         Unwritten: if the disk is full, or nothing may be written there.
     """
     target = Path(path)
-    refuse_existing(target)
+    if not replace:
+        refuse_existing(target)
+    with scratch_beside(target) as scratch:
+        yield scratch
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        if replace and target.exists():
+            _give_way(target, scratch)
+        else:
+            refuse_existing(target)
+            scratch.rename(target)
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """Yield a scratch folder on the disk where ``target`` is to be; it goes in the end.
+
+    Raises:
+        Unwritten: of ``target``, if the disk is full, or nothing may be written there.
+    """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _delete_leftovers(target)
         scratch, lock = _locked_scratch(target)
         try:
             yield scratch
-            scratch.chmod(0o755)  # mkdtemp makes it private
-            refuse_existing(target)
-            scratch.rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             os.close(lock)
+
+
+def _give_way(target: Path, new: Path) -> None:
+    """Put ``new`` where ``target`` is, which then is deleted."""
+    old, lock = _locked_scratch(target)
+    try:
+        target.rename(old)
+        new.rename(target)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+        os.close(lock)
 
 
 def _locked_scratch(target: Path) -> tuple[Path, int]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -77,20 +77,42 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 def write_without(source: Path, target: Path, left_out: Iterable[str]) -> None:
     """Copy a safetensors file except for some of its tensors."""
-    header = json.loads(header_of(source))
-    tensors = tensors_of(source)
-    for name in tensors.keys() & set(left_out):
-        del header[name], tensors[name]
+    without = set(left_out)
+    kept = {n: t for n, t in tensors_of(source).items() if n not in without}
+    about = json.loads(header_of(source)).get("__metadata__")
+    write_tensors(target, kept, about)
+
+
+def write_tensors(
+    target: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file of tensors that lie in others, byte for byte.
+
+    Args:
+        target: the file to write.
+        tensors: by name, in the order in which they are to lie.
+        about: what the file says of itself, in words.
+    """
+    header: dict[str, Any] = {} if about is None else {"__metadata__": about}
     end = 0
     for name, tensor in tensors.items():
-        header[name]["data_offsets"] = [end, end + tensor.nbytes]
-        end += tensor.nbytes
+        place = [end, end := end + tensor.nbytes]
+        entry = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": place}
+        header[name] = entry
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with target.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             copy_bytes(tensor, stream)
+
+
+def equal_tensors(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bytes."""
+    if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
+        return False
+    pieces = zip(_pieces(one), _pieces(other), strict=True)
+    return all(piece == another for piece, another in pieces)
 
 
 def copy_bytes(tensor: Tensor, stream: BinaryIO) -> None:

@@ -15,12 +15,14 @@ from ..files.atomic import new_folder, refuse_existing
 from ..files.companions import UNKNOWN_LICENCE, copy_companions, licence_of
 from ..files.progress import ProgressBar
 from ..selection.masks import Selection
+from ..selection.request import Request
 from ..selection.widths import check_multiple
 from ..slicing.shapes import dense_shapes
 from ..slicing.sliced import count_units, pad
 from ..slicing.stock import build
 from .card import Card, load_card
 from .checkpoint import IFPModel
+from .decide import decide
 from .requantisation import requantisation_cost
 
 # Safetensors inside; not in name, for some loaders take every such file for weights,
@@ -94,6 +96,35 @@ def write_compact(
     selection = _with_slicing(model, compact, selection, progress)
     said = UNTRAINED + _curve(card, selection)
     return _written(model, compact, selection, out, quantisation, said)
+
+
+def write_requested(
+    model: IFPModel,
+    request: Request,
+    out: str | os.PathLike[str],
+    *,
+    quantisation: Quantisation | None = None,
+    progress: ProgressBar = iter,
+) -> Path:
+    """Select what a request asks for and :func:`write_compact` it.
+
+    Args:
+        model: where the weights come from.
+        request: whose widths a plain folder can hold.
+        out, quantisation, progress: see :func:`write_compact`.
+
+    Raises:
+        FileExistsError, ValueError: as :func:`write_compact`.
+    """
+    refuse_existing(Path(out))
+    group = quantisation.group_size if quantisation else 1
+    multiple = group if model.plan.unit == "channel" else 1
+    options: dict[str, Any] = {"lasting": True, "multiple": multiple}
+    decision = decide(request, model, **options, progress=progress)
+    check_can_write(model, decision.sizes, quantisation)
+    made = model.prepare(decision, progress=progress)
+    how: dict[str, Any] = {"compact": made.model, "quantisation": quantisation}
+    return write_compact(model, made.selection, out, **how, progress=progress)
 
 
 def write_plain(
