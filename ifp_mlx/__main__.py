@@ -34,6 +34,7 @@ GROUPS = {
     },
     "serve and build apps": {
         "server": "serve a model over the OpenAI API",
+        "bundle": "put tasks into one folder for an app",
         "to-coreml": "export to Core ML",
     },
     "look after the installation": {

@@ -27,6 +27,7 @@ BELOW["storage"] = {"files", "slicing"}
 BELOW["checking"] = {"decoding", "selection", "slicing", "storage"}
 BELOW["model"] = {"checking", "decoding", "files", "selection", "slicing", "storage"}
 BELOW["engine"] = BELOW["model"] | {"model"}
+BELOW["bundling"] = {"files", "selection", "slicing"}
 BELOW["openai"] = {"decoding", "engine", "selection"}
 BELOW["evaluation"] = {"checking", "files", "model"} | BELOW["checking"]
 BELOW["planning"] = BELOW["evaluation"] | {"evaluation"}
@@ -39,6 +40,7 @@ BELOW["convert"] = {"cli", "files", "model", "selection", "slicing", "storage"}
 ROOT_MODULES = {"__init__", "__main__", "cli", "llm_plugin"}
 ROOT_MODULES |= {
     "benchmark",
+    "bundle",
     "channel_store",
     "compact",
     "evaluate",

@@ -10,6 +10,7 @@ from conftest import run_command, write_folder
 
 import ifp_mlx
 from ifp_mlx import load
+from ifp_mlx.bundle import main as bundle
 from ifp_mlx.compact import main as compact
 from ifp_mlx.engine import Engine, InvalidRequest
 from ifp_mlx.engine.sampling import Sampling
@@ -67,6 +68,7 @@ DOORS = {
     "instruction": command(generate, *ONE, "-p", "Hi", "--instruction", "TEXT"),
     "checked": command(generate, *ONE, "--prompt", "TEXT", "--check", "exact"),
     "compact": command(compact, *ONE, "--instruction", "TEXT", "--mlx-path", "OUT"),
+    "bundle": command(bundle, *ONE, "--instruction", "TEXT", "--output", "OUT"),
     "task": command(tasks, "make", *ONE, "--name", "a", "--instruction", "TEXT"),
     "examples": command(tasks, "make", *ONE, "--name", "a", "--examples", "ROWS"),
     "evaluate": command(evaluate, "--model", "FOLDER", "--data", "ROWS"),

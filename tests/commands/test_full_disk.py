@@ -6,6 +6,7 @@ import pytest
 from conftest import full_disk, run_command, write_folder
 
 from ifp_mlx import load
+from ifp_mlx.bundle import main as bundle
 from ifp_mlx.channel_store import main as channel_store
 from ifp_mlx.compact import main as compact
 from ifp_mlx.convert.from_pytorch import main as convert
@@ -19,6 +20,7 @@ SAID = "cannot be written: "
 INSTRUCTION = ("--instruction", "Hello", "--keep", 0.5)
 WRITING = {
     "compact": (compact, "--model", *INSTRUCTION, "--mlx-path"),
+    "bundle": (bundle, "--model", *INSTRUCTION, "--output"),
     "convert": (convert, "--hf-path", "--mlx-path"),
     "channel_store": (channel_store, "--model", "--output"),
     "tasks": (tasks, "--model", *INSTRUCTION, "--name", "new", "--tasks-folder"),
