@@ -10,6 +10,7 @@ from typing import Any
 from . import cli
 from .bundling.layout import take
 from .bundling.making import (
+    Package,
     Wishes,
     bundle_folders,
     bundle_packages,
@@ -54,13 +55,20 @@ def build_parser() -> cli.Parser:
     source.add_argument("--prepare", **pairs, default=[], help=help)
     source.add_argument("--tasks", **many, help="tasks of the library, by their names")
     source.add_argument("--name", help=f"of a single task; default: {ONLY_TASK}")
+    cli.add_adapter_option(parser)
+    kinds: dict[str, Any] = {"choices": ("mlx", "coreml"), "default": "mlx"}
+    source.add_argument("--format", **kinds, help="of the model; default: %(default)s")
+    help = "positions of a Core ML package; default: 2048 at most"
+    source.add_argument("--context-length", type=int, help=help)
     cli.add_selection_options(parser)
     cli.add_compensate_option(parser, cli.LASTING)
     cli.add_quantisation_options(parser)
     made = parser.add_argument_group("from what was made before")
     paths: dict[str, Any] = {**many, "type": Path}
     made.add_argument("--folders", **paths, help="compact folders; named as the tasks")
-    help = "packages of convert/to_coreml.py: one with a function for each task, or several"
+    help = (
+        "packages of ifp_mlx to-coreml: one with a function for each task, or several"
+    )
     made.add_argument("--coreml", **paths, help=help)
     said = parser.add_argument_group("what metadata.json says")
     said.add_argument("--bundle-version", default="1.0", help="default: %(default)s")
@@ -94,9 +102,9 @@ def _command(args: Any) -> None:
     wishes = Wishes(
         args.bundle_version, args.license, args.source, args.prefetch, args.force
     )
-    if args.coreml:
-        packages = [find_package(path) for path in args.coreml]
-        out = bundle_packages(packages, args.output, wishes)
+    if args.coreml or args.format == "coreml":
+        with _packages(args, wishes) as packages:
+            out = bundle_packages(packages, args.output, wishes)
     else:
         with _folders(args, wishes) as folders:
             out = bundle_folders(folders, args.output, wishes, progress=SHOWN)
@@ -121,11 +129,17 @@ def _check_sources(args: Any) -> None:
             f"--name {args.name} is the name of a single task, and {flags[0]} has its "
             "own; leave it out."
         )
-    sliced = (args.model, args.keep, args.target_size, args.quantize or None)
+    made = args.quantize or args.format != "mlx"
+    sliced = (args.model, args.adapter_path, args.keep, args.target_size, made or None)
     if given[0] not in names[:4] and any(value is not None for value in sliced):
         raise ValueError(
-            f"{flags[0]} takes what was made before; leave out --model, --keep, "
-            "--target-size and -q."
+            f"{flags[0]} takes what was made before; leave out --model, --adapter-path, "
+            "--keep, --target-size, --format and -q."
+        )
+    if args.context_length is not None and args.format != "coreml":
+        raise ValueError(
+            f"--context-length {args.context_length} is for --format coreml, whose cache "
+            "is allocated at once; leave it out."
         )
 
 
@@ -143,7 +157,7 @@ def _folders(args: Any, wishes: Wishes) -> Iterator[dict[str, Path]]:
     requests = _requests(args)
     check_wishes(args.output, requests, wishes)
     with scratch_beside(args.output) as scratch:
-        model, _ = load(args.model or SHIPPED)
+        model, _ = load(args.model or SHIPPED, args.adapter_path)
         quantisation = cli.quantisation_of(args)
         made = {}
         for name, request in requests.items():
@@ -152,9 +166,29 @@ def _folders(args: Any, wishes: Wishes) -> Iterator[dict[str, Path]]:
                 model, asked, scratch / name, **how, progress=SHOWN
             )
             print(f"{name}:", file=sys.stderr)
-            cli.say_quality(Selection.load(folder / MASK_FILE), model.card)
+            kept = Selection.load(folder / MASK_FILE)
+            cli.say_quality(kept, model.card, request)
             made[name] = folder
         yield made
+
+
+@contextmanager
+def _packages(args: Any, wishes: Wishes) -> Iterator[list[Package]]:
+    """Yield the Core ML packages that are given, or one made now with all tasks."""
+    if args.coreml:
+        yield [find_package(path) for path in args.coreml]
+        return
+    from .convert.to_coreml import Options, check_coremltools, export, select
+
+    check_coremltools()
+    requests = _requests(args)
+    check_wishes(args.output, requests, wishes)
+    with scratch_beside(args.output) as scratch:
+        model, _ = load(args.model or SHIPPED, args.adapter_path)
+        chosen = select(model, requests, progress=SHOWN)
+        how = Options(cli.quantisation_of(args), context_length=args.context_length)
+        export(model, chosen, scratch / "all", how, progress=SHOWN)
+        yield [find_package(scratch / "all")]
 
 
 def _requests(args: Any) -> dict[str, Request]:

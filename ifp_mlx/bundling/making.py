@@ -62,7 +62,7 @@ class Package:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its manifest.json, as convert/to_coreml.py writes it."""
+        """Its manifest.json, as ifp_mlx to-coreml writes it."""
         return read_object(self.folder / "manifest.json")
 
 
@@ -115,7 +115,7 @@ def bundle_packages(packages: list[Package], out: Path, wishes: Wishes) -> Path:
     packages, of one function each, are downloaded on demand and share their tokenizer.
 
     Args:
-        packages: made by ``convert/to_coreml.py``.
+        packages: made by ``ifp_mlx to-coreml``.
         out, wishes: as in :func:`bundle_folders`.
 
     Raises:
@@ -143,7 +143,7 @@ def bundle_packages(packages: list[Package], out: Path, wishes: Wishes) -> Path:
 
 
 def find_package(path: Path) -> Package:
-    """Return the package and the folder that one call of ``convert/to_coreml.py`` made,
+    """Return the package and the folder that one call of ``ifp_mlx to-coreml`` made,
     given either of them.
 
     Raises:
@@ -157,7 +157,7 @@ def find_package(path: Path) -> Package:
     for wanted in (package, folder / "manifest.json"):
         if not wanted.exists():
             raise FileNotFoundError(
-                f"{path} is no package of convert/to_coreml.py: {wanted} is missing; "
+                f"{path} is no package of ifp_mlx to-coreml: {wanted} is missing; "
                 "give the package, or the folder made with it."
             )
     return Package(package, folder)

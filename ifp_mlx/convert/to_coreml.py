@@ -126,6 +126,8 @@ def export(
 
 def check_coremltools() -> None:
     """Raise ``ImportError`` unless coremltools can write a package here."""
+    # Of importing it on Linux, where parts of it do not load.
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
     remedy = "with a Python it has a wheel for: pip install 'ifp-mlx[coreml]'"
     try:
         import coremltools
@@ -405,10 +407,17 @@ def _selections(args: Any, model: IFPModel) -> dict[str, Selection]:
         requests = {
             name: Request(mask_file=str(file), **asked) for name, file in files.items()
         }
+    return select(model, requests, progress=SHOWN)
+
+
+def select(
+    model: IFPModel, requests: dict[str, Request], *, progress: ProgressBar = iter
+) -> dict[str, Selection]:
+    """Return by the function's name what is asked for, for good."""
     found = {}
     for name, request in requests.items():
-        decision = decide(request, model, lasting=True, progress=SHOWN)
-        found[name] = model.selected(decision, progress=SHOWN)
+        decision = decide(request, model, lasting=True, progress=progress)
+        found[name] = model.selected(decision, progress=progress)
     return found
 
 
@@ -425,8 +434,6 @@ def _command(args: Any) -> None:
         from .to_coreai import command
 
         return command(args)
-    # Of importing it on Linux, where parts of it do not load.
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
     check_coremltools()
     _targets(Path(args.output))
     if args.functions is not None:

@@ -375,6 +375,9 @@ def test_mistakes_are_one_line_and_exit_status_2(
         "'my app' cannot be the name of a bundle": (
             *("--folders", folders["codes"], "--output", tmp_path / "my app"),
         ),
+        "--context-length 64 is for --format coreml": (
+            *(*model, "--prepare", "a=Hi", "--context-length", 64),
+        ),
         "--folders takes what was made before": (
             *("--folders", folders["codes"], *out, "--keep", "0.5"),
         ),
@@ -392,7 +395,7 @@ def test_mistakes_are_one_line_and_exit_status_2(
 
 
 def write_package(parent: Path, name: str, *functions: str) -> Path:
-    """Write what convert/to_coreml.py leaves, as far as a bundle looks at it."""
+    """Write what ifp_mlx to-coreml leaves, as far as a bundle looks at it."""
     package, folder = parent / f"{name}.mlpackage", parent / name
     for path in (package / "Data", folder / "masks"):
         path.mkdir(parents=True)
@@ -432,6 +435,22 @@ def test_a_core_ml_package_is_the_core_and_its_functions_are_the_tasks(
     assert run_command(main, capsys, "--verify", out)[0] == 0
 
 
+@pytest.mark.coreml
+def test_tasks_of_a_model_are_exported_to_core_ml(dense, tmp_path, capsys):
+    pytest.importorskip("coremltools")
+    given = ("--model", dense, "--prepare=french=Hi", "--prepare=codes=Ho", *HOW)
+    more = ("--format", "coreml", "--context-length", 64)
+    out = tmp_path / "app"
+    status, _, err = run_command(main, capsys, *given, *more, "--output", out)
+    assert status == 0, err
+    said = about(out)
+    assert said["kind"] == "coreml" and said["context_length"] == 64
+    assert [task["function"] for task in said["tasks"].values()] == ["french", "codes"]
+    assert said["base_model"]["license"] == "apache-2.0"
+    assert run_command(main, capsys, "--verify", out)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["app"]
+
+
 def test_core_ml_packages_of_one_function_each_are_fetched_on_demand(tmp_path, capsys):
     packages = [write_package(tmp_path, name, "main") for name in TASKS]
     out = tmp_path / "concierge"
@@ -451,4 +470,4 @@ def test_core_ml_packages_of_one_function_each_are_fetched_on_demand(tmp_path, c
     assert status == 2 and "both.mlpackage has 2 functions and is one of 2" in err
     given = ("--coreml", tmp_path / "lost", "--output", tmp_path / "more")
     status, _, err = run_command(main, capsys, *given)
-    assert status == 2 and "lost is no package of convert/to_coreml.py" in err
+    assert status == 2 and "lost is no package of ifp_mlx to-coreml" in err
