@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 from . import cli
 from .engine import Engine, IFPError
-from .openai.api import LOOPBACK, Policy, make_app
-from .openai.protocol import Defaults
 from .selection.request import Request
 
 
@@ -70,12 +68,17 @@ def build_parser() -> cli.Parser:
 
 def _command(args: argparse.Namespace) -> None:
     try:
+        import pydantic  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as error:
         raise ImportError(
-            "The server needs starlette and uvicorn: pip install 'ifp-mlx[server]'."
+            "The server needs starlette, uvicorn and pydantic: "
+            "pip install 'ifp-mlx[server]'."
         ) from error
+    from .openai.api import LOOPBACK, Policy, make_app
+    from .openai.asked import Defaults
+
     for name in ("max_queue", "max_body", "batch"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")

@@ -50,7 +50,8 @@ ROOT_MODULES |= {
 ROOT_MODULES |= {"sensitivity", "server", "tasks", "train", "visualize"}
 ROOT_MODULES |= {"chat", "completion", "doctor"}
 LATE = {"torch", "coremltools", "matplotlib", "transformers", "mlx_lm"}
-LATE |= {"starlette", "uvicorn", "llguidance", "lm_eval", "prompt_toolkit", "shtab"}
+LATE |= {"starlette", "uvicorn", "pydantic", "llguidance", "lm_eval"}
+LATE |= {"prompt_toolkit", "shtab"}
 
 
 def imports_of(tree: ast.AST, home: str = "ifp_mlx") -> set[str]:

@@ -1,7 +1,9 @@
 """A model for apps: one thread owns MLX, callers on any thread get plain events."""
 
 from ..selection.request import Request
+from .calling import Calling
 from .chat import Chat
+from .dialect import Call, Dialect
 from .engine import Engine
 from .errors import (
     Busy,
@@ -21,11 +23,14 @@ from .sampling import Sampling
 
 __all__ = [
     "Busy",
+    "Call",
+    "Calling",
     "CancelToken",
     "Cancelled",
     "Chat",
     "CheckFailed",
     "ContextTooLong",
+    "Dialect",
     "Done",
     "Engine",
     "EngineClosed",

@@ -15,8 +15,10 @@ import numpy as np
 from ..decoding.kv import KVOptions
 from ..selection.prompts import Prompt, ids_of
 from ..selection.request import RESELECTS, Keep, Request
+from .calling import Calling
 from .chat import Chat, text_of
 from .checked import Tally
+from .dialect import Dialect
 from .errors import (
     EngineClosed,
     InvalidRequest,
@@ -70,6 +72,7 @@ class Engine:
         channels: ``F``, how many of them a layer has.
         context_length: tokens that prompt and answer may have together.
         keep: share of the units that is kept where nobody says how much, or ``auto``.
+        dialect: how the model writes thoughts and calls of tools.
     """
 
     def __init__(self, worker: Worker, about: dict[str, Any]) -> None:
@@ -81,6 +84,7 @@ class Engine:
         self.channels: int = about["channels"]
         self.context_length: int = about["context_length"]
         self.keep: Keep = about["keep"]
+        self.dialect: Dialect = about["dialect"]
         self._tally: Tally = about["tally"]
         self._max_queue: int = about["max_queue"]
 
@@ -249,6 +253,7 @@ class Engine:
         *,
         stop: CancelToken | None = None,
         chat_template: bool = True,
+        calling: Calling | None = None,
         **options: Any,
     ) -> Iterator[Event]:
         """Generate, as events; closing the iterator cancels.
@@ -259,6 +264,8 @@ class Engine:
             stop: cancels within one prefill step or one token, or check; the stream
                 then ends with ``Done("cancelled")``.
             chat_template: ``False`` leaves the chat template out.
+            calling: the tools that the chat template shows; they select with the
+                messages. What the model wrote comes as text, which ``dialect`` parts.
             options: the fields of :class:`Request` (``task``,
                 ``instruction``, ``mask_file``, ``keep``, ``check``, ...; by default
                 the messages up to the first user message select) and of
@@ -274,7 +281,7 @@ class Engine:
             CheckFailed: if the whole model cannot be read any more to check.
             EngineClosed: if the worker has ended, also in the midst of a stream.
         """
-        options |= {"stop": stop, "chat_template": chat_template}
+        options |= {"stop": stop, "chat_template": chat_template, "calling": calling}
         return self._events(self._request(messages, **options))
 
     def astream(self, messages: Prompt, **options: Any) -> AsyncIterator[Event]:
@@ -341,10 +348,15 @@ class Engine:
         *,
         stop: CancelToken | None = None,
         chat_template: bool = True,
+        calling: Calling | None = None,
         **options: Any,
     ) -> Callable[..., Ticket]:
         if not self.alive:
             raise EngineClosed("The engine is closed; open another one.")
+        if calling and not (chat_template and self.dialect.tools):
+            raise InvalidRequest(
+                "There is no chat template that shows tools to the model."
+            )
         request, sampling = split_options(options)
         with typed_errors(InvalidRequest):
             tokens = ids_of(messages)  # an array may be of the caller's thread
@@ -355,6 +367,7 @@ class Engine:
             Sampling(**sampling),
             CancelToken(stop),
             chat_template=chat_template,
+            calling=calling,
         )
 
     def _enqueue(self, ticket: Ticket) -> Future:
@@ -408,6 +421,7 @@ def _about(host: Host) -> dict[str, Any]:
         "channels": host.model.channels,
         "context_length": host.context_length,
         "keep": own / host.model.channels if own else "auto",
+        "dialect": host.dialect,
         "tally": host.tally,
     }
 

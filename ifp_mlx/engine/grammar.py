@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: llguidance as an mlx-lm logits processor."""
+"""Answers that follow a grammar: llguidance as an mlx-lm logits processor."""
 
 import json
 from collections.abc import Callable
@@ -28,34 +28,49 @@ class Grammar:
             import llguidance.hf
         except ImportError as error:
             raise InvalidRequest(
-                "A JSON schema needs llguidance: pip install 'ifp-mlx[json]'."
+                "A JSON schema, a tool_choice that asks for a call and strict tools need "
+                "llguidance: pip install 'ifp-mlx[json]'."
             ) from error
         self._eos = sorted(tokenizer.eos_token_ids)
         self._vocabulary = vocabulary
-        self._tokenizer = llguidance.hf.from_tokenizer(
-            tokenizer._tokenizer, n_vocab=vocabulary, eos_token=self._eos[0]
+        self._tokenizer = tokenizer._tokenizer
+        self._llguidance = llguidance.hf.from_tokenizer(
+            self._tokenizer, n_vocab=vocabulary, eos_token=self._eos[0]
         )
 
-    def processor(self, schema: dict[str, Any]) -> Processor:
+    def processor(self, grammar: str) -> Processor:
         """Return the logits processor of one answer.
 
         Args:
-            schema: a JSON schema.
+            grammar: as :func:`ifp_mlx.engine.calling.grammar_of` writes it.
 
         Raises:
-            InvalidRequest: if it is none, or uses what llguidance does not know.
+            InvalidRequest: if a schema in it is none, or uses what llguidance does not
+                know.
         """
         from llguidance import LLMatcher
 
-        # Free whitespace would let a model fill its whole answer with it.
-        grammar = LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_flexible": False}
-        )
-        matcher = LLMatcher(self._tokenizer, grammar)
+        matcher = LLMatcher(self._llguidance, grammar)
         if matcher.is_error():
             reason = matcher.get_error().splitlines()[0]
             raise InvalidRequest(f"The JSON schema cannot be followed: {reason}")
         return _Follow(matcher, self._eos, self._vocabulary)
+
+    def spell(self, mark: str) -> str:
+        """Return a mark of the chat template as a grammar names it: its text, and by
+        their ids the tokens in it that llguidance takes for no text.
+        """
+        parts, text = [], list[int]()
+        for token in [*self._tokenizer.encode(mark, add_special_tokens=False), None]:
+            special = token is None or self._llguidance.is_special_token(token)
+            if special and text:
+                parts.append(json.dumps(self._tokenizer.decode(text)))
+                text = []
+            if token is not None and special:
+                parts.append(f"<[{token}]>")
+            elif token is not None:
+                text.append(token)
+        return " ".join(parts) or '""'
 
 
 class _Follow:

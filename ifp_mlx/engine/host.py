@@ -25,7 +25,9 @@ from ..selection.prompts import (
 )
 from ..slicing.stock import context_of
 from ..storage.folder import resolve
+from .calling import grammar_of
 from .checked import CheckedLane, Tally
+from .dialect import TALKING, Dialect, dialect_of
 from .errors import (
     Busy,
     Cancelled,
@@ -173,7 +175,7 @@ class Host:
             messages = as_messages(ticket.messages)
             how: Any = {"chat_template": ticket.chat_template, "open_end": True}
             how["config"] = ticket.request.chat_template_config
-            tokens = tokenize(self.tokenizer, messages, **how)
+            tokens = tokenize(self.tokenizer, messages, tools=ticket.tools, **how)
         return known_tokens(tokens, self.vocabulary)
 
     def _take_in(self, ticket: Ticket) -> None:
@@ -204,11 +206,16 @@ class Host:
             self.schedule.add(ticket)
 
     def _selecting(self, ticket: Ticket) -> Prompt:
-        """Return what selects where nothing else is said, tokenised as the prompt."""
-        if ticket.chat_template or ids_of(ticket.messages) is not None:
+        """Return what selects where nothing else is said, tokenised as the prompt: with
+        the tools, which a chat template shows before the first user message.
+        """
+        plain = ticket.chat_template and not ticket.tools
+        if plain or ids_of(ticket.messages) is not None:
             return ticket.messages
         messages = instruction_of(as_messages(ticket.messages))
-        return tokenize(self.tokenizer, messages, chat_template=False)
+        how: Any = {"chat_template": ticket.chat_template, "tools": ticket.tools}
+        how["config"] = ticket.request.chat_template_config
+        return tokenize(self.tokenizer, messages, **how)
 
     def _check_length(self, ticket: Ticket) -> None:
         ticket.tokens = self.tokens_of(ticket)
@@ -222,21 +229,40 @@ class Host:
             )
 
     def _sampling(self, ticket: Ticket) -> Sampling:
-        """Return how a request decodes with this model, its JSON schema held to."""
+        """Return how a request decodes with this model, what must come held to."""
         sampling = ticket.sampling.fitted(self.tokenizer, self.vocabulary)
-        if sampling.json_schema is None:
+        if (held := self._held(ticket)) is None:
             return sampling
         if ticket.use.checked:
             raise InvalidRequest(
-                f"check={ticket.request.check} takes tokens back, and a JSON schema "
-                "is followed token by token, never back; leave one of them out."
+                f"check={ticket.request.check} takes tokens back, and a JSON schema or a "
+                "call that must come is followed token by token, never back; leave one "
+                "of them out."
             )
-        follow = self.grammar.processor(sampling.json_schema)
-        return replace(sampling, processors=[follow])
+        return replace(sampling, processors=[held])
+
+    def _held(self, ticket: Ticket) -> Any:
+        """Return the logits processor that holds an answer to JSON or to calls."""
+        schema, calling = ticket.sampling.json_schema, ticket.calling
+        if schema is None and (calling is None or calling.free):
+            return None
+        dialect, state = self.dialect, TALKING
+        if ticket.chat_template and ids_of(ticket.messages) is None:
+            config = ticket.request.chat_template_config
+            state = dialect.opening(as_messages(ticket.messages), config)
+        else:
+            dialect = Dialect()
+        grammar = grammar_of(dialect, state, schema, calling, self.grammar.spell)
+        return self.grammar.processor(grammar)
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How the model writes thoughts and calls."""
+        return dialect_of(self.tokenizer)
 
     @cached_property
     def grammar(self) -> Grammar:
-        """What holds answers to a JSON schema; made when one first asks for it."""
+        """What holds answers to a grammar; made when one first asks for it."""
         return Grammar(self.tokenizer, self.vocabulary)
 
     @property

@@ -16,6 +16,7 @@ from ..checking.loop import Checks
 from ..decoding.stops import Stops
 from ..selection.masks import Selection
 from ..selection.request import Request
+from .calling import Calling
 from .errors import Cancelled
 from .events import (
     CancelToken,
@@ -43,6 +44,7 @@ class Ticket:
         stop: the caller's cancel token.
         messages: the conversation or text, as the caller gave it.
         request: which selection.
+        calling: the tools that the answer may call.
         sampling: how to decode.
         use: what it needs in memory, once there is a selection.
         tokens: the prompt's ids, once tokenised.
@@ -66,15 +68,21 @@ class Ticket:
         stop: CancelToken,
         emit: Emit,
         chat_template: bool = True,
+        calling: Calling | None = None,
     ) -> None:
         self.messages, self.request, self.sampling = messages, request, sampling
-        self.chat_template = chat_template
+        self.chat_template, self.calling = chat_template, calling
         self.stop, self.emit = stop, emit
         self.cached = self.number = 0
         self.seconds: dict[str, float] = {}
         self.arrived = self.ready = self.admitted = time.perf_counter()
         self.first: float | None = None
         self.check: Checks | None = None
+
+    @property
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """What the chat template shows of them."""
+        return self.calling.tools if self.calling else ()
 
     def start(self, text: "Text", cached: int) -> None:
         """Note that the request has its place in a batch."""

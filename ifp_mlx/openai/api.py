@@ -3,24 +3,23 @@
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Engine, IFPError
-from ..engine.events import CancelToken, Done, Event, Progress, Token
+from ..engine.events import CancelToken, Done, Progress
 from ..selection.masks import find_mask
 from . import page
-from .protocol import (
-    Asked,
-    Defaults,
-    FieldError,
-    read_json,
-    read_request,
-)
-from .replies import Answer, error_body, error_of, event_bytes
+from .asked import Asked, Defaults
+from .choices import Numbered, begun
+from .fields import FieldError
+from .items import ResponseAnswer
+from .protocol import read_chat, read_completion, read_json
+from .replies import Answer, error_body, error_of
+from .responses import read_response
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -82,6 +81,7 @@ def make_app(engine: Engine, policy: Policy) -> "Starlette":
         Route("/v1/models/{model:path}", service.models),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),
+        Route("/v1/responses", service.respond, methods=["POST"]),
     ]
     keep, temp = policy.defaults.keep, policy.defaults.decoding.get("temp", 0.0)
     routes += page.routes(engine, name=policy.name, keep=keep, temp=temp)
@@ -163,13 +163,22 @@ class Service:
 
     async def chat(self, request: "Request") -> "Response":
         """``POST /v1/chat/completions``."""
-        return await self._answer(request, chat=True)
+        return await self._answer(request, read_chat, Answer)
 
     async def complete(self, request: "Request") -> "Response":
         """``POST /v1/completions``."""
-        return await self._answer(request, chat=False)
+        return await self._answer(request, read_completion, Answer)
 
-    async def _answer(self, request: "Request", *, chat: bool) -> "Response":
+    async def respond(self, request: "Request") -> "Response":
+        """``POST /v1/responses``."""
+        return await self._answer(request, read_response, ResponseAnswer)
+
+    async def _answer(
+        self,
+        request: "Request",
+        read: Callable[..., Asked],
+        kind: type[Answer] | type[ResponseAnswer],
+    ) -> "Response":
         """Start a request, so that its mistakes have a status; then stream or collect."""
         stop = CancelToken()
         body = await _body(request, self._policy)
@@ -177,24 +186,30 @@ class Service:
         self._running += 1
         handed_on = False
         try:
-            asked = read_request(
-                read_json(body), chat=chat, defaults=self._policy.defaults
-            )
-            options = self._options(asked)
-            answer = Answer(asked.model, chat=chat, logprobs=options["logprobs"])
-            events = self._engine.astream(
-                asked.prompt, stop=stop, chat_template=chat, **options
-            )
-            begun = _chain(await _begun(events), events)
+            dialect = self._engine.dialect
+            asked = read(read_json(body), self._policy.defaults, dialect)
+            stops = [CancelToken(stop) for _ in range(asked.choices)]
+            events = await begun(self._streams(asked, stops))
+            answer = kind(asked, dialect)
             if not asked.stream:
-                return _json(await _collect(answer, begun))
+                return _json(await _collect(answer, events, stops))
             handed_on = True
-            return self._event_stream(_chunks(asked, answer, begun))
+            return self._event_stream(_chunks(answer, events, stops))
         except Exception as error:
             return _failed(error)
         finally:
             gone.cancel()
             self._running -= not handed_on
+
+    def _streams(self, asked: Asked, stops: list[CancelToken]) -> list[Any]:
+        """Ask the engine for every choice; with a seed, each has one of its own."""
+        options = self._options(asked)
+        how = {"chat_template": asked.chat, "calling": asked.calling}
+        streams, seed = [], options.get("seed")
+        for number, stop in enumerate(stops):
+            own = options if seed is None else options | {"seed": seed + number}
+            streams.append(self._engine.astream(asked.prompt, stop=stop, **how, **own))
+        return streams
 
     def _event_stream(self, chunks: AsyncIterator[bytes]) -> "Response":
         from starlette.responses import StreamingResponse
@@ -252,50 +267,47 @@ class Service:
             )
 
 
-async def _begun(events: AsyncIterator[Event]) -> Event:
-    """Return the first event after selecting and loading, which may fail."""
-    async for event in events:
-        if not isinstance(event, Progress) or event.stage in ("prefill", "decode"):
-            return event
-    raise AssertionError("a stream ends with Done or an error")
-
-
-async def _chain(first: Event, rest: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    async with aclosing(rest) as events:  # type: ignore[type-var]
-        yield first
-        async for event in events:
-            yield event
-
-
-async def _collect(answer: Answer, events: AsyncIterator[Event]) -> dict[str, Any]:
-    async for event in events:
-        if isinstance(event, Token):
-            answer.add(event)
-        elif isinstance(event, Done):
-            done = event
-    return answer.whole(done)
+async def _collect(
+    answer: Answer | ResponseAnswer,
+    events: AsyncIterator[Numbered],
+    stops: list[CancelToken],
+) -> dict[str, Any]:
+    async for _ in _chunks(answer, events, stops, streamed=False):
+        pass
+    return answer.whole()
 
 
 async def _chunks(
-    asked: Asked, answer: Answer, events: AsyncIterator[Event]
+    answer: Answer | ResponseAnswer,
+    events: AsyncIterator[Numbered],
+    stops: list[CancelToken],
+    streamed: bool = True,
 ) -> AsyncIterator[bytes]:
     """Yield server-sent events; prefill shows as comments, which keep it alive."""
     try:
         async with aclosing(events) as inner:  # type: ignore[type-var]
-            if first := answer.first():
-                yield event_bytes(first)
-            async for event in inner:
+            for chunk in answer.first():
+                yield chunk
+            async for index, event in inner:
                 if isinstance(event, Progress):
                     yield f": {event.stage} {event.done}/{event.total}\n\n".encode()
-                elif isinstance(event, Done):
-                    yield event_bytes(answer.last(event))
-                    if asked.include_usage:
-                        yield event_bytes(answer.usage(event))
-                elif chunk := answer.chunk(event):
-                    yield event_bytes(chunk)
-        yield event_bytes("[DONE]")
-    except Exception as error:  # the status has been sent; the client must still hear
-        yield event_bytes(error_of(error)[1])
+                    continue
+                if isinstance(event, Done):
+                    told = answer.finish(index, event)
+                else:
+                    told = answer.take(index, event)
+                for chunk in told:
+                    yield chunk
+                if answer.over(index):
+                    stops[index].cancel()
+            for chunk in answer.last():
+                yield chunk
+    except Exception as error:
+        if not streamed:
+            raise
+        yield answer.error(
+            error
+        )  # the status has been sent; the client must still hear
 
 
 async def _watch(request: "Request", stop: CancelToken) -> None:

@@ -1,92 +1,308 @@
 """The OpenAI chat and completion requests: every field is read, or named and refused."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    create_model,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from ..decoding.options import BOUNDS, Decoding
-from ..engine.errors import InvalidRequest
+from ..engine import Dialect, InvalidRequest
 from ..selection.request import RESELECTS, Keep
 from ..selection.scores import SELECTORS
 from ..selection.widths import ALLOCATIONS
-
-ROLES = {"system": "system", "developer": "system", "user": "user"}
-
-
-ROLES |= {"assistant": "assistant"}
-
-
-JSON_OBJECT: dict[str, Any] = {"type": "object"}
-
-# Fields that may be given as long as they ask for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "store": (False,),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "modalities": (["text"],),
-}
-
-
-MOST = 1 << 20  # of what is counted
-
+from .asked import Asked, Defaults
+from .fields import Fields, Words, among, must, read, within, wrong
+from .messages import ChatMessage, messages_of
+from .tools import ChatTool, ToolChoice, calling_of, check_schema
 
 # A check has the logits of all drafted tokens in memory.
 MOST_DRAFT_TOKENS = 256
+MOST = 1 << 20  # of what is counted
+MOST_CHOICES = 16  # as many as decode together
+
+Count = Annotated[int, within(1, 1 << 31)]
+Share = Annotated[float, within(0.0, 1.0)]
+Best = Annotated[int, within(0, 20)]
+# Fields that may be given as long as they ask for nothing.
+Nothing = Annotated[list[Any], Field(max_length=0), must("is not supported")]
+Never = Annotated[Literal[False], must("is not supported, except as false")]
 
 
-class FieldError(InvalidRequest):
-    """A field of a request is wrong or not supported.
-
-    Attributes:
-        field: its name, with a path where it is inside another.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field} {message}")
-        self.field = field
+def _above_0(share: float) -> float:
+    if share == 0:
+        raise PydanticCustomError("must", "must be above 0")
+    return share
 
 
-@dataclass
-class Asked:
-    """A request as the engine takes it.
+def _keep(value: Any) -> Keep:
+    if value == "auto" or (_is_number(value) and 0 < value <= 1):
+        return value if value == "auto" else float(value)
+    message = "must be auto, or a number from 0 to 1, but not 0"
+    raise PydanticCustomError("must", "{words}", {"words": message})
 
-    Attributes:
-        model: the ``model`` field.
-        prompt: messages, a text, or token ids.
-        chat: whether the chat template applies.
-        stream: whether the answer is streamed, and ``include_usage`` with its usage.
-        options: of ``Engine.astream``.
-    """
 
-    model: str
-    prompt: Any
-    chat: bool
-    stream: bool = False
+def _check(value: Any) -> str | float:
+    if value in ("off", "exact") or (isinstance(value, float) and 0 < value < 1):
+        return value
+    message = "must be exact, off, or a number above 0 and below 1"
+    raise PydanticCustomError("must", "{words}", {"words": message})
+
+
+def _file_name(name: str) -> str:
+    if "/" in name or "\\" in name or name.startswith(".") or "\0" in name:
+        message = "must be the name of a file in the server's library"
+        raise PydanticCustomError("must", "{words}", {"words": message})
+    return name
+
+
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 1 and not _is_whole(value[0]):
+        return _prompt(value[0])
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list) and value and all(map(_is_whole, value)):
+        return value
+    message = "must be one text, or the token ids of one"
+    raise PydanticCustomError("must", "{words}", {"words": message})
+
+
+def _token_id(key: str) -> str:
+    if key.isascii() and key.isdigit() and len(key) < 10:
+        return key
+    raise PydanticCustomError("must", "must be a token id")
+
+
+class IFP(Fields):
+    """Our own field: what selects, how much is kept, and whether answers are checked."""
+
+    task: Words | None = None
+    instruction: Words | None = None
+    mask_file: Annotated[Words, AfterValidator(_file_name)] | None = None
+    keep: Annotated[Any, BeforeValidator(_keep)] = None
+    selector: Annotated[str, among(SELECTORS)] | None = None
+    allocation: Annotated[str, among(ALLOCATIONS)] | None = None
+    min_agreement: Annotated[Share, AfterValidator(_above_0)] | None = None
+    check: Annotated[Any, BeforeValidator(_check)] = None
+    draft_tokens: Annotated[int, within(1, MOST_DRAFT_TOKENS)] | None = None
+    reselect: Annotated[str, among(RESELECTS)] | None = None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.reselect == "drift" and self.check in (None, "off"):
+            raise wrong(["reselect"], "drift only goes with ifp.check")
+        names = ("task", "instruction", "mask_file")
+        sources = [name for name in names if getattr(self, name) is not None]
+        if len(sources) > 1:
+            raise wrong([sources[1]], f"does not go with ifp.{sources[0]}")
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """Return the engine's options."""
+        return self.model_dump(exclude_none=True)
+
+
+class JSONSchema(Fields):
+    """What an answer has to follow."""
+
+    json_schema: dict[str, Any] = Field(alias="schema")
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    """``response_format`` of a chat."""
+
+    type: Annotated[str, among(("text", "json_object", "json_schema"))]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            missing = self.json_schema is None
+            words = "is missing" if missing else "only goes with the type json_schema"
+            raise wrong(["json_schema"], words)
+        return self
+
+    @property
+    def schema_of(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer follows, if any."""
+        if self.json_schema is not None:
+            return self.json_schema.json_schema
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class StreamOptions(Fields):
+    """``stream_options``."""
+
     include_usage: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    include_obfuscation: Never = False
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What the server assumes where a request says nothing.
+class Asking(Fields):
+    """What requests of all kinds may have."""
 
-    Attributes:
-        keep: kept share.
-        decoding: fields of :class:`ifp_mlx.decoding.options.Decoding`.
-        chat_template_config: options of the chat template; a request's come on top.
-    """
+    model: Words
+    stream: bool = False
+    temperature: Annotated[float, within(0.0, 2.0)] | None = None
+    top_p: Share | None = None
+    # Labels for a provider's own records.
+    user: Words | None = None
+    safety_identifier: Words | None = None
+    prompt_cache_key: Words | None = None
+    store: Never = False
+    ifp: IFP = IFP()
 
-    keep: Keep | None = None
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    chat_template_config: Mapping[str, Any] = field(default_factory=dict)
+    def options(self, defaults: Defaults) -> dict[str, Any]:
+        """Return the engine's options, of decoding and of selecting."""
+        return {**defaults.decoding, **self.decoding(), **self.ifp.options()}
+
+    def decoding(self) -> dict[str, Any]:
+        """Return what the request says of decoding."""
+        said = {"temp": self.temperature, "top_p": self.top_p}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+def _bounded(name: str) -> Any:
+    """Return the field of an option of decoding, which its bounds make."""
+    low, high = BOUNDS[name]
+    if isinstance(getattr(Decoding, name), int):
+        return Annotated[int, within(int(low), MOST)] | None, None
+    return Annotated[float, within(float(low), float(high))] | None, None
+
+
+# Every option of decoding that the package knows, but those with OpenAI's own bounds.
+Decoded: Any = create_model(
+    "Decoded",
+    __base__=Asking,
+    __module__=__name__,
+    **{name: _bounded(name) for name in BOUNDS if name not in ("temp", "top_p")},
+)
+
+
+class Generating(Decoded):
+    """What chats and completions have in common."""
+
+    stream_options: StreamOptions = StreamOptions()
+    max_tokens: Count | None = None
+    seed: Annotated[int, within(-(1 << 63), 1 << 63)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1), must("must be a text, not empty")]],
+        Field(max_length=16),
+        BeforeValidator(_stops),
+    ] = []
+    logit_bias: (
+        dict[
+            Annotated[str, AfterValidator(_token_id)],
+            Annotated[float, within(-100.0, 100.0)],
+        ]
+        | None
+    ) = None
+    n: Annotated[int, within(1, MOST_CHOICES)] = 1
+
+    @model_validator(mode="after")
+    def _usage_is_streamed(self) -> Self:
+        if self.stream_options.include_usage and not self.stream:
+            raise wrong(["stream_options"], "only goes with stream")
+        return self
+
+    def decoding(self) -> dict[str, Any]:
+        """Return what the request says of decoding."""
+        said = {name: getattr(self, name) for name in BOUNDS if name != "temp"}
+        if self.stop:
+            said["stop_strings"] = tuple(self.stop)
+        if self.logit_bias:
+            said["logit_bias"] = {int(t): bias for t, bias in self.logit_bias.items()}
+        given = {name: value for name, value in said.items() if value is not None}
+        limits = {"max_tokens": self.max_tokens, "seed": self.seed}
+        return super().decoding() | given | limits
+
+    def asked(self, prompt: Any, options: dict[str, Any], chat: bool) -> Asked:
+        """Return the request as the engine takes it."""
+        return Asked(
+            model=self.model,
+            prompt=prompt,
+            chat=chat,
+            choices=self.n,
+            stream=self.stream,
+            include_usage=self.stream_options.include_usage,
+            options=options,
+        )
+
+
+class Chat(Generating):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Best = 0
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    tools: list[ChatTool] = []
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+    functions: Nothing = []
+    function_call: Annotated[Literal["none"], must("is not supported")] = "none"
+    modalities: Annotated[list[Literal["text"]], must("must be [text]")] = []
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise wrong(["top_logprobs"], "only goes with logprobs")
+        return self
+
+    def read(self, defaults: Defaults, dialect: Dialect) -> Asked:
+        """Return the request as the engine takes it."""
+        options = self.options(defaults) | {
+            "max_tokens": self.max_completion_tokens or self.max_tokens,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
+            "json_schema": self.response_format.schema_of,
+        }
+        options |= config_of(defaults, self.chat_template_kwargs)
+        how = self.tools, self.tool_choice, self.parallel_tool_calls
+        calling = calling_of(*how, dialect)
+        check_schema("response_format", options["json_schema"], calling, dialect)
+        asked = self.asked(messages_of(self.messages, dialect), options, chat=True)
+        return replace(asked, calling=calling)
+
+
+class Completion(Generating):
+    """``POST /v1/completions``."""
+
+    prompt: Annotated[Any, BeforeValidator(_prompt)]
+    logprobs: Annotated[int, within(0, 5)] | None = None
+    best_of: Annotated[Literal[1], must("is not supported, except as 1")] = 1
+    echo: Never = False
+    suffix: Annotated[Literal[""], must("is not supported")] = ""
+
+    def read(self, defaults: Defaults) -> Asked:
+        """Return the request as the engine takes it."""
+        options = self.options(defaults) | {
+            "logprobs": self.logprobs is not None,
+            "top_logprobs": self.logprobs or 0,
+        }
+        return self.asked(self.prompt, options, chat=False)
+
+
+def config_of(defaults: Defaults, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the engine's option for what the chat template is told, if it is."""
+    config = {**defaults.chat_template_config, **given}
+    return {"chat_template_config": config} if config else {}
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -106,299 +322,28 @@ def read_json(body: bytes) -> dict[str, Any]:
     return content
 
 
-def read_request(body: dict[str, Any], *, chat: bool, defaults: Defaults) -> Asked:
-    """Check a request of ``/v1/chat/completions`` or ``/v1/completions``.
+def read_chat(body: dict[str, Any], defaults: Defaults, dialect: Dialect) -> Asked:
+    """Check a request of ``/v1/chat/completions``.
 
     Raises:
         FieldError: naming the field that is wrong or not supported.
     """
-    fields = {name: value for name, value in body.items() if value is not None}
-    for name, allowed in NEUTRAL.items():
-        if name in fields and not _is_one_of(fields.pop(name), allowed):
-            raise FieldError(name, "is not supported, except as its default.")
-    model = _take(fields, "model", _text, required=True)
-    if chat:
-        prompt = _take(fields, "messages", _messages, required=True)
-    else:
-        prompt = _take(fields, "prompt", _prompt, required=True)
-    stream = _take(fields, "stream", _flag, False)
-    include_usage = _take(fields, "stream_options", _stream_options, False)
-    if include_usage and not stream:
-        raise FieldError("stream_options", "only goes with stream.")
-    options = _sampling(fields, chat, defaults) | _selecting(fields)
-    _take(fields, "user", _text)  # a label for the provider's own records
-    if fields:
-        raise FieldError(min(fields), "is not supported by this server.")
-    return Asked(model, prompt, chat, stream, include_usage, options)
+    return read(Chat, body).read(defaults, dialect)
 
 
-Check = Callable[[str, Any], Any]
-
-
-def _take(
-    fields: dict[str, Any],
-    name: str,
-    check: Check,
-    default: Any = None,
-    *,
-    required: bool = False,
-) -> Any:
-    if name in fields:
-        return check(name, fields.pop(name))
-    if required:
-        raise FieldError(name, "is missing.")
-    return default
-
-
-def _sampling(fields: dict[str, Any], chat: bool, defaults: Defaults) -> dict[str, Any]:
-    take = partial(_take, fields)
-    count = _whole(1, 1 << 31)
-    legacy = take("max_tokens", count)
-    options = _decoding(fields, defaults) | {
-        "max_tokens": take("max_completion_tokens", count, legacy) if chat else legacy,
-        "seed": take("seed", _whole(-(1 << 63), 1 << 63)),
-    }
-    if chat:
-        config = take("chat_template_kwargs", _object, {})
-        if config := {**defaults.chat_template_config, **config}:
-            options["chat_template_config"] = config
-        options["logprobs"] = take("logprobs", _flag, False)
-        options["top_logprobs"] = take("top_logprobs", _whole(0, 20), 0)
-        options["json_schema"] = take("response_format", _response_format)
-        if options["top_logprobs"] and not options["logprobs"]:
-            raise FieldError("top_logprobs", "only goes with logprobs.")
-    else:
-        most = take("logprobs", _whole(0, 5))
-        options |= {"logprobs": most is not None, "top_logprobs": most or 0}
-    return options
-
-
-def _decoding(fields: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
-    """Return the options of decoding that a request gives, or the server assumes."""
-    known, asked = dict(defaults.decoding), dict[str, Any]()
-    for name, (low, high) in BOUNDS.items():
-        whole = isinstance(getattr(Decoding, name), int)
-        check = _whole(int(low), MOST) if whole else _number(low, high)
-        if name == "temp":  # OpenAI's name, and its bound
-            asked[name] = _take(fields, "temperature", _number(0, 2))
-        else:
-            asked[name] = _take(fields, name, check)
-    asked["stop_strings"] = _take(fields, "stop", _stops)
-    asked["logit_bias"] = _take(fields, "logit_bias", _logit_bias)
-    return known | {n: value for n, value in asked.items() if value is not None}
-
-
-def _selecting(fields: dict[str, Any]) -> dict[str, Any]:
-    given = _take(fields, "ifp", _object, {})
-    given = {name: value for name, value in given.items() if value is not None}
-    checks: dict[str, Check] = {
-        "task": _text,
-        "instruction": _text,
-        "mask_file": _file_name,
-        "keep": _keep,
-        "selector": _one_of(SELECTORS),
-        "allocation": _one_of(ALLOCATIONS),
-        "min_agreement": _number(0, 1),
-        "check": _check,
-        "draft_tokens": _whole(1, MOST_DRAFT_TOKENS),
-        "reselect": _one_of(RESELECTS),
-    }
-    if unknown := given.keys() - checks.keys():
-        raise FieldError(f"ifp.{min(unknown)}", "is not supported by this server.")
-    options = {name: checks[name](f"ifp.{name}", v) for name, v in given.items()}
-    for share in ("keep", "min_agreement"):
-        if options.get(share) == 0:
-            raise FieldError(f"ifp.{share}", "must be above 0.")
-    if options.get("reselect") == "drift" and options.get("check", "off") == "off":
-        raise FieldError("ifp.reselect", "drift only goes with ifp.check.")
-    sources = [n for n in ("task", "instruction", "mask_file") if n in options]
-    if len(sources) > 1:
-        raise FieldError(f"ifp.{sources[1]}", f"does not go with ifp.{sources[0]}.")
-    return options
-
-
-def _messages(name: str, value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise FieldError(name, "must be a list with at least one message.")
-    messages = [_message(f"{name}[{n}]", message) for n, message in enumerate(value)]
-    if not any(message["content"].strip() for message in messages):
-        raise FieldError(name, "hold no text.")
-    return messages
-
-
-def _message(name: str, value: Any) -> dict[str, str]:
-    message = {k: v for k, v in _object(name, value).items() if v is not None}
-    role = _text(f"{name}.role", message.pop("role", None))
-    if role not in ROLES:
-        raise FieldError(f"{name}.role", f"{role!r} is not one of {', '.join(ROLES)}.")
-    content = message.pop("content", None)
-    if message:
-        raise FieldError(f"{name}.{min(message)}", "is not supported by this server.")
-    return {"role": ROLES[role], "content": _content(f"{name}.content", content)}
-
-
-def _content(name: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise FieldError(name, "must be a text, or a list of text parts.")
-    parts = []
-    for number, part in enumerate(value):
-        where = f"{name}[{number}]"
-        if _object(where, part).get("type") != "text" or part.keys() != {
-            "type",
-            "text",
-        }:
-            raise FieldError(where, "is not a text part, and others are not supported.")
-        parts.append(_text(f"{where}.text", part["text"]))
-    return "".join(parts)
-
-
-def _prompt(name: str, value: Any) -> Any:
-    if isinstance(value, list) and len(value) == 1 and not _is_whole(value[0]):
-        return _prompt(name, value[0])
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, list) and value and all(map(_is_whole, value)):
-        return value
-    raise FieldError(name, "must be one text, or the token ids of one.")
-
-
-def _response_format(name: str, value: Any) -> dict[str, Any] | None:
-    form = dict(_object(name, value))
-    kind = form.pop("type", None)
-    if kind == "json_schema":
-        given = _object(f"{name}.json_schema", form.pop("json_schema", None))
-        spec = {key: part for key, part in given.items() if part is not None}
-        schema: dict[str, Any] | None = _object(
-            f"{name}.json_schema.schema", spec.pop("schema", None)
-        )
-        checks: dict[str, Check] = {
-            "name": _string,
-            "description": _string,
-            "strict": _flag,
-        }
-        for key, part in spec.items():
-            if key not in checks:
-                raise FieldError(f"{name}.json_schema.{key}", "is not supported.")
-            checks[key](f"{name}.json_schema.{key}", part)
-    elif kind in ("text", "json_object"):
-        schema = None if kind == "text" else dict(JSON_OBJECT)
-    else:
-        raise FieldError(
-            f"{name}.type", f"{kind!r} is not one of text, json_object, json_schema."
-        )
-    if form:
-        raise FieldError(f"{name}.{min(form)}", "is not supported by this server.")
-    return schema
-
-
-def _stream_options(name: str, value: Any) -> bool:
-    options = dict(_object(name, value))
-    usage = _flag(f"{name}.include_usage", options.pop("include_usage", False))
-    if options.pop("include_obfuscation", False) or options:
-        raise FieldError(f"{name}", "only knows include_usage.")
-    return usage
-
-
-def _stops(name: str, value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not 0 <= len(stops) <= 16:
-        raise FieldError(name, "must be a text or a list of at most 16.")
-    if not all(isinstance(stop, str) and stop for stop in stops):
-        raise FieldError(name, "must hold texts that are not empty.")
-    return tuple(stops)
-
-
-def _logit_bias(name: str, value: Any) -> dict[int, float] | None:
-    number = _number(-100, 100)
-    bias = {}
-    for token, amount in _object(name, value).items():
-        if not (token.isascii() and token.isdigit() and len(token) < 10):
-            raise FieldError(name, f"has the key {token!r}, which is no token id.")
-        bias[int(token)] = number(f"{name}.{token}", amount)
-    return bias or None
-
-
-def _keep(name: str, value: Any) -> Keep:
-    if isinstance(value, str) and value != "auto":
-        raise FieldError(name, "must be auto, or a number from 0 to 1.")
-    return "auto" if value == "auto" else _number(0, 1)(name, value)
-
-
-def _check(name: str, value: Any) -> str | float:
-    if isinstance(value, str) and value in ("off", "exact"):
-        return value
-    if isinstance(value, float) and 0 < value < 1:
-        return value
-    raise FieldError(name, "must be exact, off, or a number above 0 and below 1.")
-
-
-def _file_name(name: str, value: Any) -> str:
-    text = _text(name, value)
-    if "/" in text or "\\" in text or text.startswith(".") or "\0" in text:
-        raise FieldError(name, "must be the name of a file in the server's library.")
-    return text
-
-
-def _text(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise FieldError(name, "must be a text that is not empty.")
-    return value
-
-
-def _string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise FieldError(name, "must be a text.")
-    return value
-
-
-def _object(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise FieldError(name, "must be a JSON object.")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise FieldError(name, "must be true or false.")
-    return value
+def read_completion(
+    body: dict[str, Any], defaults: Defaults, dialect: Dialect
+) -> Asked:
+    """Check a request of ``/v1/completions``; as :func:`read_chat`."""
+    return read(Completion, body).read(defaults)
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _whole(low: int, high: int) -> Check:
-    def check(name: str, value: Any) -> int:
-        if not _is_whole(value) or not low <= value <= high:
-            raise FieldError(name, f"must be a whole number from {low} to {high}.")
-        return value
-
-    return check
-
-
-def _number(low: float, high: float) -> Check:
-    def check(name: str, value: Any) -> float:
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not low <= value <= high:  # so NaN is none
-            raise FieldError(name, f"must be a number from {low} to {high}.")
-        return float(value)
-
-    return check
-
-
-def _one_of(choices: tuple[str, ...]) -> Check:
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise FieldError(name, f"must be one of {', '.join(choices)}.")
-        return value
-
-    return check
-
-
-def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    return any(value == item and type(value) is type(item) for item in allowed)
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
 
 
 def _no_constant(name: str) -> float:

@@ -4,8 +4,11 @@ import json
 import time
 import uuid
 from codecs import getincrementaldecoder
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..engine import Dialect
+from ..engine.dialect import TALKING
 from ..engine.errors import (
     Busy,
     CheckFailed,
@@ -15,8 +18,10 @@ from ..engine.errors import (
     OutOfMemory,
     UnknownTask,
 )
-from ..engine.events import Done, Token, TokenLogprob
-from .protocol import FieldError
+from ..engine.events import Done, Token
+from .asked import Asked, opening
+from .fields import FieldError
+from .parts import Part, Parts, Piece
 
 # The first that fits: status, OpenAI's type and code.
 STATUS: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
@@ -47,105 +52,223 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
-class Answer:
-    """One answer, whole or in chunks.
+class Choice:
+    """One of the answers to a request.
 
     Args:
-        model: what the request called it.
-        chat: whether it is a chat completion.
-        logprobs: whether log probabilities were asked for.
+        index: which of them.
+        parts: its text, parted.
+        logprobs: spells the log probabilities of its tokens, if they were asked for.
     """
 
-    def __init__(self, model: str, *, chat: bool, logprobs: bool) -> None:
-        self._chat, self._logprobs = chat, logprobs
-        prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", None)
+    def __init__(
+        self, index: int, parts: Parts, logprobs: "ChatLogprobs | TextLogprobs | None"
+    ) -> None:
+        self._index, self._parts, self._spelled = index, parts, logprobs
+        self._logprobs: dict[str, list[Any]] = {}
+        self._said = {"content": "", "reasoning": ""}
+        self._calls: list[dict[str, Any]] = []
+        self._thoughts = 0  # tokens
+        self.done: Done | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether it has all that is wanted."""
+        return self._parts.over
+
+    def take(self, token: Token) -> list[dict[str, Any]]:
+        """Take a token; return the deltas that it gives, each with its own choice."""
+        deltas = [d for part in self._parts.add(token.text) for d in self._deltas(part)]
+        self._thoughts += self._parts.thinking
+        logprobs = None
+        if self._spelled is not None and token.logprobs and not self.over:
+            logprobs = self._spelled(token)
+            for name, more in logprobs.items():
+                self._logprobs.setdefault(name, []).extend(more)
+        if logprobs and not deltas:
+            deltas = [{}]
+        return [
+            self._shown(delta=delta, logprobs=None if number else logprobs)
+            for number, delta in enumerate(deltas)
+        ]
+
+    def finish(self, done: Done) -> list[dict[str, Any]]:
+        """Take the end; return the last deltas, and then the reason."""
+        self.done = done
+        deltas = [d for part in self._parts.finish() for d in self._deltas(part)]
+        last = self._shown(delta={}, logprobs=None, reason=self.reason)
+        return [self._shown(delta=d, logprobs=None) for d in deltas] + [last]
+
+    @property
+    def reason(self) -> str | None:
+        """Why it ended, in OpenAI's words."""
+        assert self.done is not None
+        ended = self.done.finish_reason == "stop" or self.over
+        return "tool_calls" if self._calls and ended else self.done.finish_reason
+
+    @property
+    def thoughts(self) -> int:
+        """How many tokens it thought."""
+        return self._thoughts
+
+    def whole(self) -> dict[str, Any]:
+        """Return the whole choice of a chat."""
+        calls = self._calls
+        message: dict[str, Any] = {"role": "assistant", "refusal": None}
+        message["content"] = self._said["content"] or (None if calls else "")
+        if self._said["reasoning"]:
+            message["reasoning"] = self._said["reasoning"]
+        if calls:
+            message["tool_calls"] = calls
+        return self._ended() | {"message": message}
+
+    def text(self) -> dict[str, Any]:
+        """Return the whole choice of a completion."""
+        return self._ended() | {"text": self._said["content"]}
+
+    def _ended(self) -> dict[str, Any]:
+        about = {"index": self._index, "finish_reason": self.reason}
+        return about | {"logprobs": self._logprobs or None}
+
+    def _shown(
+        self, delta: dict[str, Any], logprobs: Any, reason: str | None = None
+    ) -> dict[str, Any]:
+        about = {"index": self._index, "delta": delta, "logprobs": logprobs}
+        return about | {"finish_reason": reason}
+
+    def _deltas(self, part: Part) -> list[dict[str, Any]]:
+        """Return what a part adds; of a call, its name and then its arguments."""
+        if isinstance(part, Piece):
+            self._said[part.kind] += part.text
+            return [{part.kind: part.text}]
+        number, name = len(self._calls), part.call.name
+        head = {"id": part.id, "type": "function"}
+        whole = {"name": name, "arguments": part.call.arguments}
+        self._calls.append(head | {"function": whole})
+        begun = head | {"index": number, "function": {"name": name, "arguments": ""}}
+        rest = {"index": number, "function": {"arguments": part.call.arguments}}
+        return [{"tool_calls": [begun]}, {"tool_calls": [rest]}]
+
+
+class Answer:
+    """What a chat or a completion gets back, whole or in chunks.
+
+    Args:
+        asked: the request.
+        dialect: of the model.
+    """
+
+    def __init__(self, asked: Asked, dialect: Dialect) -> None:
+        self._chat, self._usage = asked.chat, asked.include_usage
+        prefix, kind = ("chatcmpl", "chat.completion") if asked.chat else ("cmpl", None)
         self._kind = kind or "text_completion"
         self._head = {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": model,
+            "model": asked.model,
         }
-        self._tokens: list[Token] = []
+        state = opening(asked, dialect) if asked.chat else TALKING
+        dialect = dialect if asked.chat else Dialect()
+        spell = ChatLogprobs if asked.chat else TextLogprobs
+        self._choices = [
+            Choice(
+                index,
+                Parts(dialect, state, asked.calling),
+                spell() if asked.options["logprobs"] else None,
+            )
+            for index in range(asked.choices)
+        ]
+
+    def over(self, index: int) -> bool:
+        """Whether a choice wants no more tokens."""
+        return self._choices[index].over
+
+    def first(self) -> Iterator[bytes]:
+        """Yield the chunks that open a streamed chat."""
+        for index in range(len(self._choices) if self._chat else 0):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None}
+            yield self._chunk([choice | {"finish_reason": None}])
+
+    def take(self, index: int, token: Token) -> Iterator[bytes]:
+        """Take a token; yield its chunks."""
+        for choice in self._choices[index].take(token):
+            yield self._chunk([self._streamed(choice)])
+
+    def finish(self, index: int, done: Done) -> Iterator[bytes]:
+        """Take the end of a choice; yield the chunks that say so, with our figures."""
+        *more, last = self._choices[index].finish(done)
+        for choice in more:
+            yield self._chunk([self._streamed(choice)])
+        yield self._chunk([self._streamed(last)], ifp=figures_of(done))
+
+    def last(self) -> Iterator[bytes]:
+        """Yield what ends a stream."""
+        if self._usage:
+            yield self._chunk([], usage=self._sum())
+        yield event_bytes("[DONE]")
+
+    def whole(self) -> dict[str, Any]:
+        """Return the whole answer."""
+        way = Choice.whole if self._chat else Choice.text
+        about = {"object": self._kind, "usage": self._sum()}
+        choices = [way(choice) for choice in self._choices]
+        figures = figures_of(self._dones()[0])
+        return self._head | about | {"choices": choices, "ifp": figures}
+
+    @staticmethod
+    def error(error: BaseException) -> bytes:
+        """Return what tells of an error in a stream."""
+        return event_bytes(error_of(error)[1])
+
+    def _streamed(self, choice: dict[str, Any]) -> dict[str, Any]:
+        if self._chat:
+            return choice
+        return choice | {"text": choice.pop("delta").get("content", "")}
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        kind = "chat.completion.chunk" if self._chat else self._kind
+        usage = {"usage": None} if self._usage else {}
+        about = self._head | {"object": kind, "choices": choices}
+        return event_bytes(about | usage | more)
+
+    def _dones(self) -> list[Done]:
+        return [choice.done for choice in self._choices if choice.done]
+
+    def _sum(self) -> dict[str, Any]:
+        thoughts = sum(choice.thoughts for choice in self._choices)
+        return usage_of(self._dones(), thoughts)
+
+
+class ChatLogprobs:
+    """Log probabilities as a chat has them, of every token, whatever it is a part of."""
+
+    def __call__(self, token: Token) -> dict[str, Any]:
+        """Return those of one token."""
+        own, *top = [
+            {"token": item.text, "logprob": item.logprob, "bytes": list(item.utf8)}
+            for item in token.logprobs
+        ]
+        return {"content": [own | {"top_logprobs": top}]}
+
+
+class TextLogprobs:
+    """Log probabilities as a completion has them."""
+
+    def __init__(self) -> None:
         self._offset = 0  # of the next token in the text, in characters
         self._characters = getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token: Token) -> None:
-        """Take a token for :meth:`whole`."""
-        self._tokens.append(token)
-
-    def whole(self, done: Done) -> dict[str, Any]:
-        """Return the whole answer."""
-        text = "".join(token.text for token in self._tokens)
-        choice: dict[str, Any] = {"index": 0, "finish_reason": done.finish_reason}
-        choice["logprobs"] = self._logprobs_of(self._tokens)
-        if self._chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return self._wrap(self._kind, [choice]) | {
-            "usage": usage_of(done),
-            "ifp": figures_of(done),
-        }
-
-    def first(self) -> dict[str, Any] | None:
-        """Return the chunk that opens a streamed chat, or ``None``."""
-        if not self._chat:
-            return None
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def chunk(self, token: Token) -> dict[str, Any] | None:
-        """Return the chunk of a token, or ``None`` if it shows nothing."""
-        if not token.text and not token.logprobs:
-            return None
-        return self._chunk({"content": token.text}, [token])
-
-    def last(self, done: Done) -> dict[str, Any]:
-        """Return the chunk that says how the answer ended, with our figures."""
-        chunk = self._chunk({}, reason=done.finish_reason)
-        return chunk | {"ifp": figures_of(done)}
-
-    def usage(self, done: Done) -> dict[str, Any]:
-        """Return the chunk that ``stream_options.include_usage`` asks for."""
-        return self._wrap(self._chunk_kind, []) | {"usage": usage_of(done)}
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self._chat else self._kind
-
-    def _chunk(
-        self,
-        delta: dict[str, str],
-        tokens: list[Token] | None = None,
-        reason: str | None = None,
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
-        choice["logprobs"] = self._logprobs_of(tokens or [])
-        if self._chat:
-            choice["delta"] = delta
-        else:
-            choice["text"] = delta.get("content", "")
-        return self._wrap(self._chunk_kind, [choice])
-
-    def _wrap(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head | {"object": kind, "choices": choices}
-
-    def _logprobs_of(self, tokens: list[Token]) -> dict[str, Any] | None:
-        if not self._logprobs or not tokens:
-            return None
-        if self._chat:
-            return {"content": [_spelled(token.logprobs) for token in tokens]}
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += self._length(token)
+    def __call__(self, token: Token) -> dict[str, Any]:
+        """Return those of one token."""
+        own, *top = token.logprobs
+        offset = self._offset
+        self._offset += self._length(token)
         return {
-            "tokens": [token.logprobs[0].text for token in tokens],
-            "token_logprobs": [token.logprobs[0].logprob for token in tokens],
-            "top_logprobs": [
-                {item.text: item.logprob for item in reversed(token.logprobs[1:])}
-                for token in tokens
-            ],
-            "text_offset": offsets,
+            "tokens": [own.text],
+            "token_logprobs": [own.logprob],
+            "top_logprobs": [{item.text: item.logprob for item in reversed(top)}],
+            "text_offset": [offset],
         }
 
     def _length(self, token: Token) -> int:
@@ -158,13 +281,15 @@ class Answer:
         return len(self._characters.decode(content))
 
 
-def usage_of(done: Done) -> dict[str, Any]:
-    """Return OpenAI's ``usage``."""
+def usage_of(dones: Sequence[Done], thoughts: int) -> dict[str, Any]:
+    """Return OpenAI's ``usage`` of all choices together, whose prompt is one."""
+    first, said = dones[0], sum(done.generation_tokens for done in dones)
     return {
-        "prompt_tokens": done.prompt_tokens,
-        "completion_tokens": done.generation_tokens,
-        "total_tokens": done.prompt_tokens + done.generation_tokens,
-        "prompt_tokens_details": {"cached_tokens": done.cached_tokens},
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": said,
+        "total_tokens": first.prompt_tokens + said,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": thoughts},
     }
 
 
@@ -189,15 +314,3 @@ def event_bytes(content: dict[str, Any] | str) -> bytes:
     """Return a server-sent event."""
     text = content if isinstance(content, str) else json.dumps(content)
     return f"data: {text}\n\n".encode()
-
-
-def _spelled(logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
-    own, *top = [
-        {
-            "token": item.text,
-            "logprob": item.logprob,
-            "bytes": list(item.utf8),
-        }
-        for item in logprobs
-    ]
-    return own | {"top_logprobs": top}

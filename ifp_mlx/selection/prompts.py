@@ -7,8 +7,9 @@ from typing import Any
 # What a chat template is told by us, or what is done with its text: no option of its own.
 NOT_ASKED = {"tokenize", "add_generation_prompt", "continue_final_message"}
 NOT_ASKED |= {"return_dict", "return_tensors", "padding", "truncation", "max_length"}
-NOT_ASKED |= {"conversation", "chat_template", "return_assistant_tokens_mask"}
-Message = dict[str, str]
+NOT_ASKED |= {"conversation", "chat_template", "return_assistant_tokens_mask", "tools"}
+# A role and a content, both text; a tool's calls and results have more.
+Message = dict[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
 
 
@@ -118,6 +119,7 @@ def tokenize(
     chat_template: bool = True,
     open_end: bool = False,
     config: Mapping[str, Any] | None = None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
     """Return the token ids of a conversation, with what begins an answer after all but
     the assistant's messages.
@@ -132,13 +134,14 @@ def tokenize(
         open_end: an assistant's message at the end is the beginning of the answer:
             what would close it is left out.
         config: options of the chat template, such as ``{"enable_thinking": False}``.
+        tools: that the chat template shows the model, as the OpenAI API words them.
 
     Raises:
         ValueError: if the chat template refuses the conversation, or leaves nothing of it.
     """
     if not (chat_template and tokenizer.has_chat_template):
         return encode(tokenizer, "\n\n".join(m["content"] for m in messages))
-    text = render(tokenizer, messages, open_end=open_end, config=config)
+    text = render(tokenizer, messages, open_end=open_end, config=config, tools=tools)
     tokens = encode(tokenizer, text, special=False)
     if not tokens:
         raise ValueError(
@@ -155,11 +158,12 @@ def render(
     open_end: bool = False,
     continued: bool = False,
     config: Mapping[str, Any] | None = None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Return what the chat template makes of a conversation; see :func:`tokenize`.
 
     Args:
-        tokenizer, messages, open_end, config: see there.
+        tokenizer, messages, open_end, config, tools: see there.
         continued: whoever says the last message, what would close it is left out, and
             what would begin an answer.
 
@@ -167,18 +171,21 @@ def render(
         ValueError: if the template refuses the conversation.
     """
     answered = messages[-1]["role"] == "assistant"
-    ending = {"add_generation_prompt": not answered and not continued}
+    how: dict[str, Any] = {"add_generation_prompt": not answered and not continued}
     if continued or (answered and open_end):
-        ending["continue_final_message"] = True
+        how["continue_final_message"] = True
     own = dict(config or {})
     if known := own.keys() & NOT_ASKED:
         raise ValueError(
             f"chat_template_config has {min(known)!r}, which is not the template's own "
             "option; leave it out."
         )
-    how: dict[str, Any] = own | ending | {"tokenize": False}
+    if tools:
+        how["tools"] = list(tools)
     try:
-        return tokenizer.apply_chat_template(list(messages), **how)
+        return tokenizer.apply_chat_template(
+            list(messages), **own, **how, tokenize=False
+        )
     except Exception as error:  # a template is a program: whatever it raises
         raise ValueError(
             f"The model's chat template refuses this conversation: {error}."

@@ -6,23 +6,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ifp_mlx.engine import Dialect
 from ifp_mlx.engine.engine import CHOOSING
 from ifp_mlx.engine.errors import InvalidRequest
 from ifp_mlx.engine.sampling import Sampling
+from ifp_mlx.openai.asked import Asked, Defaults
+from ifp_mlx.openai.fields import FieldError
 from ifp_mlx.openai.protocol import (
-    NEUTRAL,
-    Asked,
-    Defaults,
-    FieldError,
+    Chat,
+    Completion,
+    read_chat,
+    read_completion,
     read_json,
-    read_request,
 )
+from ifp_mlx.openai.responses import Response, read_response
 from ifp_mlx.selection.request import Request
 
 HELLO = [{"role": "user", "content": "Hello"}]
-FIELDS = """model messages prompt stream stream_options max_tokens temperature top_p
-max_completion_tokens top_k min_p seed stop presence_penalty frequency_penalty logprobs
-repetition_penalty logit_bias top_logprobs response_format user ifp""".split()
+ADD = {"name": "add", "parameters": {"type": "object"}}
+TOOLS = [{"type": "function", "function": ADD}]
+CALLED = {"id": "a1", "type": "function"}
+CALLED |= {"function": {"name": "add", "arguments": '{"x": 1}'}}
+ABLE = Dialect(tools=True, parser="json_tools", form=("", "", ""))
+KINDS = {
+    Chat: (read_chat, {"model": "m", "messages": HELLO}),
+    Completion: (read_completion, {"model": "m", "prompt": "x"}),
+    Response: (read_response, {"model": "m", "input": "x"}),
+}
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 JSON = st.recursive(
     SCALARS | st.text(max_size=8),
@@ -30,7 +40,8 @@ JSON = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(["type", "role", "content", "text", "task", "keep", "5"])
-            | st.sampled_from(["check", "draft_tokens", "reselect"])
+            | st.sampled_from(["check", "draft_tokens", "reselect", "function", "name"])
+            | st.sampled_from(["call_id", "output", "format", "schema", "arguments"])
             | st.text(max_size=4),
             inner,
             max_size=3,
@@ -40,27 +51,28 @@ JSON = st.recursive(
 )
 
 
-def read(chat=True, **fields):
-    body = {"model": "m"} | ({"messages": HELLO} if chat else {"prompt": "x"}) | fields
-    return read_request(body, chat=chat, defaults=Defaults())
+def read(kind=Chat, dialect=ABLE, **fields):
+    way, body = KINDS[kind]
+    return way(body | fields, Defaults(), dialect)
 
 
-@given(
-    body=st.dictionaries(
-        st.sampled_from([*FIELDS, *NEUTRAL]) | st.text(max_size=5), JSON, max_size=5
-    ),
-    good=st.booleans(),
-    chat=st.booleans(),
-)
-def test_any_json_is_read_or_refused_by_name(body, good, chat):
-    if good:
-        body = {"model": "m", "messages": HELLO, "prompt": "x"} | body
-        body.pop("prompt" if chat else "messages")
+def fields_of(kind):
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_any_json_is_read_or_refused_by_name(kind, data):
+    names = st.sampled_from(fields_of(kind)) | st.text(max_size=5)
+    body = data.draw(st.dictionaries(names, JSON, max_size=5))
+    good = data.draw(st.booleans())
+    way, start = KINDS[kind]
     try:
-        asked = read_request(body, chat=chat, defaults=Defaults())
+        asked = way(body | start if good else body, Defaults(), ABLE)
     except FieldError as error:
-        assert error.field.split(".")[0].split("[")[0] in {*body, *FIELDS}
+        assert error.field.split(".")[0].split("[")[0] in {*body, *fields_of(kind)}
         assert str(error).startswith(error.field)
+        assert str(error).endswith(".") and "\n" not in str(error)
     else:
         assert isinstance(asked, Asked)
         sampling = {k: v for k, v in asked.options.items() if hasattr(Sampling, k)}
@@ -116,9 +128,11 @@ def test_a_keep_is_a_share_or_auto():
             read(ifp={"keep": wrong})
 
 
-def test_null_is_as_good_as_nothing():
-    fields = [name for name in FIELDS if name not in ("model", "messages", "prompt")]
-    assert read(**dict.fromkeys([*fields, *NEUTRAL, "unheard_of"])) == read()
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_null_is_as_good_as_nothing(kind):
+    start = KINDS[kind][1]
+    nulls = {n: None for n in [*fields_of(kind), "unheard_of"] if n not in start}
+    assert read(kind, **nulls) == read(kind)
 
 
 def test_text_parts_are_joined_and_developers_are_the_system():
@@ -131,10 +145,8 @@ def test_text_parts_are_joined_and_developers_are_the_system():
 
 @pytest.mark.parametrize("field", ["model", "messages"])
 def test_what_is_missing_is_named(field):
-    body = {"model": "m", "messages": HELLO}
-    del body[field]
     with pytest.raises(FieldError, match=f"{field} is missing"):
-        read_request(body, chat=True, defaults=Defaults())
+        read(**{field: None})
 
 
 @pytest.mark.parametrize(
@@ -146,3 +158,142 @@ def test_a_json_schema_has_a_name_of_text_and_nothing_unknown(spec, field):
     where = rf"response_format\.json_schema\.{field}"
     with pytest.raises(FieldError, match=where):
         read(response_format=form)
+
+
+def test_a_conversation_with_tools_is_what_templates_want():
+    said = {"role": "assistant", "content": None, "tool_calls": [CALLED]}
+    told = {"role": "tool", "tool_call_id": "a1", "content": "2"}
+    _, asked, answered = read(
+        messages=[*HELLO, said | {"reasoning": "Hm."}, told]
+    ).prompt
+    assert asked["tool_calls"][0]["function"] == {"name": "add", "arguments": {"x": 1}}
+    assert (asked["content"], asked["reasoning_content"]) == ("", "Hm.")
+    assert answered == told | {"name": "add"}
+
+
+def test_items_of_a_response_are_one_conversation():
+    call = {"type": "function_call", "call_id": "a1", "name": "add", "arguments": "{}"}
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+        {"type": "reasoning", "id": "r", "summary": [], "content": []},
+        {
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "Let", "annotations": []}],
+        },
+        call,
+        call | {"call_id": "a2"},
+        {"type": "function_call_output", "call_id": "a2", "output": "2"},
+    ]
+    system, user, said, told = read(Response, input=items, instructions="Be.").prompt
+    assert (system["content"], user["content"]) == ("Be.", "Hello")
+    assert said["content"] == "Let"
+    assert [one["id"] for one in said["tool_calls"]] == ["a1", "a2"]
+    assert (told["role"], told["name"]) == ("tool", "add")
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": TOOLS * 2}, "tools[1].function.name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {"type": "function", "function": {"name": "sub"}},
+            },
+            "tool_choice.function.name",
+        ),
+        (
+            {
+                "messages": [
+                    *HELLO,
+                    {"role": "tool", "tool_call_id": "b", "content": ""},
+                ]
+            },
+            "messages[1].tool_call_id",
+        ),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALLED]}]},
+            "messages",
+        ),
+        ({"n": 17}, "n"),
+        ({"store": True}, "store"),
+    ],
+)
+def test_what_does_not_fit_is_named(fields, field):
+    with pytest.raises(FieldError) as caught:
+        read(**fields)
+    assert caught.value.field == field
+
+
+FLAT = [{"type": "function"} | ADD]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"store": True}, "store"),
+        ({"include": ["reasoning.encrypted_content"]}, "include"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": []}, "input"),
+        ({"tools": TOOLS}, "tools[0].name"),
+        (
+            {"tools": FLAT, "tool_choice": {"type": "function", "name": "sub"}},
+            "tool_choice.name",
+        ),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"reasoning": {"effort": "low"}}, "reasoning"),
+    ],
+)
+def test_what_a_response_cannot_have_is_named(fields, field):
+    with pytest.raises(FieldError) as caught:
+        read(Response, **fields)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tools": TOOLS}, "tools"),
+        (
+            {
+                "messages": [
+                    *HELLO,
+                    {"role": "assistant", "tool_calls": [CALLED]},
+                    *HELLO,
+                ]
+            },
+            "messages[1].tool_calls",
+        ),
+    ],
+)
+def test_a_model_without_tools_refuses_them_with_a_remedy(fields, field):
+    with pytest.raises(FieldError, match="serve a model whose template") as caught:
+        read(dialect=Dialect(), **fields)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [{"type": "function", "function": ADD | {"strict": True}}]},
+            "tools[0].function.strict",
+        ),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_a_format_that_no_grammar_holds_says_so(fields, field):
+    free = Dialect(tools=True, parser="pythonic")
+    assert read(dialect=free, tools=TOOLS).calling.tools
+    with pytest.raises(FieldError, match="pythonic") as caught:
+        read(dialect=free, **{"tools": TOOLS} | fields)
+    assert caught.value.field == field

@@ -17,20 +17,18 @@ from hypothesis import strategies as st
 from ifp_mlx import load
 from ifp_mlx.engine import Engine
 from ifp_mlx.openai.api import Policy, make_app
-from ifp_mlx.openai.protocol import Defaults
+from ifp_mlx.openai.asked import Defaults
 from ifp_mlx.server import main
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
-try:
-    import httpx2 as httpx  # what the newer openai clients use
-except ImportError:
-    import httpx
+
+from served import HELLO, ask, chat, get, post  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[2] / "examples/benchmarks/server"
 FRENCH = "You translate English into French."
-HELLO = [{"role": "user", "content": "Hello"}]
+ADD = {"type": "function", "function": {"name": "add"}}
 SCHEMA = {
     "type": "object",
     "properties": {"n": {"type": "integer", "maximum": 99}, "s": {"enum": ["a", "b"]}},
@@ -62,50 +60,6 @@ def library(folder, tmp_path_factory):
 @pytest.fixture
 def app(engine, library):
     return make_app(engine, Policy("tiny", libraries=(library,)))
-
-
-def http(app, **options):
-    transport = httpx.ASGITransport(app)
-    return httpx.AsyncClient(
-        transport=transport, base_url="http://127.0.0.1", timeout=60, **options
-    )
-
-
-def ask(app, act, **options):
-    """Run ``act(client)`` with the official client against ``app``."""
-
-    async def run():
-        async with http(app) as transport:
-            client = openai.AsyncOpenAI(
-                base_url="http://127.0.0.1/v1",
-                max_retries=0,
-                http_client=transport,
-                **{"api_key": "none"} | options,
-            )
-            return await act(client)
-
-    return asyncio.run(run())
-
-
-def chat(app, **options):
-    options = {"model": "tiny", "messages": HELLO, "max_tokens": 6} | options
-    return ask(app, lambda client: client.chat.completions.create(**options))
-
-
-def post(app, path, **options):
-    async def run():
-        async with http(app) as client:
-            return await client.post(path, **options)
-
-    return asyncio.run(run())
-
-
-def get(app, path):
-    async def run():
-        async with http(app) as client:
-            return await client.get(path)
-
-    return asyncio.run(run())
 
 
 def test_a_chat_answers_as_the_engine_and_reports_its_mask(app, engine):
@@ -361,8 +315,8 @@ def test_stop_and_logprobs_and_bias_are_honoured(app):
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"n": 2}, "n"),
+        ({"tools": [ADD]}, "tools"),
+        ({"n": 17}, "n"),
         ({"temperature": "hot"}, "temperature"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -379,15 +333,15 @@ def test_stop_and_logprobs_and_bias_are_honoured(app):
         ({"extra_body": {"ifp": {"task": "a", "instruction": "b"}}}, "ifp.instruction"),
         ({"model": "tiny@french", "extra_body": {"ifp": {"keep": 0.5}}}, "ifp.keep"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0]",
+            "messages[0].content[0].type",
         ),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"stop": [""]}, "stop"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x"),
     ],
 )
 def test_what_is_not_supported_is_named(app, options, field):

@@ -1,0 +1,54 @@
+"""A request as the engine takes it, whichever of the API's paths it came by."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine import Calling, Dialect
+from ..selection.request import Keep
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the server assumes where a request says nothing.
+
+    Attributes:
+        keep: kept share.
+        decoding: fields of :class:`ifp_mlx.decoding.options.Decoding`.
+        chat_template_config: options of the chat template; a request's come on top.
+    """
+
+    keep: Keep | None = None
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the engine takes it.
+
+    Attributes:
+        model: the ``model`` field.
+        prompt: messages, a text, or token ids.
+        chat: whether the chat template applies.
+        calling: the tools that the answer may call.
+        choices: how many answers.
+        stream: whether the answer is streamed, and ``include_usage`` with its usage.
+        options: of ``Engine.astream``.
+        echo: what the answer repeats of the request.
+    """
+
+    model: str
+    prompt: Any
+    chat: bool
+    calling: Calling | None = None
+    choices: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    echo: dict[str, Any] = field(default_factory=dict)
+
+
+def opening(asked: Asked, dialect: Dialect) -> str:
+    """Return the state that the answer to a chat begins in."""
+    return dialect.opening(asked.prompt, asked.options.get("chat_template_config"))
