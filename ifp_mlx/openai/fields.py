@@ -89,8 +89,10 @@ def wrong(place: Sequence[int | str], message: str) -> ValidationError:
 
 
 def _sentence(error: Any) -> str:
-    words = SENTENCES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
-    words = re.sub(r"^\w+ should ", "must ", words)
+    if (words := SENTENCES.get(error["type"])) is not None:
+        words = words.format(**error.get("ctx", {}))
+    else:
+        words = re.sub(r"^\w+ should ", "must ", error["msg"])
     return f"{words}{_shown(error)}."
 
 

@@ -233,6 +233,13 @@ def test_what_does_not_fit_is_named(fields, field):
 FLAT = [{"type": "function"} | ADD]
 
 
+def test_a_wrong_value_with_braces_is_quoted_as_it_is():
+    with pytest.raises(FieldError, match=r"one of .*, not '\{0\}'\.$"):
+        read(ifp={"selector": "{0}"})
+    with pytest.raises(FieldError, match=r"one of system, .*, not \{'a': 1\}\.$"):
+        read(messages=[{"role": {"a": 1}}])
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

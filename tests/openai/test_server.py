@@ -24,7 +24,7 @@ openai = pytest.importorskip("openai")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from served import HELLO, ask, chat, get, post  # noqa: E402
+from served import HELLO, ask, chat, get, post, write_able  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[2] / "examples/benchmarks/server"
 FRENCH = "You translate English into French."
@@ -480,8 +480,8 @@ def served(folder, *options):
         assert (process.returncode, rest) == (0, "")
 
 
-def test_malformed_requests_get_4xx_and_the_server_stops_gracefully(folder):
-    with served(folder) as (url, _):
+def test_malformed_requests_get_4xx_and_the_server_stops_gracefully(tmp_path):
+    with served(write_able(tmp_path / "able")) as (url, _):
         script = [sys.executable, SCRIPTS / "server_fuzz.py", "--url", url]
         done = subprocess.run(
             [*script, "--requests", "150"], capture_output=True, text=True, check=False
@@ -491,7 +491,8 @@ def test_malformed_requests_get_4xx_and_the_server_stops_gracefully(folder):
     assert report["failures"] == 0 and report["malformed"] == 150
 
 
-def test_a_crowd_gets_right_answers_and_a_killed_client_frees_its_slot(folder):
+def test_a_crowd_gets_right_answers_and_a_killed_client_frees_its_slot(tmp_path):
+    folder = write_able(tmp_path / "able")
     options = "--clients 8 --seconds 1 --tokens 6 --batch 4 --turns 1".split()
     done = subprocess.run(
         [sys.executable, SCRIPTS / "server_load.py", "--model", folder, *options],
@@ -502,6 +503,7 @@ def test_a_crowd_gets_right_answers_and_a_killed_client_frees_its_slot(folder):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["wrong_answers"] == 0
+    assert report["choices_of_tools"] == ["none", "auto", "required"]
     assert report["killed_client_was_served"] and report["killed_client_freed"]
     assert report["server_exit_status"] == 0
 

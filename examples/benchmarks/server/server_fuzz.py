@@ -8,7 +8,8 @@ another type or value, a field appears that nobody knows, the JSON is cut or fil
 with odd bytes, the headers or the path are wrong. Whether it is malformed is decided by
 the API's schema, server_schema.json: then only a 4xx will do. What still fits the
 schema may be answered, or refused for a reason that no schema can say; it is counted
-apart. Needs `pip install jsonschema`. Last line: JSON; the exit status is 1 if a
+apart. Tools and their calls are among the fields if the model's template knows them.
+Needs `pip install jsonschema`. Last line: JSON; the exit status is 1 if a
 malformed request was answered, or any request with a 5xx or not at all.
 """
 
@@ -26,23 +27,30 @@ from urllib.parse import urlsplit
 from jsonschema import Draft202012Validator
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+RESPONSE = "/v1/responses"
+PATHS = (CHAT, TEXT, RESPONSE)
 ODD: list[Any] = [None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, 10**30, "", " ", "x"]
 ODD += ["\u0000", "\ud83d\ude00", "é" * 50, "9" * 400, [], [[]], [None], [1, "2"]]
 ODD += [{}, {"type": "text"}, {"": ""}, {"type": "json_schema"}, [{}], [{"role": 1}]]
+ODD += ["none", "required", {"type": "function"}, {"type": "function_call"}, "[" * 9000]
 ODD += ["../../etc/passwd", "tiny@", "@", "system", "tool", {"include_usage": 3}]
 RAW = [b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"a":NaN}', b"[" * 20000]
 RAW += [b'{"model":"\\ud800"}', b'{"a":1}{', b"9" * 5000, b'{"model":1e999}', b"\x00"]
+FUNCTION = {
+    "description": "Adds.",
+    "strict": False,
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+}
 Request = tuple[str, str, bytes, dict[str, str]]  # method, path, body, headers
 
 
 def validators() -> dict[str, Draft202012Validator]:
     """Return what tells a malformed body, by path."""
     schema = json.loads(Path(__file__).with_name("server_schema.json").read_text())
-    paths = (CHAT, TEXT)
-    escaped = {path: path.replace("/", "~1") for path in paths}
+    escaped = {path: path.replace("/", "~1") for path in PATHS}
     return {
         path: Draft202012Validator(schema | {"$ref": f"#/$defs/{escaped[path]}"})
-        for path in paths
+        for path in PATHS
     }
 
 
@@ -62,38 +70,79 @@ def is_malformed(
     return not checks[path].is_valid(body)
 
 
-def good(model: str, path: str) -> dict[str, Any]:
-    """Return a request that would be answered, with every field that is known."""
+def good(model: str, path: str, tools: bool) -> dict[str, Any]:
+    """Return a request that would be answered, with every field that is known.
+
+    Args:
+        model: that is asked.
+        path: where.
+        tools: whether the model's template knows tools.
+    """
     body: dict[str, Any] = {
         "model": model,
-        "max_tokens": 2,
         "temperature": 0.5,
         "top_p": 0.9,
+        "stream": False,
+        "user": "someone",
+        "ifp": {"instruction": "Answer.", "keep": 0.5, "selector": "random"},
+    }
+    if path == RESPONSE:
+        return body | good_response(tools)
+    body |= {
+        "max_tokens": 2,
         "top_k": 5,
         "min_p": 0.1,
         "seed": 3,
         "stop": ["\n"],
-        "stream": False,
+        "n": 2,
         "logprobs": 1,
         "logit_bias": {"5": 1},
         "presence_penalty": 0.5,
         "frequency_penalty": 0.5,
         "repetition_penalty": 1.1,
-        "user": "someone",
-        "ifp": {"instruction": "Answer.", "keep": 0.5, "selector": "random"},
     }
     if path == TEXT:
         body["ifp"] |= {"check": 0.5, "draft_tokens": 4, "reselect": "drift"}
         return body | {"prompt": "Hello"}
-    return body | {
-        "logprobs": True,
-        "top_logprobs": 2,
-        "response_format": {"type": "text"},
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
-        ],
-    }
+    return body | good_chat(tools)
+
+
+def good_chat(tools: bool) -> dict[str, Any]:
+    """Return the fields of a chat, with a call and its result."""
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    ]
+    body = {"logprobs": True, "top_logprobs": 2, "response_format": {"type": "text"}}
+    if not tools:
+        return body | {"messages": said}
+    called: dict[str, Any] = {"id": "a1", "type": "function"}
+    called |= {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    thought = {"reasoning": "Hm.", "content": None, "tool_calls": [called]}
+    said += [{"role": "assistant"} | thought]
+    said += [{"role": "tool", "tool_call_id": "a1", "content": "2"}]
+    tool = {"type": "function", "function": {"name": "add"} | FUNCTION}
+    how = {"tools": [tool], "tool_choice": "auto", "parallel_tool_calls": True}
+    return body | {"messages": said} | how
+
+
+def good_response(tools: bool) -> dict[str, Any]:
+    """Return the fields of a response, with a call and its result."""
+    said: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]},
+        {"type": "message", "role": "assistant", "content": "Hi."},
+        {"type": "reasoning", "summary": [], "content": []},
+    ]
+    body = {"instructions": "Be brief.", "max_output_tokens": 2, "metadata": {"a": "b"}}
+    body |= {"text": {"format": {"type": "text"}}}  # type: ignore[dict-item]
+    if tools:
+        call = {"type": "function_call", "call_id": "a1", "name": "add"}
+        said += [call | {"arguments": "{}"}]
+        said += [{"type": "function_call_output", "call_id": "a1", "output": "2"}]
+        tool = {"type": "function", "name": "add"} | FUNCTION
+        body |= {"tools": [tool], "tool_choice": "auto"}  # type: ignore[dict-item]
+    said.append({"role": "user", "content": "Go on."})
+    return body | {"input": said}
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -120,10 +169,11 @@ def spoil(body: dict[str, Any], rng: random.Random) -> None:
         container[key] = json.loads(json.dumps(rng.choice(ODD)))
 
 
-def spoilt(model: str, rng: random.Random) -> Request:
+def spoilt(model: str, rng: random.Random, tools: bool) -> Request:
     """Return one request that most likely is malformed."""
-    path = rng.choice([CHAT, TEXT])
-    body = good(model, path) | {"n": 1, "tools": [], "stream_options": None}
+    path = rng.choice(PATHS)
+    body = good(model, path, tools and rng.random() < 0.8) | {"stream_options": None}
+    body["stream"] = rng.random() < 0.3
     if path == CHAT and rng.random() < 0.3:
         form = {"name": "x", "strict": True, "schema": {"type": "object"}}
         body["response_format"] = {"type": "json_schema", "json_schema": form}
@@ -178,13 +228,17 @@ def main() -> None:
     model = models["data"][0]["id"]
     rng, counts, failures = random.Random(args.seed), Counter[str](), 0
     checks = validators()
+    tools = False
     for path, check in checks.items():  # the schema, and the server, know good ones
-        check.validate(good(model, path))
-        body = json.dumps(good(model, path)).encode()
-        request = ("POST", path, body, {"Content-Type": "application/json"})
-        assert send(address, request, args.api_key)[0] == 200, path
+        for able in (False, True):
+            check.validate(good(model, path, able))
+            body = json.dumps(good(model, path, able)).encode()
+            request = ("POST", path, body, {"Content-Type": "application/json"})
+            status, answer = send(address, request, args.api_key)
+            tools |= able and path == CHAT and status == 200
+            assert status == 200 or (able and not tools), (path, answer)
     while counts["malformed"] < args.requests:
-        request = spoilt(model, rng)
+        request = spoilt(model, rng, tools)
         bad = is_malformed(request, checks, url.netloc)
         try:
             status, answer = send(address, request, args.api_key)
@@ -192,7 +246,8 @@ def main() -> None:
             status, answer = 599, repr(error).encode()
         counts["malformed" if bad else "fit the schema"] += 1
         counts[f"{status // 100}xx"] += 1
-        if not (400 if bad else 200) <= status < 500:
+        broken = b'"server_error"' in answer  # in a stream, after its status
+        if broken or not (400 if bad else 200) <= status < 500:
             failures += 1
             print(status, bad, request, answer[:300], file=sys.stderr)
     print(json.dumps({**counts, "failures": failures}))

@@ -6,7 +6,8 @@
 Starts a server of its own on a free port, with four tasks, and measures four things:
 
 - every answer under load equals the answer to the same request alone (greedy), and
-  names the same mask;
+  names the same mask; where the model's template knows tools, requests with tools that
+  may or must be called are among them;
 - fairness: the slowest client's mean wait for an answer over the fastest's;
 - throughput of requests for one mask, together over one at a time;
 - a client that is killed (SIGKILL) while it streams leaves no work behind.
@@ -17,6 +18,7 @@ Last line: JSON; the exit status is 1 if an answer was wrong or anything failed.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -55,7 +57,13 @@ with urllib.request.urlopen(request) as answer:
     for line in answer:
         print(line.decode().strip(), flush=True)
 """
-Case = tuple[str, str]
+ADD = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": ADD}},
+    {"type": "function", "function": {"name": "now", "description": "Tells the time."}},
+]
+# Model, prompt, and the choice of tools; none is no tools at all.
+Case = tuple[str, str, str]
 Answered = tuple[str, str, int]
 
 
@@ -97,16 +105,18 @@ class Server:
 async def ask(
     client: httpx.AsyncClient, case: Case, tokens: int, *, stream: bool
 ) -> Answered:
-    """Return the text, mask and token count of one answer."""
-    model, prompt = case
+    """Return the text and calls, the mask and the token count of one answer."""
+    model, prompt, choice = case
     body: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0}
     body["messages"] = [{"role": "user", "content": prompt}]
+    if choice != "none":
+        body |= {"tools": TOOLS, "tool_choice": choice}
     path = "/v1/chat/completions"
     if not stream:
         response = await client.post(path, json=body)
         response.raise_for_status()
         whole = response.json()
-        text = whole["choices"][0]["message"]["content"]
+        text = said([whole["choices"][0]["message"]])
         return text, whole["ifp"]["mask_id"], whole["usage"]["completion_tokens"]
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     chunks = []
@@ -117,9 +127,27 @@ async def ask(
                 chunks.append(json.loads(line[6:]))
     assert line == "data: [DONE]" or not line
     deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
-    text = "".join(delta.get("content", "") for delta in deltas)
+    text = said(deltas)
     mask = next(c["ifp"]["mask_id"] for c in chunks if "ifp" in c)
     return text, mask, chunks[-1]["usage"]["completion_tokens"]
+
+
+def said(messages: list[dict[str, Any]]) -> str:
+    """Return all that a message, or its pieces, say: thoughts, text and calls."""
+    text = "".join(m.get("reasoning") or "" for m in messages)
+    text += "".join(m.get("content") or "" for m in messages)
+    for called in (call for m in messages for call in m.get("tool_calls") or ()):
+        function = called["function"]
+        text += f"{function.get('name', '')}{function['arguments']}"
+    return text
+
+
+async def knows_tools(client: httpx.AsyncClient, model: str) -> bool:
+    """Whether the server's model takes tools."""
+    body = {"model": model, "max_tokens": 1, "tools": TOOLS}
+    body |= {"messages": [{"role": "user", "content": "Hello"}]}
+    response = await client.post("/v1/chat/completions", json=body)
+    return response.status_code == 200
 
 
 async def crowd(
@@ -172,7 +200,9 @@ async def throughput(
         way: Callable[[list[Case]], Awaitable[list[Answered]]], turn: str
     ) -> float:
         # Other words every time, so that no answer comes from the prompt cache.
-        cases = [(f"{model}@story", f"{turn}: story {n}") for n in range(args.batch)]
+        cases = [
+            (f"{model}@story", f"{turn}: story {n}", "none") for n in range(args.batch)
+        ]
         start = time.monotonic()
         tokens = sum(count for *_, count in await way(cases))
         return tokens / (time.monotonic() - start)
@@ -226,14 +256,15 @@ async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     async with httpx.AsyncClient(
         base_url=server.url, timeout=600, limits=limits
     ) as client:
+        choices = ["none"]
+        if await knows_tools(client, models[0]):
+            choices += ["auto", "required"]
         alone = {
-            (model, prompt): await ask(
-                client, (model, prompt), args.tokens, stream=False
-            )
-            for model in models
-            for prompt in PROMPTS
+            case: await ask(client, case, args.tokens, stream=False)
+            for case in itertools.product(models, PROMPTS, choices)
         }
         report = await crowd(client, alone, args)
+        report["choices_of_tools"] = choices
         return report | await throughput(client, server.model, args)
 
 
