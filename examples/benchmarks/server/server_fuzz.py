@@ -133,14 +133,15 @@ def good_response(tools: bool) -> dict[str, Any]:
         {"type": "message", "role": "assistant", "content": "Hi."},
         {"type": "reasoning", "summary": [], "content": []},
     ]
-    body = {"instructions": "Be brief.", "max_output_tokens": 2, "metadata": {"a": "b"}}
-    body |= {"text": {"format": {"type": "text"}}}  # type: ignore[dict-item]
+    body: dict[str, Any] = {"instructions": "Be brief.", "max_output_tokens": 2}
+    body |= {"metadata": {"a": "b"}}
+    body |= {"text": {"format": {"type": "text"}}}
     if tools:
         call = {"type": "function_call", "call_id": "a1", "name": "add"}
         said += [call | {"arguments": "{}"}]
         said += [{"type": "function_call_output", "call_id": "a1", "output": "2"}]
         tool = {"type": "function", "name": "add"} | FUNCTION
-        body |= {"tools": [tool], "tool_choice": "auto"}  # type: ignore[dict-item]
+        body |= {"tools": [tool], "tool_choice": "auto"}
     said.append({"role": "user", "content": "Go on."})
     return body | {"input": said}
 
