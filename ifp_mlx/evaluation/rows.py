@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.texts import read_text
+from ..selection.conversations import FORMATS, conversation_of
 from ..selection.prompts import (
     Message,
     encode,
@@ -48,9 +49,9 @@ def read_rows(
     answer_tokens: int | None = None,
     vocabulary: int | None = None,
 ) -> list[Row]:
-    """Read a JSONL file of mlx-lm's formats: chat (``messages``, the last one the
-    answer), completions (``prompt``, ``completion``) or plain ``text``, whose second
-    half is the answer to its first and which no chat template touches.
+    """Read a JSONL file of conversations, whose last message is the answer (see
+    :func:`ifp_mlx.selection.conversations.conversation_of`), or of plain ``text``, whose
+    second half is the answer to its first and which no chat template touches.
 
     Args:
         path: the file.
@@ -73,8 +74,8 @@ def read_rows(
             example = _parsed(line)
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"{where} is no example: give messages that end with an assistant's, or "
-                "prompt and completion, or text."
+                f"{where} is no example: give {FORMATS}; messages end with an "
+                "assistant's."
             ) from error
         try:
             row = _tokenized(example, tokenizer)
@@ -149,10 +150,7 @@ def _tokenized(example: Example, tokenizer: Any) -> Row:
 
 
 def _split(example: Example) -> tuple[Sequence[Message], str]:
-    if "messages" not in example:
-        prompt = {"role": "user", "content": example["prompt"]}
-        return [prompt], example["completion"]
-    *prompt_messages, answer = example["messages"]
+    *prompt_messages, answer = conversation_of(example) or [{}]
     if answer["role"] != "assistant" or not prompt_messages:
         raise ValueError("no answer")
     return prompt_messages, answer["content"]

@@ -22,7 +22,7 @@ def decoded(content: bytes, name: str) -> str:
         name: where they are from.
     """
     try:
-        return StringIO(content.decode("utf-8"), newline=None).read()
+        return StringIO(content.decode("utf-8-sig"), newline=None).read()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name} is not UTF-8 at byte {error.start + 1} "

@@ -15,18 +15,21 @@ class Record:
     """One example: what selects, what is read, and what is learned from it.
 
     Attributes:
-        instruction: token ids for the predictor.
+        instruction: token ids for the predictor; or several times such, of which
+            ``selectors`` says for every token which selects when it is predicted.
         tokens: token ids for the model.
         loss: bool of each token, whether it is a target that counts.
         task: the number of its task, -1 if it names none.
         place: where it was read, for messages.
+        selectors: int32 of each token, or ``None`` with one instruction.
     """
 
-    instruction: np.ndarray
+    instruction: Any
     tokens: np.ndarray
     loss: np.ndarray
     task: int = -1
     place: str = ""
+    selectors: np.ndarray | None = None
 
 
 class Batch(NamedTuple):
@@ -39,6 +42,9 @@ class Batch(NamedTuple):
         loss_mask: 1 where a token is a target that counts, float32 ``[B, T]``. The
             first token of a row has nothing before it and never counts.
         tasks: the number of each row's task, int32 ``[B]``, or ``None``.
+        selectors: where a row has several instructions, ``[B, K, Ti]`` with lengths
+            ``[B, K]``: which of them selects when a token is predicted, int32
+            ``[B, T]``; else ``None``.
     """
 
     instruction: mx.array
@@ -46,6 +52,7 @@ class Batch(NamedTuple):
     tokens: mx.array
     loss_mask: mx.array
     tasks: mx.array | None = None
+    selectors: mx.array | None = None
 
     def share(self, rank: int, size: int) -> "Batch":
         """Return every ``size``-th row from ``rank`` on: one machine's part."""
@@ -110,12 +117,30 @@ def collate(records: Sequence[Record]) -> Batch:
     """Put records side by side, padded on the right."""
     tasks = np.array([record.task for record in records], dtype=np.int32)
     return Batch(
-        mx.array(_padded([record.instruction for record in records])),
-        mx.array([len(record.instruction) for record in records], dtype=mx.int32),
+        *_instructions(records),
         mx.array(_padded([record.tokens for record in records])),
         mx.array(_padded([record.loss for record in records]).astype(np.float32)),
         None if (tasks < 0).all() else mx.array(tasks),
+        None
+        if records[0].selectors is None
+        else mx.array(
+            _padded([r.selectors for r in records if r.selectors is not None])
+        ),
     )
+
+
+def _instructions(records: Sequence[Record]) -> tuple[mx.array, mx.array]:
+    """Return the instructions and their lengths, of one or several each."""
+    if records[0].selectors is None:
+        rows = [record.instruction for record in records]
+        return mx.array(_padded(rows)), mx.array([len(r) for r in rows], dtype=mx.int32)
+    # Absent ones, which select nothing, are a copy of the first.
+    most = max(len(record.instruction) for record in records)
+    parts = [(*r.instruction, *[r.instruction[0]] * most)[:most] for r in records]
+    flat = [part for row in parts for part in row]
+    table, shape = _padded(flat), (len(records), most)
+    lengths = mx.array([len(part) for part in flat], dtype=mx.int32)
+    return mx.array(table.reshape(*shape, -1)), lengths.reshape(shape)
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The trainer's state on disk: the last two of it, whole and checked."""
+"""The trainer's state on disk: the last of it, whole and checked."""
 
 import hashlib
 import json
@@ -12,11 +12,13 @@ import mlx.core as mx
 from ..files.atomic import new_folder
 
 TENSORS, ABOUT = "state.safetensors", "state.json"
-KEPT = 2
 
 
 def save(folder: Path, step: int, tensors: dict[str, mx.array]) -> None:
-    """Write the state after a step beside the older ones, then drop the oldest.
+    """Write the state after a step beside the older one, read it back, then drop that.
+
+    One is enough, and large: it holds every weight three times, with what the optimiser
+    knows of it.
 
     Args:
         folder: holds the checkpoints of one run.
@@ -24,15 +26,22 @@ def save(folder: Path, step: int, tensors: dict[str, mx.array]) -> None:
         tensors: all that a later run needs to go on.
     """
     target = folder / f"step-{step:08d}"
-    if target.exists():  # written by a run that was killed before it logged more
-        shutil.rmtree(target)
+    if target.exists() and _whole(target) is not None:
+        return  # the same bits, of the run that this one goes on from
+    shutil.rmtree(target, ignore_errors=True)
     with new_folder(target) as scratch:
         path = scratch / TENSORS
         mx.save_safetensors(str(path), tensors)
         about = {"step": step, "sha256": _digest(path)}
         (scratch / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
-    for old in _checkpoints(folder)[KEPT:]:
+    for old in _checkpoints(folder)[1:]:
         shutil.rmtree(old)
+
+
+def newest(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint, ``None`` without any."""
+    found = _checkpoints(folder)
+    return int(found[0].name.removeprefix("step-")) if found else None
 
 
 def load(folder: Path) -> tuple[int, dict[str, mx.array]] | None:
@@ -45,21 +54,28 @@ def load(folder: Path) -> tuple[int, dict[str, mx.array]] | None:
     """
     checkpoints = _checkpoints(folder)
     for path in checkpoints:
-        try:
-            about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-            if _digest(path / TENSORS) != about["sha256"]:
-                raise ValueError("its content does not match its checksum")
-            loaded = cast(dict[str, mx.array], mx.load(str(path / TENSORS)))
-            mx.eval(loaded)  # the file may be gone when a lazy array would be read
-            return int(about["step"]), loaded
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            print(f"Refused checkpoint {path}: {error}.", file=sys.stderr)
+        if (found := _whole(path)) is not None:
+            return found
     if checkpoints:
         raise ValueError(
             f"None of the {len(checkpoints)} checkpoints in {folder} is whole; delete "
             "the folder to begin again."
         )
     return None
+
+
+def _whole(path: Path) -> tuple[int, dict[str, mx.array]] | None:
+    """Return step and tensors of a checkpoint, ``None`` if it is damaged."""
+    try:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        if _digest(path / TENSORS) != about["sha256"]:
+            raise ValueError("its content does not match its checksum")
+        loaded = cast(dict[str, mx.array], mx.load(str(path / TENSORS)))
+        mx.eval(loaded)  # the file may be gone when a lazy array would be read
+        return int(about["step"]), loaded
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        print(f"Refused checkpoint {path}: {error}.", file=sys.stderr)
+        return None
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -1,13 +1,51 @@
 """The log of a run, which a resumed run takes up where it was."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ..files.atomic import new_file, writing
+from .batches import Batch
 from .validation import Report
 
 LOG = "log.jsonl"
+
+
+class Pace:
+    """How fast steps are made: a context around each, whose batches go through it."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.steps, self.tokens, self.seconds = 0, 0, 0.0
+
+    def of(self, batch: Batch) -> Batch:
+        """Count a batch, and return it."""
+        self.tokens += batch.tokens.size
+        return batch
+
+    def __enter__(self) -> None:
+        """Begin a step."""
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        self.seconds += time.perf_counter() - self._began
+        self.steps += 1
+
+    def take(self) -> Report:
+        """Return seconds of a step, and tokens a second, padding included, since the
+        last time.
+        """
+        found = {
+            "seconds_per_step": self.seconds / max(self.steps, 1),
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+        }
+        self._clear()
+        return found
 
 
 class Diary:

@@ -89,14 +89,27 @@ class Masker(nn.Module):
     def __call__(
         self, batch: Batch, budget: Budget, form: Form | None = None
     ) -> mx.array | None:
-        """Return masks ``[L, B, 1, F]`` or ``[L, F]``, or ``None`` for the dense model.
+        """Return masks ``[L, B, 1 or T - 1, F]`` or ``[L, F]``, or ``None`` for the dense
+        model.
 
         Args:
             batch: ``B`` examples.
             budget: how scores become masks.
             form: as in :meth:`Budget.masks`; default: the hard form of inference.
         """
-        return budget.masks(self.scores(batch), form)
+        if batch.selectors is None:
+            return budget.masks(self.scores(batch), form)
+        B, K, T = batch.instruction.shape
+        rows = batch._replace(
+            instruction=batch.instruction.reshape(B * K, T),
+            lengths=batch.lengths.reshape(B * K),
+        )
+        masks = budget.masks(self.scores(rows), form)
+        if masks.ndim == 2:
+            return masks
+        # A position is under the mask of what selects for the token that follows it.
+        rows_of = batch.selectors[:, 1:] + K * mx.arange(B)[:, None]
+        return masks[:, rows_of, 0]
 
 
 class PredictorMasker(Masker):

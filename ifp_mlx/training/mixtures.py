@@ -46,7 +46,7 @@ def check_mixture(plan: Plan, about: dict[str, Any], config: TrainConfig) -> Non
             "gates: soft would weigh experts in the router's choice, which a compact "
             "model's router has no place for; experts have gates: binary."
         )
-    if config.granularity > 1:
+    if (config.granularity or 1) > 1:
         raise ValueError(
             f"granularity={config.granularity} is for channels, and experts are chosen "
             "one by one; leave it out."
@@ -56,14 +56,15 @@ def check_mixture(plan: Plan, about: dict[str, Any], config: TrainConfig) -> Non
 
 
 def _check_budget(plan: Plan, about: dict[str, Any], config: TrainConfig) -> None:
-    k = config.target_size or target_size(plan.units, config.keep)
+    shared = config.shared or 0
+    k = config.target_size or target_size(plan.units, config.keep or 1)
     if not 0 < k <= plan.units:
         raise ValueError(
             f"target_size={k} must be between 1 and the {plan.units} experts of a layer."
         )
-    if not 0 <= config.shared <= k:
+    if shared > k:
         raise ValueError(
-            f"shared={config.shared} must be between 0 and the {k} experts that are kept."
+            f"shared={shared} must be between 0 and the {k} experts that are kept."
         )
     check_number(plan, about, k)
     if (groups := groups_of(about)) > 1:

@@ -2,14 +2,14 @@
 
 import argparse
 import difflib
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..files.atomic import new_file
+from ..selection.config import IFPConfig
 from ..selection.request import check_seed
 from ..selection.widths import check_multiple, target_size
 from ..slicing.shapes import Unit
@@ -30,8 +30,10 @@ class TrainConfig:
     model has channels that every task needs: its scores are a global prior plus what
     the instruction adds, since centring would give those channels away. A model that
     learns from scratch has none yet, and there centred and decorrelated scores keep
-    the masks of different tasks apart. Where tasks compete for capacity in a small
+    keep the masks of different tasks apart. Where tasks compete for capacity in a small
     model of your own, ``scores: centred`` is worth a try after pretraining too.
+
+    What is ``None`` or ``auto`` is left open until the model is known: see :meth:`of`.
     """
 
     # fmt: off
@@ -44,6 +46,7 @@ class TrainConfig:
 
     max_length: int = key(2048, "most tokens of an example")
     chunk: int = key(512, "tokens of a chunk in pretrain")
+    chunk_masks: Literal["last", "each"] = key("last", "pretrain: last: every chunk is an example, all its context under the mask of the chunk before it; each: a text is read once, every chunk under the mask of the chunk before it, as when channels are selected again while generating; cheaper by the number of chunks less one")
     skip_bad: bool = key(False, "leave bad rows out instead of refusing the file")
 
     mask_file: str | None = key(None, "recover: what is kept")
@@ -53,22 +56,22 @@ class TrainConfig:
     parent_samples: int = key(16, "recover: tokens that are drawn from the others")
 
     masker: Literal["predictor", "static", "dense"] = key("predictor", "where masks come from: a predictor, one learned mask, or none")
-    keep: float = key(0.5, "kept share of the FFN channels, or of a mixture's experts")
+    keep: float | None = key(None, "kept share of the FFN channels, or of a mixture's experts; default: what the model was trained for, else 0.5")
     target_size: int | None = key(None, "kept channels, or experts, per layer, instead of keep")
-    granularity: int = key(1, "channels per selectable block")
-    shared: int = key(0, "channels, or experts, per layer that are always on, out of the kept ones")
-    gates: Literal["auto", "soft", "binary"] = key("auto", "whether kept channels are weighted by their soft mask, in training and inference; auto: soft, and binary for experts, which know no other")
-    temperature: float = key(0.3, "of the soft top-k, in units of the scores, whose spread is 1")
+    granularity: int | None = key(None, "channels per selectable block; default: the model's own, else 1")
+    shared: int | None = key(None, "channels, or experts, per layer that are always on, out of the kept ones; default: the model's own, else 0")
+    gates: Literal["auto", "soft", "binary"] = key("auto", "whether kept channels are weighted by their soft mask, in training and inference; auto: as the model was trained, else soft, and binary for experts, which know no other")
+    temperature: float | None = key(None, "of the soft top-k, in units of the scores, whose spread is 1; default: the model's own, else 0.3")
     anneal_keep: int = key(0, "steps over which keep falls from 1 to its value")
     anneal_temperature: int = key(0, "steps over which the temperature falls to its value")
     start_temperature: float = key(1.0, "temperature at step 0, if annealed")
 
-    predictor: str = key("first-layers", "first-layers: a copy of the model's own, its experts too; new: small and random, without experts; or the folder or hub id of a language model")
+    predictor: str = key("auto", "auto: the model's own trained predictor goes on, head and all, else first-layers; first-layers: a copy of the model's own, its experts too; new: small and random, without experts; or the folder of a trained predictor, or the folder or hub id of a language model")
     predictor_layers: int = key(2, "layers of a predictor that is first-layers or new")
     predictor_width: int = key(64, "hidden size of a predictor that is new")
     predictor_rank: int = key(128, "width between the two linear layers of its head")
     pooling: Literal["mean", "last"] = key("mean", "which of its hidden states the head reads; the paper: last")
-    warm_start: int = key(512, "training examples from which the head is solved before step 0; 0: begin with a random head")
+    warm_start: int = key(512, "training examples from which a new head is solved before step 0; 0: begin with a random head")
     scores: Literal["auto", "layer", "centred", "none"] = key("auto", "how they are normalised before step 0: layer: a spread of 1 per layer, which with a warm start is a global prior plus the instruction's part; centred: that part alone; none: not")
     decorrelate: bool | None = key(None, "make the instruction's part equally strong in all its directions; default: if centred")
 
@@ -78,7 +81,7 @@ class TrainConfig:
     lora_scale: float = key(20.0, "scale of LoRA or DoRA")
     lora_layers: int = key(-1, "last layers that get LoRA; -1: all")
 
-    steps: int = key(1000, "steps of the optimiser")
+    steps: int = key(1000, "steps of the optimiser; more than a finished run made: it goes on")
     batch_size: int = key(8, "examples of a micro-batch, all machines together")
     accumulate: int = key(1, "micro-batches per step")
     lr: float = key(1e-4, "highest learning rate of the model")
@@ -109,26 +112,44 @@ class TrainConfig:
         Raises:
             ValueError: if keep, target size and granularity do not fit.
         """
-        k = self.target_size or target_size(channels, self.keep, self.granularity)
-        check_multiple(k, self.granularity, channels)
-        temperature = self.temperature
+        if self != (settled := self.of()):
+            return settled.budget(channels, step)
+        granularity, temperature = _known(self.granularity), _known(self.temperature)
+        k = self.target_size
+        if k is None:
+            k = target_size(channels, _known(self.keep), granularity)
+        check_multiple(k, granularity, channels)
         if step is not None and step < self.anneal_keep:
             # In sixteenths: every k of its own is compiled once.
             left = 1 - int(16 * step / self.anneal_keep) / 16
-            blocks = round((channels - k) * left) // self.granularity
-            k += blocks * self.granularity
+            k += round((channels - k) * left) // granularity * granularity
         if step is not None and step < self.anneal_temperature:
             done = step / self.anneal_temperature
-            ratio = self.temperature / self.start_temperature
+            ratio = temperature / self.start_temperature
             temperature = self.start_temperature * ratio**done
-        gates = "soft" if self.gates == "auto" else self.gates
-        return Budget(k, temperature, gates, self.granularity)
+        assert self.gates != "auto"
+        return Budget(k, temperature, self.gates, granularity)
 
-    def of(self, unit: Unit) -> "TrainConfig":
-        """Return the settings with ``gates`` resolved for what is kept or dropped."""
-        if self.gates != "auto":
-            return self
-        return replace(self, gates="binary" if unit == "expert" else "soft")
+    def of(self, unit: Unit = "channel", own: IFPConfig | None = None) -> "TrainConfig":
+        """Return the settings with what was left open resolved: as the checkpoint that
+        is trained further has it, else by default.
+
+        Args:
+            unit: what is kept or dropped.
+            own: what the checkpoint says of its selections, if it has a predictor.
+        """
+        gates: Any = "binary" if unit == "expert" else "soft"
+        found: dict[str, Any] = {"temperature": 0.3, "granularity": 1, "shared": 0}
+        size: dict[str, Any] = {"keep": 0.5}
+        if own is not None:
+            gates, found = own.gates, {name: getattr(own, name) for name in found}
+            size = {"target_size": own.target_size}
+        found = {n: value for n, value in found.items() if getattr(self, n) is None}
+        if self.gates == "auto":
+            found["gates"] = gates
+        if self.keep is None and self.target_size is None:
+            found |= size
+        return replace(self, **found) if found else self
 
     def score_kind(self) -> tuple[str, bool]:
         """Return ``scores`` and ``decorrelate`` with their defaults resolved."""
@@ -144,11 +165,7 @@ class TrainConfig:
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name} or the key {name}.")
-        positive = ["steps", "batch_size", "accumulate", "lr", "temperature", "clip"]
-        positive += ["eval_every", "log_every", "save_every", "granularity"]
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        self._check_numbers()
         check_seed(self.seed)
         if self.stage == "recover":
             self._check_recovery()
@@ -156,13 +173,29 @@ class TrainConfig:
             raise ValueError(
                 "train: frozen with masker: dense leaves nothing to train."
             )
-        if self.shared and (self.shared % self.granularity or not self.warm_start):
+        granularity = self.granularity or 1
+        if self.shared and (self.shared % granularity or not self.warm_start):
             raise ValueError(
                 f"shared={self.shared} must be a multiple of granularity "
-                f"{self.granularity}, and needs a warm_start to know the channels."
+                f"{granularity}, and needs a warm_start to know the channels."
             )
         if self.ce_weight == self.kl_weight == 0:
             raise ValueError("ce_weight and kl_weight are both 0: nothing to learn.")
+
+    def _check_numbers(self) -> None:
+        given = {n: v for n, v in asdict(self).items() if isinstance(v, int | float)}
+        for name, value in given.items():
+            least = -1 if name == "lora_layers" else 0
+            if (
+                not math.isfinite(value)
+                or value < least
+                or (value == 0 and name in POSITIVE)
+            ):
+                more = "above" if name in POSITIVE else "not below"
+                raise ValueError(f"{name}={value} must be a number {more} {least}.")
+        for name, most in MOST.items():
+            if given.get(name, 0) > most:
+                raise ValueError(f"{name}={given[name]} must be at most {most}.")
 
     def _check_recovery(self) -> None:
         if not self.mask_file:
@@ -179,6 +212,20 @@ class TrainConfig:
                 f"parent_top={self.parent_top} must be above 0, parent_samples="
                 f"{self.parent_samples} and prompt_weight={self.prompt_weight} not below."
             )
+
+
+POSITIVE = {"steps", "batch_size", "accumulate", "lr", "temperature", "clip", "keep"}
+POSITIVE |= {"eval_every", "log_every", "save_every", "granularity", "target_size"}
+POSITIVE |= {"max_length", "chunk", "start_temperature", "lora_rank"}
+POSITIVE |= {"predictor_layers", "predictor_width", "predictor_rank"}
+# AdamW moves every weight by about the rate: above 1 nothing is left of a model.
+MOST = {"keep": 1, "lr": 1, "masker_lr": 1}
+
+
+def _known(value: Any) -> Any:
+    """Return a setting that is no longer open."""
+    assert value is not None
+    return value
 
 
 # Where the stage recover differs from the others in its defaults.
@@ -255,7 +302,10 @@ def _checked(path: Path, name: str, value: Any, known: dict[str, Field]) -> Any:
     try:
         if isinstance(value, bool) != (kind is bool):
             raise ValueError
-        value = kind(value)  # YAML takes 1e-4 for a string
+        made = kind(value)  # YAML takes 1e-4 for a string
+        if kind is int and made != float(value):
+            raise ValueError
+        value = made
         if choices and value not in choices:
             raise ValueError
     except (TypeError, ValueError):
@@ -272,25 +322,3 @@ def _kind(hint: Any) -> tuple[Any, Sequence[str] | None]:
         return str, get_args(hint)
     parts = [part for part in get_args(hint) if part is not NoneType]
     return (parts[0] if parts else hint), None
-
-
-def same_run(config: TrainConfig, path: Path) -> None:
-    """Keep the settings at ``path``, or hold them against those of the run there.
-
-    Raises:
-        ValueError: if a setting differs that a resumed run cannot change.
-    """
-    free = {"output", "watch", "eval_batches", "log_every", "eval_every", "save_every"}
-    free |= {"compile", "grad_checkpoint"}
-    here = asdict(config)
-    if not path.is_file():
-        with new_file(path) as scratch:
-            scratch.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in here.items():
-        if name not in free and there.get(name, value) != value:
-            raise ValueError(
-                f"The run in {path.parent} has {name}={there[name]!r}, not {value!r}; "
-                "resume it with its own settings, or choose another output folder."
-            )

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..selection.conversations import conversation_of
 from ..selection.prompts import (
     Message,
+    as_messages,
     encode,
     instruction_of,
     known_tokens,
@@ -22,10 +24,11 @@ Stage = Literal["pretrain", "sft", "recover"]
 
 
 class Reader:
-    """Reads mlx-lm's data formats into records.
+    """Reads rows of data into records.
 
-    A row has ``text``, or ``messages``, or ``prompt`` and ``completion``; ``task`` may
-    name its task. In the stage ``pretrain`` every chunk of the text but the first is an
+    A row holds what :func:`ifp_mlx.selection.conversations.conversation_of` knows. Its
+    ``task`` may name its task, and its ``select`` may be a text that selects instead of
+    the beginning of the conversation, such as the description of its task. In the stage ``pretrain`` every chunk of the text but the first is an
     example of its own, whose instruction is the chunk before. In the stage ``sft`` the
     conversation up to the first user message is the instruction, and the assistant's
     answers after it are learned. No instruction holds a token that is learned with it.
@@ -38,6 +41,8 @@ class Reader:
         max_length: most tokens of an example. In ``pretrain``, as much of the text
             before the learned chunk is read as fits.
         chunk: tokens of a chunk.
+        chunk_masks: ``each`` makes one example of as many chunks as fit, each of which
+            is learned under the mask of the one before it.
         predictor_tokenizer: of the predictor's language model, if it has its own.
         skip_bad: leave bad rows out instead of refusing the file.
         vocabulary: rows of the model's embedding, for a row with a token beyond them to
@@ -57,6 +62,7 @@ class Reader:
         *,
         max_length: int = 2048,
         chunk: int = 512,
+        chunk_masks: Literal["last", "each"] = "last",
         predictor_tokenizer: Any = None,
         skip_bad: bool = False,
         vocabulary: int | None = None,
@@ -69,6 +75,7 @@ class Reader:
         self.tokenizer, self.predictor_tokenizer = tokenizer, predictor_tokenizer
         self.stage, self.max_length, self.chunk = stage, max_length, chunk
         self.skip_bad, self.vocabulary = skip_bad, vocabulary
+        self.chunk_masks = chunk_masks
         self.tasks: dict[str, int] = {}
         self.skipped: list[str] = []
 
@@ -114,7 +121,10 @@ class Reader:
             task = self.tasks.setdefault(str(row["task"]), len(self.tasks))
         if self.stage == "pretrain":
             return list(self._chunks(row, task))
-        messages = _messages(row)
+        selects = row.get("select")
+        if selects is not None and not (isinstance(selects, str) and selects.strip()):
+            raise ValueError(f"has a select that is no text: {selects!r}")
+        messages = conversation_of(row)
         if messages is None and self.stage == "recover":
             tokens = encode(self.tokenizer, row["text"])[: self.max_length]
             if len(tokens) < 2:
@@ -131,11 +141,12 @@ class Reader:
             raise ValueError(
                 f"has {len(tokens)} tokens, more than max_length {self.max_length}"
             )
-        selecting = tokenize(self.tokenizer, instruction_of(messages))
+        asked = instruction_of(messages) if selects is None else as_messages(selects)
+        selecting = tokenize(self.tokenizer, asked)
         return [self._record(selecting, tokens, loss, task)]
 
     def _chunks(self, row: dict[str, Any], task: int) -> Iterator[Record]:
-        messages = _messages(row)
+        messages = conversation_of(row)
         if messages is None:
             tokens = encode(self.tokenizer, row["text"])
         else:
@@ -145,26 +156,50 @@ class Reader:
                 f"has {len(tokens)} tokens, which is no more than one chunk of "
                 f"{self.chunk}: nothing follows it"
             )
+        if self.chunk_masks == "each":
+            yield from self._texts(tokens, task)
+            return
         for start in range(self.chunk, len(tokens), self.chunk):
             end = min(start + self.chunk, len(tokens))
             read = tokens[max(0, end - self.max_length) : end]
             loss = np.arange(len(read)) >= len(read) - (end - start)
             yield self._record(tokens[start - self.chunk : start], read, loss, task)
 
+    def _texts(self, tokens: list[int], task: int) -> Iterator[Record]:
+        """Yield texts of as many chunks as fit, which share one chunk: in each the first
+        is read, under its own mask, and the others are learned.
+        """
+        chunk, most = self.chunk, self.max_length // self.chunk
+        for first in range(0, len(tokens) - chunk, (most - 1) * chunk):
+            read = tokens[first : first + most * chunk]
+            starts = range(0, len(read) - chunk, chunk)
+            selecting = [read[start : start + chunk] for start in starts]
+            loss = np.arange(len(read)) >= chunk
+            places = np.maximum(np.arange(len(read)) // chunk - 1, 0)
+            yield replace(
+                self._record(read[:0], read, loss, task),
+                instruction=[self._selecting(part) for part in selecting],
+                selectors=places.astype(np.int32),
+            )
+
     def _record(
         self, selecting: list[int], tokens: list[int], loss: Any, task: int
     ) -> Record:
         if self.vocabulary is not None:
             known_tokens([*selecting, *tokens], self.vocabulary)
-        if self.predictor_tokenizer is not None:
-            text = self.tokenizer.decode(selecting)
-            selecting = self.predictor_tokenizer.encode(text, add_special_tokens=False)
         return Record(
-            np.array(selecting, dtype=np.int32),
+            self._selecting(selecting),
             np.array(tokens, dtype=np.int32),
             np.array(loss, dtype=bool),
             task,
         )
+
+    def _selecting(self, tokens: list[int]) -> np.ndarray:
+        """Return what the predictor reads of the model's tokens."""
+        if self.predictor_tokenizer is not None:
+            text = self.tokenizer.decode(tokens)
+            tokens = self.predictor_tokenizer.encode(text, add_special_tokens=False)
+        return np.array(tokens, dtype=np.int32)
 
 
 def _rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -210,7 +245,7 @@ def _parse(line: Any) -> dict[str, Any]:
         if not line.strip():
             raise ValueError("is empty")
         try:
-            line = json.loads(line.decode("utf-8"))
+            line = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 (byte {error.start})") from None
         except json.JSONDecodeError as error:
@@ -218,33 +253,6 @@ def _parse(line: Any) -> dict[str, Any]:
     if not isinstance(line, dict):
         raise ValueError("is not an object with keys")
     return line
-
-
-def _messages(row: dict[str, Any]) -> list[Message] | None:
-    """Return a row's conversation, or ``None`` if it is plain text."""
-    if row.get("messages") is not None:
-        messages = row["messages"]
-        good = isinstance(messages, list) and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if not good:
-            raise ValueError("has messages that lack a role or a content of text")
-        return messages
-    if isinstance(row.get("text"), str):
-        return None
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ValueError(
-            f"has the keys {', '.join(row) or 'none'}; it needs text, or messages, or "
-            "prompt and completion"
-        )
-    return [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": completion},
-    ]
 
 
 def _conversation(

@@ -26,14 +26,15 @@ from ..slicing.stock import context_of
 from .batches import Batches, Record
 from .maskers import FixedMask
 from .mixtures import check_mixture
+from .output import RESULT, claim
 from .parent_cache import Form, ParentCache, fill_cache
-from .recipe import TrainConfig, same_run
+from .recipe import TrainConfig
 from .records import Reader
 from .trainee import adapt
 from .validation import Report
 
 Say = Callable[[str], None]
-PARENT, RESULT, SETTINGS = "parent", "model", "settings.json"
+PARENT = "parent"
 SOLVED_ON = 1024  # tokens of the examples from which the compensation is solved
 
 
@@ -61,7 +62,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
     check_can_write(model, selection.sizes)
     records, rows = read(config, model, tokenizer, say)
     if first:
-        same_run(config, output / SETTINGS)
+        claim(config, say)
         _same_mask(selection, output / MASK_FILE)
     parent = open_cache(output / PARENT, config, model, records)
     say(

@@ -5,21 +5,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from ..files.atomic import refuse_existing
 from ..model.checkpoint import IFPConfig
 from ..selection.top_k import select
 from ..slicing.stock import context_of, vocabulary_of
 from . import checkpoints, warm_start
 from .batches import Batch, Batches, Record, in_order
 from .curve import draw_curve
-from .diary import Diary
+from .diary import Diary, Pace
 from .maskers import (
     Budget,
     FixedMask,
@@ -28,7 +27,8 @@ from .maskers import (
     ScoreTable,
     checkpoint_layers,
 )
-from .recipe import TrainConfig, same_run
+from .output import CHECKPOINTS, RESULT, check_unfinished, claim
+from .recipe import TrainConfig
 from .records import Reader
 from .recover import recover
 from .step import Pair, Parent, Step
@@ -38,13 +38,13 @@ from .trainee import (
     dense_parent,
     make_predictor,
     open_trainee,
+    trained_predictor,
     write_checkpoint,
 )
 from .validation import GATE_FORMS, Report, Validation, evaluate_loss, sliced_error
 from .watch import CollapsedError, Watcher
 
 BatchOf = Callable[[int], Batch]  # the number of a micro-batch to its global batch
-SETTINGS, CHECKPOINTS, RESULT = "settings.json", "checkpoints", "model"
 
 
 def train(
@@ -139,20 +139,23 @@ def _descend(
         unit="step",
         disable=True if world.rank() else None,
     )
+    pace = Pace()
     for number in bar:
         mx.random.seed(config.seed + number)  # so a resumed step draws the same
         first = number * config.accumulate
         numbers = range(first, first + config.accumulate)
-        parts = (batches(i).share(world.rank(), world.size()) for i in numbers)
+        parts = (pace.of(batches(i)).share(world.rank(), world.size()) for i in numbers)
         try:
-            report = step(parts, budget_at(number), parent)
+            with pace:
+                report = step(parts, budget_at(number), parent)
         except FloatingPointError as error:
             keep(number)
             raise _not_finite(error, number, batches, numbers) from None
         done = number + 1
         last = done == config.steps
         if done % config.log_every == 0 or last:
-            diary.note(done, {name: float(value) for name, value in report.items()})
+            found = {name: float(value) for name, value in report.items()}
+            diary.note(done, found | pace.take())
             bar.set_postfix(loss=f"{diary.lines[-1]['loss']:.3f}")
         if done % config.eval_every == 0 or last:
             look(done)
@@ -211,30 +214,30 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
         ValueError, OSError: about settings, model or data, with a remedy.
     """
     output, first = Path(config.output), mx.distributed.init().rank() == 0
-    refuse_existing(output / RESULT)
+    check_unfinished(config)
     if config.stage == "recover":
         return recover(config, train, log)
     mx.random.seed(config.seed)
     trainee = open_trainee(config)
-    config = config.of(trainee.plan.unit)
+    config = config.of(trainee.plan.unit, trainee.own)
     budget = config.budget(trainee.plan.units)
     masker = _new_masker(trainee, config)
-    records, checked = _read(trainee, config, masker, log)
+    examples = _read(trainee, config, masker, log)
     if first:
-        same_run(config, output / SETTINGS)
+        claim(config, log)
     resumed = any((output / CHECKPOINTS).glob("step-*"))
     if not resumed:
-        _begin(masker, trainee, records, config, log)
+        _begin(masker, trainee, examples.first, config, log)
     parent = dense_parent(trainee, config)
     adapt(trainee.model, trainee.plan, config)
     began = time.perf_counter()
     lines = train(
         trainee.model,
         masker,
-        Batches(records, config.batch_size, config.seed),
+        Batches(examples.train, config.batch_size, config.seed),
         config,
         parent=parent,
-        validate=Validation(trainee.model, masker, checked, budget),
+        validate=Validation(trainee.model, masker, examples.checked, budget),
         watcher=Watcher() if config.watch == "stop" else None,
         log=lambda line: log(_line(line)),
         folder=output if first else None,
@@ -247,7 +250,7 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
         **{k: v for line in lines for k, v in line.items() if k != "step"},
     }
     if first:
-        report |= _finish(output, trainee, masker, checked, budget, config)
+        report |= _finish(output, trainee, masker, examples.checked, budget, config)
         try:
             draw_curve(lines, output / "curve.png")
         except ImportError as error:
@@ -263,10 +266,24 @@ def _new_masker(trainee: Trainee, config: TrainConfig) -> Masker:
     return PredictorMasker(make_predictor(trainee, config))
 
 
+class Examples(NamedTuple):
+    """What a run learns from.
+
+    Attributes:
+        train: the training examples.
+        first: the same with one instruction each, for a predictor's warm start.
+        checked: batches of some validation examples.
+    """
+
+    train: list[Record]
+    first: list[Record]
+    checked: list[Batch]
+
+
 def _read(
     trainee: Trainee, config: TrainConfig, masker: Masker, log: Callable[[str], None]
-) -> tuple[list[Record], list[Batch]]:
-    """Return the training examples, and batches of some validation examples."""
+) -> Examples:
+    """Return the examples of a run."""
     longest = context_of(trainee.config) or config.max_length
     own = getattr(getattr(masker, "predictor", None), "tokenizer", None)
     reader = Reader(
@@ -278,8 +295,12 @@ def _read(
         skip_bad=config.skip_bad,
         vocabulary=vocabulary_of(trainee.model),
     )
-    records = reader.read(config.data, "train")
+    first = reader.read(config.data, "train")
+    # One mask over a whole text is what is validated, however it is trained.
     checked = reader.read(config.data, "valid")
+    reader.chunk_masks = config.chunk_masks
+    each = config.stage == "pretrain" and config.chunk_masks == "each"
+    records = reader.read(config.data, "train") if each else first
     for name, found in (("train", records), ("valid", checked)):
         if not found:
             raise ValueError(f"{config.data} has no {name} examples; put some there.")
@@ -289,7 +310,8 @@ def _read(
     if config.eval_batches:
         order = order[: config.eval_batches * config.batch_size]
     log(f"{len(records)} training examples, {len(order)} for validation.")
-    return records, in_order([checked[i] for i in order], config.batch_size)
+    batches = in_order([checked[i] for i in order], config.batch_size)
+    return Examples(records, first, batches)
 
 
 def _begin(
@@ -302,6 +324,11 @@ def _begin(
     """Set where the masker starts, from some training examples."""
     if config.masker == "dense":
         return
+    if isinstance(masker, PredictorMasker):
+        folder = trained_predictor(trainee, config)
+        if folder is not None:
+            log(f"The predictor goes on from {folder}.")
+            return
     order = np.random.default_rng(config.seed).permutation(len(records))
     chosen = [records[i] for i in order[: config.warm_start or 64]]
     batches = in_order(chosen, config.batch_size)
@@ -335,7 +362,7 @@ def _begin(
         warm_start.scale_layers(masker.predictor, batches, centred=centred)
     if config.shared:
         warm_start.share_channels(
-            masker.predictor, start["prior"], config.shared, config.granularity
+            masker.predictor, start["prior"], config.shared, config.granularity or 1
         )
 
 
@@ -354,9 +381,9 @@ def _finish(
         ifp = IFPConfig(
             target_size=budget.k,
             gates=budget.gates,
-            temperature=config.temperature,
-            granularity=config.granularity,
-            shared=config.shared,
+            temperature=budget.temperature,
+            granularity=budget.granularity,
+            shared=config.shared or 0,
         )
         predictor = masker.predictor
         for form in GATE_FORMS:
@@ -392,4 +419,10 @@ def _line(report: Report) -> str:
     ]
     names += ["overlap_chance"]
     parts = [f"{n.replace('_', ' ')} {report[n]:.3f}" for n in names if n in report]
+    if "seconds_per_step" in report:
+        parts.append(
+            "{seconds_per_step:.3g} s a step, {tokens_per_second:.0f} tokens/s".format(
+                **report
+            )
+        )
     return " ".join([step, ", ".join(parts)])

@@ -125,6 +125,7 @@ class Step:
             )
             for part, rate in rates.items()
         }
+        _check_types(pair)
         _ = pair.inlets  # masked before anything looks at the model's structure
         for part, optimizer in self.optimizers.items():
             optimizer.init(pair[part].trainable_parameters())
@@ -251,6 +252,21 @@ class Step:
             norms.append(norm)
             optimizer.update(self.pair[part], own)
         return sums, norms
+
+
+def _check_types(pair: Pair) -> None:
+    """Refuse weights that AdamW cannot train.
+
+    Raises:
+        ValueError: naming one.
+    """
+    for name, weight in tree_flatten(pair.trainable_parameters()):
+        if weight.dtype == mx.float16:
+            raise ValueError(
+                f"{name} is float16, in which the squares of gradients that AdamW keeps "
+                "become 0, so that the second step divides by 0; train in dtype: "
+                "bfloat16, which is as small, or float32."
+            )
 
 
 def _compile(function: Callable, state: list) -> Callable:

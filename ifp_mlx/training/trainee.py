@@ -14,7 +14,7 @@ from ..files.atomic import new_folder
 from ..files.companions import copy_companions
 from ..files.config import read_config
 from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
-from ..selection.predictor import SparsityPredictor
+from ..selection.predictor import HEAD, SparsityPredictor
 from ..selection.tokenizer import open_tokenizer
 from ..slicing.masked import mask_model
 from ..slicing.plan import plan_of
@@ -36,6 +36,7 @@ class Trainee:
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         model: mlx-lm's own class, its weights in memory.
         plan: what is masked of it.
+        own: what it says of its selections, if it is a checkpoint with a predictor.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Trainee:
     tokenizer: Any
     model: nn.Module
     plan: Plan
+    own: IFPConfig | None = None
 
 
 def open_trainee(config: TrainConfig) -> Trainee:
@@ -61,12 +63,14 @@ def open_trainee(config: TrainConfig) -> Trainee:
         source = source_of(path)
         about, model = source.config, source.dense()
     plan = plan_of(model, about)  # or it says why not
-    check_mixture(plan, about, config)
+    trained = (path / PREDICTOR_FOLDER).exists() and not config.from_scratch
+    own = IFPConfig.load(path) if trained else None
+    check_mixture(plan, about, config.of(plan.unit, own))
     if config.dtype != "stored":
         model.set_dtype(getattr(mx, config.dtype))
     mx.eval(model.parameters())
     tokenizer = open_tokenizer(path, about)
-    return Trainee(path, about, tokenizer, model, plan)
+    return Trainee(path, about, tokenizer, model, plan, own)
 
 
 def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
@@ -80,30 +84,18 @@ def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
 
 
 def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
-    """Return a predictor for the model, its head random.
+    """Return a predictor for the model: one that was trained, or a new one, whose head
+    is random.
 
     Raises:
         ValueError: if its settings do not fit.
     """
-    size = trainee.plan.shape
-    options: dict[str, Any] = {"pooling": config.pooling}
-    if config.predictor not in ("first-layers", "new"):
-        backbone, about, tokenizer = _pretrained_backbone(trainee, config.predictor)
-        options["tokenizer"] = tokenizer
-    else:
-        copied = config.predictor == "first-layers"
-        about = (
-            _first_layers(trainee.config, config.predictor_layers)
-            if copied
-            else _new_config(trainee, config)
-        )
-        backbone = build(about)
-        if copied:
-            _copy_weights(trainee.model, backbone)
-    predictor = SparsityPredictor(
-        backbone, *size, config.predictor_rank, config=about, **options
+    folder = trained_predictor(trainee, config)
+    predictor = (
+        _new_predictor(trainee, config) if folder is None else _trained(trainee, folder)
     )
     predictor.set_dtype(mx.float32)
+    backbone = predictor.backbone
     if "lm_head" in backbone:
         backbone.lm_head.freeze()  # never used; weight decay would eat it
     if config.predictor != "new":
@@ -112,6 +104,47 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
                 module.freeze()
     mx.eval(predictor.parameters())
     return predictor
+
+
+def trained_predictor(trainee: Trainee, config: TrainConfig) -> Path | None:
+    """Return the folder of the predictor that goes on, ``None`` if a new one is made."""
+    if config.predictor == "auto":
+        return None if trainee.own is None else trainee.path / PREDICTOR_FOLDER
+    folder = Path(config.predictor).expanduser()
+    return folder if (folder / HEAD).is_file() else None
+
+
+def _trained(trainee: Trainee, folder: Path) -> SparsityPredictor:
+    predictor = SparsityPredictor.load(folder)
+    made_for = (predictor.layers, predictor.channels)
+    if made_for != trainee.plan.shape:
+        raise ValueError(
+            f"The predictor in {folder} scores {made_for[0]} layers of {made_for[1]} "
+            f"{trainee.plan.unit}s, but the model has {trainee.plan.shape[0]} of "
+            f"{trainee.plan.shape[1]}; give one that was trained with this model."
+        )
+    return predictor
+
+
+def _new_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
+    size = trainee.plan.shape
+    options: dict[str, Any] = {"pooling": config.pooling}
+    if config.predictor not in ("auto", "first-layers", "new"):
+        backbone, about, tokenizer = _pretrained_backbone(trainee, config.predictor)
+        options["tokenizer"] = tokenizer
+    else:
+        copied = config.predictor != "new"
+        about = (
+            _first_layers(trainee.config, config.predictor_layers)
+            if copied
+            else _new_config(trainee, config)
+        )
+        backbone = build(about)
+        if copied:
+            _copy_weights(trainee.model, backbone)
+    return SparsityPredictor(
+        backbone, *size, config.predictor_rank, config=about, **options
+    )
 
 
 def adapt(model: nn.Module, plan: Plan, config: TrainConfig) -> None:

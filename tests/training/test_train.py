@@ -1,6 +1,7 @@
 """Gradients that arrive, runs that go on as if never stopped, and collapse that shows."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
@@ -81,7 +82,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         )
     model, own = tiny_model("llama", 9), masker()  # not even the same start
     again = train(model, own, batch, config, folder=tmp_path / "cut")
-    assert again == lines
+    assert bare(again) == bare(lines)
     expected = weights(Pair(whole, mask))
     for name, value in weights(Pair(model, own)).items():
         assert mx.array_equal(value, expected[name]), name
@@ -90,13 +91,22 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
 def test_a_corrupt_checkpoint_is_refused_and_the_one_before_used(tmp_path, capsys):
     config = TrainConfig(steps=4, save_every=2, log_every=1, compile=False)
     lines = train(tiny_model("llama"), masker(), batch, config, folder=tmp_path)
-    newest = tmp_path / "checkpoints" / "step-00000004" / "state.safetensors"
+    folder = tmp_path / "checkpoints"
+    (whole,) = folder.iterdir()  # one is kept
+    newest = folder / "step-00000005" / "state.safetensors"
+    shutil.copytree(whole, newest.parent)
     damaged = bytearray(newest.read_bytes())
     damaged[-1] ^= 255
     newest.write_bytes(damaged)
     again = train(tiny_model("llama"), masker(), batch, config, folder=tmp_path)
     assert "checksum" in capsys.readouterr().err
     assert again == lines
+
+
+def bare(lines):
+    """Return a log without how long things took."""
+    pace = {"seconds_per_step", "tokens_per_second"}
+    return [{k: v for k, v in line.items() if k not in pace} for line in lines]
 
 
 def test_accumulation_is_the_same_step_as_one_batch():
@@ -178,4 +188,4 @@ def test_a_loss_that_is_no_number_names_its_rows_and_loses_nothing(tmp_path):
     rows.bad = False
     resumed = train(tiny_model("llama"), masker(), rows, config, folder=tmp_path)
     whole = train(tiny_model("llama"), masker(), batch, config)
-    assert resumed == whole
+    assert bare(resumed) == bare(whole)

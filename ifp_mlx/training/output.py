@@ -1,0 +1,73 @@
+"""The folder of a run: whose it is, whether it is finished, and how it goes on."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from ..files.atomic import new_file, refuse_existing
+from . import checkpoints
+from .recipe import TrainConfig
+
+SETTINGS, CHECKPOINTS, RESULT = "settings.json", "checkpoints", "model"
+# What a run that goes on may change.
+FREE = {"output", "watch", "eval_batches", "log_every", "eval_every", "save_every"}
+FREE |= {"compile", "grad_checkpoint"}
+
+
+def check_unfinished(config: TrainConfig) -> None:
+    """Look whether there is anything to do in the output folder.
+
+    Raises:
+        FileExistsError: if the run there is finished, or it is no folder.
+    """
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is a file; give a folder for the run.")
+    if not (output / RESULT).exists():
+        return
+    made = checkpoints.newest(output / CHECKPOINTS)
+    if made is None:
+        raise FileExistsError(
+            f"The run in {output} is finished, and its checkpoints are gone, so that it "
+            "cannot go on; give another output folder."
+        )
+    if made >= config.steps:
+        raise FileExistsError(
+            f"The run in {output} is finished: it made {made} steps; give more steps "
+            "for it to go on, or another output folder."
+        )
+
+
+def claim(config: TrainConfig, log: Callable[[str], None]) -> None:
+    """Make the output folder this run's: keep its settings there, or hold them against
+    those that are there. What fewer steps made is set aside.
+
+    Raises:
+        ValueError: if a setting differs that a run which goes on cannot change.
+    """
+    output = Path(config.output)
+    _same_run(config, output / SETTINGS)
+    if not (output / RESULT).exists():
+        return
+    made = checkpoints.newest(output / CHECKPOINTS)
+    aside = output / f"{RESULT}-{made}"
+    refuse_existing(aside)
+    (output / RESULT).rename(aside)
+    log(f"The run goes on after {made} steps; what they made is in {aside} now.")
+
+
+def _same_run(config: TrainConfig, path: Path) -> None:
+    here = asdict(config)
+    there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else here
+    longer = there["steps"] < config.steps
+    free = FREE | {"steps"} if longer else FREE
+    for name, value in here.items():
+        if name not in free and there.get(name, value) != value:
+            raise ValueError(
+                f"The run in {path.parent} has {name}={there[name]!r}, not {value!r}; "
+                "resume it with its own settings, or choose another output folder."
+            )
+    if longer or not path.is_file():
+        with new_file(path) as scratch:
+            scratch.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
