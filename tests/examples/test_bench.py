@@ -1,7 +1,6 @@
 """The bench of selectors: its cheap passes are the compact model's, its means right."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -377,9 +376,9 @@ def test_the_page_on_quality_is_what_all_rows_make():
     assert f"| **{DEFAULT.name}** (the default) |" in text
 
 
-def test_the_readme_quotes_the_published_rows():
+def test_the_page_of_all_benchmarks_quotes_the_published_rows():
     lines = report.read_lines("smollm2")
-    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    text = (report.PAGES.parent / "README.md").read_text("utf-8")
     ways = report.ways_of(lines, Stage(MAIN, 0.5, 1))
     kl = [f"{report.macro(ways[w.name], 'kl'):.2f}" for w in (DEFAULT, STATIC, ALONE)]
     share = f"{report.macro(ways[DEFAULT.name], 'agreement'):.0%}".replace("%", " %")

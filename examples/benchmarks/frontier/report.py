@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from examples.benchmarks.pages import fill
 from ifp_mlx.evaluation.log import Line
 from ifp_mlx.evaluation.plotting import pyplot
 from ifp_mlx.evaluation.statistics import bootstrap, macro_mean
@@ -35,6 +36,16 @@ from .quantisers import AWQ_PIECES, PIECE
 
 HERE = Path(__file__).parent
 PAGE, PICTURE = HERE / "README.md", HERE / "frontier.svg"
+README = HERE.parents[2] / "README.md"
+# What the project's first page shows of SmolLM2, in its words.
+SHORT = {
+    "4 bits": "affine 4/64",
+    "4 bits, half of the channels": "select 4/64 keep 0.5",
+    "4 bits, a third of the channels": "select 4/64 keep 0.33",
+    "3 bits": "affine 3/64",
+    "3 bits, distilled for minutes (mlx-lm's DWQ)": "dwq 3/64",
+    "2 bits": "affine 2/64",
+}
 MODELS = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
 KEY = ("point", "family", "row")
 NUMBERS = ("tokens", "kl", "agreement", "nll")
@@ -409,9 +420,19 @@ def filed(name: str, folder: Path = HERE) -> dict[tuple, Line]:
     return found
 
 
+def short(model: Model) -> str:
+    """Return the table of the project's first page."""
+    rows = []
+    for words, name in SHORT.items():
+        one = model.results[name]
+        rows.append([words, f"{one.bytes / 1e6:.0f}", f"{one.mean():.2f}"])
+    return markdown(["", "MB", "KL"], rows)
+
+
 def write() -> None:
-    """Write the page and the picture."""
+    """Write the page, the picture, and what the project's first page has of them."""
     found = models()
+    fill(README, {"frontier": short(found[0])})
     draw(found, PICTURE)
     with new_file(PAGE) as scratch:
         scratch.write_text(page(found), encoding="utf-8")
