@@ -21,7 +21,7 @@ from .bundling.metadata import Bundle, read_bundle
 from .bundling.sums import verify
 from .files.atomic import refuse_existing, scratch_beside
 from .files.progress import SHOWN
-from .model.checkpoint import load
+from .model.checkpoint import open_model
 from .model.export import MASK_FILE, write_requested
 from .selection.masks import Selection, find_mask
 from .selection.request import Request
@@ -157,7 +157,7 @@ def _folders(args: Any, wishes: Wishes) -> Iterator[dict[str, Path]]:
     requests = _requests(args)
     check_wishes(args.output, requests, wishes)
     with scratch_beside(args.output) as scratch:
-        model, _ = load(args.model or SHIPPED, args.adapter_path)
+        model = open_model(args.model or SHIPPED, args.adapter_path)
         quantisation = cli.quantisation_of(args)
         made = {}
         for name, request in requests.items():
@@ -184,7 +184,7 @@ def _packages(args: Any, wishes: Wishes) -> Iterator[list[Package]]:
     requests = _requests(args)
     check_wishes(args.output, requests, wishes)
     with scratch_beside(args.output) as scratch:
-        model, _ = load(args.model or SHIPPED, args.adapter_path)
+        model = open_model(args.model or SHIPPED, args.adapter_path)
         chosen = select(model, requests, progress=SHOWN)
         how = Options(cli.quantisation_of(args), context_length=args.context_length)
         export(model, chosen, scratch / "all", how, progress=SHOWN)
