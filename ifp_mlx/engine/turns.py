@@ -3,6 +3,7 @@
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -142,7 +143,8 @@ class SoloLane(Turns):
             known += len(part)
             ticket.prefilled(known - ticket.cached)
             yield None
-        how = ticket.sampling.for_mlx_lm(tokens[:known]) | kv
+        unseeded = replace(ticket.sampling, seed=None)  # the sampler seeds each draw
+        how = unseeded.for_mlx_lm(tokens[:known]) | kv
         how |= {"sampler": sampler_of(ticket.sampling), "prompt_cache": cache}
         left = mx.array(tokens[known:])
         how["max_tokens"] = ticket.max_tokens

@@ -192,6 +192,24 @@ def test_the_commands_and_the_engine_take_an_adapter(folder, lora, tmp_path, cap
         Engine.open(folder, adapter_path=changed(lora, tmp_path, fine_tune_type="x"))
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_engine_has_both_forms_of_an_adapted_model(stored, folder, store, lora):
+    ask = {"instruction": "Hello", "max_tokens": 6, "keep": 0.5}
+    model, tokenizer = load(folder, lora)
+    with Engine.open(store if stored else folder, adapter_path=lora) as engine:
+        plain = engine.generate("Hi", **ask)
+        exact = engine.generate("Hi", check="exact", **ask)
+        another = engine.generate("Hi", **ask | {"instruction": "Another"})
+        assert exact == engine.generate("Hi", **ask | {"keep": 1.0})
+        assert plain == engine.generate("Hi", **ask)
+    how = {"prefill": "compact", **ask}
+    steps = stream_generate(model, tokenizer, "Hi", **how)
+    assert plain == "".join(step.text for step in steps)
+    how["instruction"] = "Another"
+    steps = stream_generate(model, tokenizer, "Hi", **how)
+    assert another == "".join(step.text for step in steps)
+
+
 def changed(adapter, tmp_path, **changes):
     """Return a copy of an adapter with other words in its config."""
     copy = shutil.copytree(adapter, tmp_path / "changed", dirs_exist_ok=True)
