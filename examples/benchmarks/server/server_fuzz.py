@@ -100,6 +100,9 @@ def good(model: str, path: str, tools: bool) -> dict[str, Any]:
         "presence_penalty": 0.5,
         "frequency_penalty": 0.5,
         "repetition_penalty": 1.1,
+        "repetition_context_size": 8,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.2,
     }
     if path == TEXT:
         body["ifp"] |= {"check": 0.5, "draft_tokens": 4, "reselect": "drift"}
@@ -114,6 +117,7 @@ def good_chat(tools: bool) -> dict[str, Any]:
         {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
     ]
     body = {"logprobs": True, "top_logprobs": 2, "response_format": {"type": "text"}}
+    body["chat_template_kwargs"] = {"enable_thinking": False}
     if not tools:
         return body | {"messages": said}
     called: dict[str, Any] = {"id": "a1", "type": "function"}
