@@ -211,6 +211,24 @@ def test_a_template_that_opens_a_thought_begins_in_it(tmp_path, monkeypatch):
         assert (message.content, hasattr(message, "reasoning")) == ("it is.", False)
 
 
+def test_a_template_that_is_told_not_to_think_begins_with_what_is_said(
+    tmp_path, monkeypatch
+):
+    asked = (
+        "{% if enable_thinking %}<think>\n{% else %}<think>\n\n</think>\n{% endif %}"
+    )
+    template = CHAT_TEMPLATE.replace(
+        "assistant\n{% endif", f"assistant\n{asked}{{% endif"
+    )
+    with Engine.open(write_able(tmp_path / "m", template, *THINK)) as engine:
+        app = make_app(engine, Policy("tiny"))
+        script(monkeypatch, "Yes.")
+        for thinks, field in ((True, "reasoning"), (False, "content")):
+            extra = {"chat_template_kwargs": {"enable_thinking": thinks}}
+            message = chat(app, extra_body=extra).choices[0].message
+            assert getattr(message, field) == "Yes."
+
+
 @pytest.mark.parametrize("marks", [THINK, ("<longcat_think>", "</longcat_think>")])
 def test_what_must_come_comes_after_the_thought(tmp_path, monkeypatch, marks):
     pytest.importorskip("llguidance")

@@ -3,8 +3,8 @@
     python -m examples.benchmarks.server.server_overhead --model models/smollm2
 
 One process has both: the loop that `stream_generate` is, and the server with one client on
-a socket, each with the mask of one task. They answer in turns, first without tools, then
-the server with tools that the model may call where its template knows tools. Counted is
+a socket, each with the mask of one task. They answer the same prompt in turns, without
+tools, and with tools that the model may call where its template knows tools. Counted is
 what comes after the first token. Needs `pip install '.[server]' httpx`. Last line: JSON
 with tokens per second and the median of the turns' ratios.
 """
@@ -14,17 +14,19 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
 import uvicorn
+from mlx_lm.sample_utils import make_logits_processors
 
 from ifp_mlx import load, stream_generate
 from ifp_mlx.engine import Engine
 from ifp_mlx.openai.api import Policy, make_app
+from ifp_mlx.selection.prompts import as_messages, tokenize
 
 from .server_load import TOOLS
 
@@ -84,19 +86,21 @@ def measure(
     eos = {str(token): -100 for token in bias}
     client = httpx.Client(base_url=url, timeout=600)
 
-    def loop() -> float:
-        from mlx_lm.sample_utils import make_logits_processors
+    messages, processors = as_messages(PROMPT), make_logits_processors(bias)
 
-        how = {"mask_file": str(mask), "max_tokens": args.tokens}
-        how["logits_processors"] = make_logits_processors(bias)
-        return speed(stream_generate(model, tokenizer, PROMPT, **how), args.tokens)
+    def loop(shown: Sequence[Any]) -> float:
+        how: Any = {"mask_file": str(mask), "max_tokens": args.tokens}
+        how["logits_processors"] = processors
+        prompt = tokenize(tokenizer, messages, tools=shown)
+        return speed(stream_generate(model, tokenizer, prompt, **how), args.tokens)
 
-    ways = {"generate": loop}
-    ways["server"] = lambda: speed(chunks(client, args.tokens, eos, False), args.tokens)
+    def served(tools: bool) -> float:
+        return speed(chunks(client, args.tokens, eos, tools), args.tokens)
+
+    ways = {"generate": lambda: loop(()), "server": lambda: served(False)}
     if tools:
-        ways["server_with_tools"] = lambda: speed(
-            chunks(client, args.tokens, eos, True), args.tokens
-        )
+        ways["generate_with_tools"] = lambda: loop(TOOLS)
+        ways["server_with_tools"] = lambda: served(True)
     for way in ways.values():
         way()  # loads
     turns = [{name: way() for name, way in ways.items()} for _ in range(args.turns)]
@@ -104,9 +108,9 @@ def measure(
         f"tokens_per_second_{name}": round(median(turn[name] for turn in turns), 2)
         for name in ways
     }
-    for name in [name for name in ways if name != "generate"]:
-        ratios = [turn["generate"] / turn[name] - 1 for turn in turns]
-        report[f"overhead_{name}"] = round(median(ratios), 3)
+    for more in ("", "_with_tools") if tools else ("",):
+        ratios = [turn[f"generate{more}"] / turn[f"server{more}"] - 1 for turn in turns]
+        report[f"overhead{more}"] = round(median(ratios), 3)
     return report
 
 
