@@ -61,6 +61,7 @@ def build_parser() -> cli.Parser:
         help=f"longest answer; default: {DEFAULT_MAX_TOKENS}, or what the context leaves",
     )
     cli.add_decoding_options(parser, prefill_step=256)
+    cli.add_kv_options(parser)
     add(
         "--history",
         type=Path,
@@ -74,6 +75,7 @@ def _command(args: argparse.Namespace) -> None:
     asked, bars = _asked(args), Bars()
     how: dict[str, Any] = {"memory_limit": cli.bytes_of(args.memory_gb)}
     how |= {"prefill_step": args.prefill_step_size, "adapter_path": args.adapter_path}
+    how |= cli.kv_of(args)
     with _sentences(), Engine.open(args.model, progress=bars, **how) as engine:
         talk = Conversation(engine, cli.tasks_folders(args), report=bars, **asked)
         if (source := _source(args)) is not None:

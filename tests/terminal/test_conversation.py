@@ -232,6 +232,7 @@ def test_saving_again_replaces_and_a_full_disk_leaves_the_file_as_it_was(
         (("--task", "french", "--keep", "0.5"), "says which units are kept"),
         (("--memory-gb", "1e-5", "--instruction", "Hi", "--keep", "1"), "memory limit"),
         (("--temp", "-1"), "temp"),
+        (("--kv-bits", "4", "--max-kv-size", "64"), "kv"),
         (("--reselect", "drift"), "reselect=drift"),
         (("--reselect", "turn", "--instruction", "Hi"), "reselect='turn'"),
     ],
