@@ -109,8 +109,9 @@ def gathered(array: mx.array, index: mx.array, axis: int = -1) -> mx.array:
 
 def others_of(index: mx.array, units: int) -> mx.array:
     """Return those of ``units`` that are not among ``index``, int32, sorted."""
-    rest = np.setdiff1d(np.arange(units, dtype=np.int32), np.array(index))
-    return mx.array(rest)
+    dropped = np.ones(units, bool)
+    dropped[np.array(index)] = False
+    return mx.array(np.flatnonzero(dropped).astype(np.int32))
 
 
 def tensors_along(home: nn.Module, piece: Slice) -> list[str]:
