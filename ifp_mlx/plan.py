@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from . import cli
@@ -26,8 +27,13 @@ def build_parser() -> cli.Parser:
     )
     add = parser.add_argument
     add(
+        "--train",
+        type=Path,
+        metavar="CONFIG",
+        help="a config file of ifp_mlx.train: say what that run takes instead",
+    )
+    add(
         "--model",
-        required=True,
         help="a model folder, a config.json, or a hub id (whose config.json is fetched)",
     )
     add("--memory-gb", type=float, help="memory that may be used, in 10^9 bytes")
@@ -69,6 +75,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _command(args: Any) -> None:
+    if args.train is not None:
+        return _training(args)
+    if args.model is None:
+        raise ValueError("--model is missing; give it, or --train with a config file.")
     _check(args)
     device = None
     if args.device and args.device != "here":
@@ -106,6 +116,50 @@ def _command(args: Any) -> None:
         print(json.dumps(content | {"largest_keep": largest, "fits": fits}))
     if not fits:
         sys.exit(DOES_NOT_FIT)
+
+
+def _training(args: Any) -> None:
+    """Say what a training run takes."""
+    from .training.estimate import estimate
+    from .training.recipe import complete
+
+    given = {} if args.model is None else {"model": args.model}
+    config = complete(args.train, given)
+    found = estimate(config)
+    cost, gb = found.cost, 1e9
+    print(
+        f"{found.examples} examples; {found.trained:,} of {found.parameters:,} parameters "
+        f"are trained, in {config.steps} steps.\n"
+        f"Memory: weights {found.weight_bytes / gb:.3g} GB, gradients and optimiser "
+        f"{found.training_bytes / gb:.3g} GB, activations of the longest batch about "
+        f"{found.activation_bytes / gb:.3g} GB: {found.memory_bytes / gb:.3g} GB in all.\n"
+        f"Disk: a checkpoint of {found.checkpoint_bytes / gb:.3g} GB, the result besides.\n"
+        f"Work: {cost.total:.3g} multiplications (model {cost.model / cost.total:.0%}, "
+        f"predictor {cost.predictor / cost.total:.0%}, warm start "
+        f"{cost.warm_start / cost.total:.0%}, teacher {cost.teacher / cost.total:.0%})."
+    )
+    about = {"memory_bytes": found.memory_bytes, "multiplications": cost.total}
+    if args.device is not None:
+        about["seconds"] = seconds = _seconds(args, cost.total)
+        print(
+            f"Time on {args.device}: about {seconds:.3g} s, at the pace of its prompts; "
+            "training was not measured there. The log of a run says its own pace."
+        )
+    if args.json:
+        print(json.dumps(about))
+    if args.memory_gb is not None and found.memory_bytes > args.memory_gb * gb:
+        print(f"That does not fit into {args.memory_gb:g} GB.")
+        sys.exit(DOES_NOT_FIT)
+
+
+def _seconds(args: Any, multiplications: float) -> float:
+    if args.device == "here":
+        raise ValueError(
+            "--device here measures how a model answers; for a run's pace here, start it "
+            "and read its log, or name a device."
+        )
+    device = devices.find(args.device)
+    return 2 * multiplications / (device.compute.value * device.runtime.prefill)
 
 
 def _check(args: Any) -> None:

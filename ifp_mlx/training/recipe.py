@@ -13,6 +13,7 @@ from ..selection.config import IFPConfig
 from ..selection.request import check_seed
 from ..selection.widths import check_multiple, target_size
 from ..slicing.shapes import Unit
+from .groups import How
 from .maskers import Budget
 from .records import Stage
 
@@ -72,6 +73,9 @@ class TrainConfig:
     predictor_rank: int = key(128, "width between the two linear layers of its head")
     pooling: Literal["mean", "last"] = key("mean", "which of its hidden states the head reads; the paper: last")
     warm_start: int = key(512, "training examples from which a new head is solved before step 0; 0: begin with a random head")
+    groups: How = key("auto", "whose masks begin the same: task: rows of one task, where rows name theirs; words: rows that seem to ask the same, judged by the words that rows with equal answers share; auto: the first of these that the data allow; off: no one's")
+    warm_steps: int = key(300, "steps of the predictor alone, before step 0, in which it learns to tell the groups apart")
+    warm_lr: float = key(1e-3, "highest learning rate of these")
     scores: Literal["auto", "layer", "centred", "none"] = key("auto", "how they are normalised before step 0: layer: a spread of 1 per layer, which with a warm start is a global prior plus the instruction's part; centred: that part alone; none: not")
     decorrelate: bool | None = key(None, "make the instruction's part equally strong in all its directions; default: if centred")
 
@@ -90,7 +94,8 @@ class TrainConfig:
     weight_decay: float = key(0.01, "of AdamW")
     clip: float = key(1.0, "largest norm of the gradient, of model and masker apart")
     ce_weight: float = key(1.0, "weight of the cross-entropy")
-    kl_weight: float = key(0.0, "weight of the KL from the dense model as it was at the start")
+    kl_weight: float = key(0.0, "weight of the KL from the dense model as it was at the start, or from the teacher")
+    teacher: str | None = key(None, "folder or hub id of the model that the KL is from, of the same tokens")
     grad_checkpoint: bool = key(False, "compute activations again instead of keeping them: less memory, more time")
     compile: bool = key(True, "use mx.compile; MLX_DISABLE_COMPILE overrules it")
     seed: int = key(0, "of everything random")
@@ -219,7 +224,7 @@ POSITIVE |= {"eval_every", "log_every", "save_every", "granularity", "target_siz
 POSITIVE |= {"max_length", "chunk", "start_temperature", "lora_rank"}
 POSITIVE |= {"predictor_layers", "predictor_width", "predictor_rank"}
 # AdamW moves every weight by about the rate: above 1 nothing is left of a model.
-MOST = {"keep": 1, "lr": 1, "masker_lr": 1}
+MOST = {"keep": 1, "lr": 1, "masker_lr": 1, "warm_lr": 1}
 
 
 def _known(value: Any) -> Any:
@@ -261,10 +266,18 @@ def from_options(args: argparse.Namespace) -> TrainConfig:
         FileNotFoundError: if there is no such file.
         ValueError: if a key or value in it is unknown.
     """
-    values = read_file(Path(args.config)) if args.config else {}
     names = [item.name for item in fields(TrainConfig)]
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    values |= given
+    return complete(Path(args.config) if args.config else None, given)
+
+
+def complete(file: Path | None, given: dict[str, Any]) -> TrainConfig:
+    """Return the settings of a file and of what is given besides, which wins.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`from_options`.
+    """
+    values = (read_file(file) if file is not None else {}) | given
     if values.get("stage") == "recover":
         values = RECOVER | values
     config = TrainConfig(**values)

@@ -1,8 +1,9 @@
 """Train a model and its masker together: one loss, one loop, and the command."""
 
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,18 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from ..files.atomic import new_file
 from ..model.checkpoint import IFPConfig
+from ..selection.predictor import SparsityPredictor
 from ..selection.top_k import select
 from ..slicing.stock import context_of, vocabulary_of
 from . import checkpoints, warm_start
 from .batches import Batch, Batches, Record, in_order
+from .card import trained_card
+from .cost import Cost, cost_of
 from .curve import draw_curve
 from .diary import Diary, Pace
+from .groups import groups_of
 from .maskers import (
     Budget,
     FixedMask,
@@ -38,12 +44,15 @@ from .trainee import (
     dense_parent,
     make_predictor,
     open_trainee,
+    teacher_of,
     trained_predictor,
     write_checkpoint,
 )
 from .validation import GATE_FORMS, Report, Validation, evaluate_loss, sliced_error
 from .watch import CollapsedError, Watcher
 
+REPORT = "report.json"  # what the command says at the end
+WARMING = partial(tqdm, desc="warm start", disable=None, leave=False)
 BatchOf = Callable[[int], Batch]  # the number of a micro-batch to its global batch
 
 
@@ -221,8 +230,8 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
     trainee = open_trainee(config)
     config = config.of(trainee.plan.unit, trainee.own)
     budget = config.budget(trainee.plan.units)
-    masker = _new_masker(trainee, config)
-    examples = _read(trainee, config, masker, log)
+    masker = new_masker(trainee, config)
+    examples = read_examples(trainee, config, masker, log)
     if first:
         claim(config, log)
     resumed = any((output / CHECKPOINTS).glob("step-*"))
@@ -247,18 +256,24 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
         "steps": config.steps,
         "train_seconds": time.perf_counter() - began,
         "peak_memory_bytes": mx.get_peak_memory(),
+        "multiplications": asdict(run_cost(trainee, config, masker, examples)),
         **{k: v for line in lines for k, v in line.items() if k != "step"},
     }
     if first:
-        report |= _finish(output, trainee, masker, examples.checked, budget, config)
+        report |= _finish(
+            output, trainee, masker, examples.checked, budget, config, report
+        )
         try:
             draw_curve(lines, output / "curve.png")
         except ImportError as error:
             log(f"No picture: {error}.")
+        with new_file(output / REPORT) as scratch:
+            scratch.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _new_masker(trainee: Trainee, config: TrainConfig) -> Masker:
+def new_masker(trainee: Trainee, config: TrainConfig) -> Masker:
+    """Return where masks come from, not warm-started yet."""
     if config.masker == "dense":
         return FixedMask(None)
     if config.masker == "static":
@@ -280,7 +295,7 @@ class Examples(NamedTuple):
     checked: list[Batch]
 
 
-def _read(
+def read_examples(
     trainee: Trainee, config: TrainConfig, masker: Masker, log: Callable[[str], None]
 ) -> Examples:
     """Return the examples of a run."""
@@ -329,33 +344,27 @@ def _begin(
         if folder is not None:
             log(f"The predictor goes on from {folder}.")
             return
-    order = np.random.default_rng(config.seed).permutation(len(records))
-    chosen = [records[i] for i in order[: config.warm_start or 64]]
-    batches = in_order(chosen, config.batch_size)
-    progress = partial(tqdm, desc="warm start", disable=None, leave=False)
     importance: warm_start.Importance = warm_start.channel_importance
     if trainee.plan.unit == "expert":
         importance = partial(warm_start.expert_importance, trainee.plan)
+    order = np.random.default_rng(config.seed).permutation(len(records))
+    chosen = [records[i] for i in order[: config.warm_start or 64]]
+    batches = in_order(chosen, config.batch_size)
     if isinstance(masker, ScoreTable):
-        used = [importance(trainee.model, batch) for batch in progress(batches)]
+        used = [importance(trainee.model, b) for b in WARMING(batches)]
         prior = np.concatenate(used).mean(axis=0)
         masker.table = mx.array(prior / prior.std(axis=-1, keepdims=True))
         return
     assert isinstance(masker, PredictorMasker)
     kind, decorrelate = config.score_kind()
+    how: dict[str, Any] = {"centred": kind == "centred", "decorrelate": decorrelate}
+    how |= {"importance": importance, "progress": WARMING}
     if config.warm_start:
-        start = warm_start.warm_start(
-            masker.predictor,
-            trainee.model,
-            batches,
-            centred=kind == "centred",
-            decorrelate=decorrelate,
-            importance=importance,
-            progress=progress,
-        )
+        start = _warm(masker.predictor, trainee, records, order, config, how)
         log(
             f"Warm start: the instruction explains {start['explained']:.0%} of what "
-            f"differs in the use of {trainee.plan.unit}s, in {start['rank']} directions."
+            f"differs in the use of {trainee.plan.unit}s, in {start['rank']} directions"
+            f"{start['said']}."
         )
     if kind != "none":
         centred = kind == "centred"
@@ -366,6 +375,34 @@ def _begin(
         )
 
 
+def _warm(
+    predictor: SparsityPredictor,
+    trainee: Trainee,
+    records: Sequence[Record],
+    order: np.ndarray,
+    config: TrainConfig,
+    how: dict[str, Any],
+) -> dict[str, Any]:
+    """Solve a new predictor's head from some examples, in the order given, and where
+    they have groups let it learn these.
+    """
+    groups = groups_of(records, config.groups, config.seed)
+    named = list(records)
+    if groups is not None:
+        pairs = zip(records, groups.tolist(), strict=True)
+        named = [replace(record, task=group) for record, group in pairs]
+    batches = in_order(
+        [named[i] for i in order[: config.warm_start]], config.batch_size
+    )
+    if groups is None:
+        found = warm_start.warm_start(predictor, trainee.model, batches, **how)
+        return found | {"said": ""}
+    later = Batches(named, config.batch_size, config.seed)
+    how |= {"steps": config.warm_steps, "rate": config.warm_lr}
+    found = warm_start.group_start(predictor, trainee.model, batches, later, **how)
+    return found | {"said": f", of {len(np.unique(groups))} groups"}
+
+
 def _finish(
     output: Path,
     trainee: Trainee,
@@ -373,6 +410,7 @@ def _finish(
     checked: Sequence[Batch],
     budget: Budget,
     config: TrainConfig,
+    last: dict[str, Any],
 ) -> dict[str, Any]:
     """Write the result and hold it against what was trained."""
     report: dict[str, Any] = {}
@@ -399,12 +437,24 @@ def _finish(
         )
         selection = replace(selection, unit=trainee.plan.unit)
         selection.save(output / "mask.safetensors")
-    write_checkpoint(output / RESULT, trainee, ifp, predictor)
+    card = trained_card(config, trainee.plan, trainee.path, last)
+    write_checkpoint(output / RESULT, trainee, ifp, predictor, card)
     if predictor is not None:
         report["sliced_error"] = sliced_error(
             output / RESULT, trainee.model, checked[0]
         )
     return report
+
+
+def run_cost(
+    trainee: Trainee, config: TrainConfig, masker: Masker, examples: Examples
+) -> Cost:
+    """Return what a run costs; see :func:`ifp_mlx.training.cost.cost_of`."""
+    predictor = getattr(masker, "predictor", None)
+    fresh = trained_predictor(trainee, config) is None
+    teacher = teacher_of(trainee, config)
+    given = (config, trainee.model, trainee.plan, predictor, examples.train)
+    return cost_of(*given, fresh=fresh, teacher=teacher)
 
 
 def _line(report: Report) -> str:

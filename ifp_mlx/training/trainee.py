@@ -74,13 +74,33 @@ def open_trainee(config: TrainConfig) -> Trainee:
 
 
 def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
-    """Return the model as it is stored, as the parent of the KL, if that has a weight."""
+    """Return the parent of the KL, if that has a weight: the teacher, or the model as it
+    is stored.
+
+    Raises:
+        ValueError: if there is none, or it has other tokens.
+    """
+    parent = teacher_of(trainee, config)
+    return None if parent is None else lambda batch: parent(batch.tokens[:, :-1])
+
+
+def teacher_of(trainee: Trainee, config: TrainConfig) -> nn.Module | None:
+    """Return the model of :func:`dense_parent`."""
     if config.kl_weight == 0:
         return None
-    if config.from_scratch:
-        raise ValueError("kl_weight needs a trained parent, not from_scratch.")
-    parent = source_of(trainee.path).dense()
-    return lambda batch: parent(batch.tokens[:, :-1])
+    if config.teacher is None and config.from_scratch:
+        raise ValueError("kl_weight needs a teacher, or a model not from_scratch.")
+    if config.teacher is None:
+        return source_of(trainee.path).dense()
+    path = resolve(config.teacher)
+    source = source_of(path)
+    words = open_tokenizer(path, source.config).get_vocab()
+    if words != trainee.tokenizer.get_vocab():
+        raise ValueError(
+            f"The teacher {config.teacher} has other tokens than {trainee.path}; use one "
+            "of the same family."
+        )
+    return source.dense()
 
 
 def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
@@ -189,6 +209,7 @@ def write_checkpoint(
     trainee: Trainee,
     ifp: IFPConfig | None,
     predictor: SparsityPredictor | None,
+    card: str | None = None,
 ) -> None:
     """Write the trained model as a folder that :func:`ifp_mlx.load` opens.
 
@@ -197,6 +218,7 @@ def write_checkpoint(
         trainee: LoRA layers in its model are fused, in place.
         ifp: how its selections are made; ``None`` for a dense model.
         predictor: makes its selections.
+        card: its README.
     """
     from mlx_lm.utils import save_config, save_model
 
@@ -211,6 +233,8 @@ def write_checkpoint(
         copy_companions(trainee.path, scratch)
         if ifp is not None:
             ifp.save(scratch)
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
         if predictor is not None:
             predictor.write(scratch / PREDICTOR_FOLDER)
 

@@ -3,7 +3,9 @@
 A head that begins at random gives all instructions nearly the same mask, and training
 then makes the masks the same. Here the head begins as the ridge regression from the
 instruction to how strongly the model uses each of its channels or experts, on the
-instruction and on what follows it.
+instruction and on what follows it: what each example uses, or what the examples of its
+group use on average. Told of groups, the predictor is then trained alone to tell them
+apart.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.optimizers import AdamW, clip_grad_norm
 
 from ..selection.predictor import SparsityPredictor
 from ..slicing.masked import masked_inlets, tapped
@@ -20,6 +23,7 @@ from ..slicing.plan import plan_of
 from ..slicing.routing import saliency, tally, watched
 from ..slicing.shapes import Plan
 from .batches import Batch
+from .step import schedule
 
 Importance = Callable[[nn.Module, Batch], np.ndarray]
 
@@ -124,6 +128,126 @@ def warm_start(
     return found | {"prior": mx.array(y.mean(axis=0))}
 
 
+def group_start(
+    predictor: SparsityPredictor,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    later: Callable[[int], Batch],
+    *,
+    steps: int,
+    rate: float,
+    centred: bool,
+    decorrelate: bool,
+    importance: Importance = channel_importance,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, Any]:
+    """Give a predictor masks that stay the same within a group and differ between
+    groups, in place: the head in closed form, then all of it by gradient.
+
+    Args:
+        predictor: its head is solved, and what is not frozen of it trained.
+        model: the stock model, dense.
+        batches: ``N`` examples, their ``tasks`` the numbers of their groups.
+        later: gives the batch of a step, of groups too.
+        steps: of the predictor alone.
+        rate: the highest learning rate of these.
+        centred: as in :func:`warm_start`.
+        decorrelate: as in :func:`warm_start`; here in all directions alike.
+        importance: measures the model's use of its units.
+        progress: wraps the iterations over batches and over steps.
+
+    Returns:
+        As :func:`warm_start` does; ``explained`` is of the groups' codes in the last
+        steps.
+    """
+    wanted, features, groups = [], [], []
+    for batch in progress(batches):
+        wanted.append(importance(model, batch))
+        features.append(np.array(predictor.features(batch.instruction, batch.lengths)))
+        groups.append(np.array(batch.tasks))
+    group, y = np.concatenate(groups), np.concatenate(wanted)
+    rank = predictor.reduce.weight.shape[0]
+    how = {"centred": centred, "decorrelate": decorrelate}
+    codes, channels, prior = _codes(y.reshape(len(y), -1), group, rank, **how)
+    _set_head(predictor, np.concatenate(features), codes, group, channels)
+    predictor.expand.bias = mx.array(np.zeros_like(prior) if centred else prior)
+    left = _tell_apart(predictor, later, mx.array(codes), steps, rate, progress)
+    about = {"explained": 1 - left, "rank": codes.shape[1]}
+    return about | {"prior": mx.array(y.mean(axis=0))}
+
+
+def _codes(
+    used: np.ndarray, group: np.ndarray, rank: int, *, centred: bool, decorrelate: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return orthogonal codes of the groups ``[groups, r]``, the channels that each part
+    of a code stands for ``[r, L·F]``, and the mean over groups ``[L·F]``.
+    """
+    found = np.unique(group)
+    means = np.stack([used[group == number].mean(axis=0) for number in found])
+    prior = means.mean(axis=0)
+    means = means - prior
+    if centred:
+        means /= means.std(axis=0) + 1e-6
+    u, s, vt = np.linalg.svd(means, full_matrices=False)
+    some = np.flatnonzero(s > (WEAKEST if decorrelate else 1e-3) * s[0])[:rank]
+    codes = np.zeros((found.max() + 1, len(some)), dtype=np.float32)
+    codes[found] = u[:, some] * np.sqrt(len(found))
+    strength = (np.full(len(some), s[0]) if decorrelate else s[some]) / len(
+        found
+    ) ** 0.5
+    return codes, (vt[some] * strength[:, None]).astype(np.float32), prior
+
+
+def _set_head(
+    predictor: SparsityPredictor,
+    features: np.ndarray,
+    codes: np.ndarray,
+    group: np.ndarray,
+    channels: np.ndarray,
+) -> None:
+    """Set the head so that it foretells the code of an instruction's group."""
+    x = features.astype(np.float64)
+    middle = x.mean(axis=0)
+    fit, _ = _ridge(x - middle, codes[group])
+    fit = fit @ codes[group]  # [D, r]
+    rank, (reduce, expand) = codes.shape[1], (predictor.reduce, predictor.expand)
+    weights, biases = np.array(reduce.weight), np.array(reduce.bias)
+    weights[:rank], biases[:rank] = fit.T, -middle @ fit
+    reduce.weight, reduce.bias = mx.array(weights), mx.array(biases)
+    padding = ((0, 0), (0, len(weights) - rank))  # zeros here: these may still learn
+    expand.weight = mx.array(np.pad(channels.T, padding))
+
+
+def _tell_apart(
+    predictor: SparsityPredictor,
+    batches: Callable[[int], Batch],
+    codes: mx.array,
+    steps: int,
+    rate: float,
+    progress: Callable[[Iterable], Iterable],
+) -> float:
+    """Train the predictor alone to foretell codes; return the share left at the end."""
+    rank = codes.shape[1]
+
+    def loss(batch: Batch) -> mx.array:
+        features = predictor.features(batch.instruction, batch.lengths)
+        wanted = codes[batch.tasks]
+        off = predictor.reduce(features)[:, :rank] - wanted
+        return mx.square(off).sum() / mx.maximum(mx.square(wanted).sum(), 1e-9)
+
+    predictor.expand.freeze()
+    optimizer = AdamW(schedule(rate, min(20, steps // 2), steps), bias_correction=True)
+    gradient = nn.value_and_grad(predictor, loss)
+    ends: list[float] = []
+    for number in progress(range(steps)):
+        left, grads = gradient(batches(number))
+        optimizer.update(predictor, clip_grad_norm(grads, 1.0)[0])
+        mx.eval(predictor.parameters(), optimizer.state)
+        ends = [*ends[-7:], float(left)]
+    predictor.expand.unfreeze()
+    return float(np.mean(ends)) if ends else float(loss(batches(0)))
+
+
 def solve_head(
     predictor: SparsityPredictor,
     features: np.ndarray,
@@ -218,7 +342,8 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
         # Centring used one degree of freedom; 1/N is its part of the leverage.
         leverage = np.minimum(np.diag(hat) + 1 / len(x), 0.999)
         left_out = (y - hat @ y) / (1 - leverage)[:, None]
-        best = max(best, (1 - float((left_out**2).sum() / (y**2).sum()), strength))
+        whole = max(float((y**2).sum()), 1e-12)  # nothing differs: nothing is explained
+        best = max(best, (1 - float((left_out**2).sum()) / whole, strength))
     explained, strength = best
     inverse = s / (s**2 + strength * (s**2).mean())
     return (vt.T * inverse) @ u.T, explained

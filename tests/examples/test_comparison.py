@@ -1,7 +1,6 @@
 """The comparison's mix has no leaks, and its rows, tables and picture hold together."""
 
 import json
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,27 +11,15 @@ pytest.importorskip("reasoning_gym")
 
 from examples.benchmarks.comparison import report
 from examples.benchmarks.comparison.corpus import Corpus, describe, tokenizer
-from examples.benchmarks.comparison.groups import (
-    agreement,
-    kmeans,
-    nearest,
-    paraphrases,
-)
-from examples.benchmarks.comparison.lab import Lab, Scale, Trained, means, overlaps
-from examples.benchmarks.comparison.rows import ROWS, task_random
-from examples.benchmarks.comparison.run import SCALES, main, run_row
+from examples.benchmarks.comparison.lab import Trained, means, overlaps
+from examples.benchmarks.comparison.rows import ROWS, Table
+from examples.benchmarks.comparison.run import Bench, main
 from examples.benchmarks.comparison.tasks import all_tasks, examples
 from examples.benchmarks.comparison.tasks import test_examples as draw_tests
-from examples.benchmarks.comparison.warm import warm_predictor
-from ifp_mlx.training.maskers import Budget, FixedMask, PredictorMasker
+from ifp_mlx.training.maskers import Budget, FixedMask
+from ifp_mlx.training.recipe import TrainConfig
 
 TASKS = all_tasks()
-TINY = Scale(start_steps=2, steps=2, warm_steps=2, test_per_task=2, batch_size=8)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    return Lab(TINY, 0, tmp_path_factory.mktemp("cache"))
 
 
 def test_no_test_wording_and_no_test_instance_is_trained():
@@ -96,37 +83,75 @@ def test_descriptions_can_select_for_whole_tasks():
     assert len(selecting) == len(TASKS)
 
 
+def test_every_sum_has_instances_that_are_trained_and_most_some_that_are_not():
+    (add,) = [task for task in TASKS if task.name == "sum"]
+    drawn = {
+        split: {e.answer for e in examples([add], "train", 800, 0) if split == "train"}
+        | {e.answer for e in draw_tests([add], 200, 0) if split == "test"}
+        for split in ("train", "test")
+    }
+    assert drawn["test"] <= drawn["train"] and len(drawn["test"]) > 12
+    assert len(drawn["train"]) >= 17
+
+
 def test_the_crowded_mix_has_more_facts_and_its_small_model_less_room():
-    plain, crowded = (sum(len(t.facts or ()) for t in all_tasks(m)) for m in SCALES)
+    mixes = ("plain", "crowded")
+    plain, crowded = (sum(len(t.facts or ()) for t in all_tasks(m)) for m in mixes)
     assert crowded > 1.5 * plain
-    small = [scale.compute(scale.kept) for scale in SCALES.values()]
+    scales = [Table.read(ROWS, mix).scale for mix in mixes]
+    small = [scale.compute(scale.kept) for scale in scales]
     assert small[1] < 0.5 * small[0]
 
 
-def test_a_mix_runs_from_the_command_line_and_is_tabulated(tmp_path):
-    results = tmp_path / "results"
-    command = ["--mix", "crowded", "--tiny", "--seeds", "0", "--rows", "dense_small"]
-    paths = ["--results", str(results), "--cache", str(tmp_path / "cache")]
-    main([*command, *paths])
-    found = report.load_results(results)
-    assert len(found["dense_small"][0]["accuracy"]) == len(all_tasks("crowded"))
-    assert "dense-small, 8 steps" in report.curve(found)
-    assert "language→eu" in report.tables("crowded", results)
+@pytest.mark.parametrize("mix", ["plain", "crowded", "shipped"])
+def test_every_row_of_the_file_is_settings_of_the_trainer(mix):
+    table = Table.read(ROWS, mix)
+    for row, about in table.rows.items():
+        assert table.needs(row)[-1] == row
+        assert "about" in about or about.get("hidden")
+        settings = table.settings(row, 0.01, 0)
+        where = {"model": "m", "data": "d", "output": "o"}
+        if "select" not in about:
+            TrainConfig(**settings | where).check()
 
 
-def test_a_chunk_selects_for_another_of_its_task(lab):
-    batch = lab.data.chunks(0)
-    for row in range(len(batch.tokens)):
-        before = np.array(batch.instruction)[row, : int(batch.lengths[row])]
-        learned = np.flatnonzero(np.array(batch.loss_mask)[row])
-        assert learned[0] == len(before)
+def test_a_row_is_trained_by_the_trainer_goes_on_and_is_tabulated(tmp_path, capsys):
+    paths = ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
+    command = ["--tiny", "--mix", "plain", "--rates", "0.01", "--seeds", "0"]
+    main([*command, *paths, "--rows", "static", "activation"])
+    folder = tmp_path / "results" / "plain"
+    found = json.loads((folder / "static-0.01-0.json").read_text())
+    assert set(found["accuracy"]) == {task.name for task in TASKS}
+    # A sliced model's steps cost less than the dense one's, its start the same.
+    assert 4 < found["compute"] < 8
+    assert json.loads((folder / "activation-0.01-0.json").read_text())["compute"] == 8
+    capsys.readouterr()
+    main([*command, *paths, "--rows", "static"])
+    assert capsys.readouterr().out == ""  # nothing is left to do
+    text = report.tables("plain", folder)
+    line = next(part for part in text.splitlines() if "activation × weight" in part)
+    assert f"{found['mean']:.3f}" in line and text.count("not run") > 5
+
+
+def test_the_rate_is_chosen_by_a_seed_that_is_in_no_table(tmp_path):
+    table = Table.read(ROWS, "plain")
+    bench = Bench(table, tmp_path, tmp_path)
+    run = {"row": "ifp", "mean": 0.0, "per_task": {}, "overlap": None}
+    for rate in table.rates:
+        best = run | {"rate": rate, "mean": float(rate == 0.003), "seed": table.chooses}
+        (tmp_path / f"ifp-{rate:g}-{table.chooses}.json").write_text(json.dumps(best))
+        other = run | {"rate": rate, "seed": 0}
+        (tmp_path / f"ifp-{rate:g}-0.json").write_text(json.dumps(other))
+    assert bench.rate("ifp") == 0.003
+    _, results = report.load_results(tmp_path, table)
+    assert [run["rate"] for run in results["ifp"]] == [0.003]
 
 
 def test_overlap_within_a_fixed_task_mask_is_whole_and_between_is_counted():
     mask = np.zeros((len(TASKS), 1, 4), dtype=np.float32)
     mask[:, :, 0] = 1
     mask[::2, :, 1], mask[1::2, :, 2] = 1, 1
-    trained = Trained(None, FixedMask(mx.array(mask)), Budget(2), 0, {})
+    trained = Trained(None, FixedMask(mx.array(mask)), Budget(2))
     batches = Corpus(draw_tests(TASKS, 2, seed=0), 8).all()
     found = overlaps(trained, batches, len(TASKS))
     assert found["within"] == 1
@@ -140,60 +165,10 @@ def test_means_leave_the_unseen_family_out():
     assert means(accuracy, TASKS) == {"facts": 1, "skills": 1, "held_out": 0, "mean": 1}
 
 
-def test_an_oracle_row_gives_every_task_its_own_mask_of_the_right_size(lab):
-    trained = task_random(lab)
-    masks = trained.masker(lab.data(0), trained.budget)
-    assert set(np.array(masks.sum(axis=-1)).ravel()) == {TINY.kept}
-
-
-def test_a_warm_predictor_gives_a_task_described_one_mask_of_its_own(lab):
-    predictor, _ = warm_predictor(lab, lab.dense(0))
-    trained = Trained(None, PredictorMasker(predictor), Budget(TINY.kept), 0, {})
-    found = overlaps(trained, lab.test_batches(described=True), len(TASKS))
-    assert found["within"] == 1
-    assert found["between"] < 0.5
-
-
-@pytest.mark.parametrize("row", ["ifp", "static_distil", "activation", "ifp_clusters"])
-def test_a_row_runs_and_its_report_can_be_tabulated(row, lab, tmp_path):
-    found = run_row(lab, row)
-    assert set(found["accuracy"]) == {task.name for task in TASKS}
-    assert all(0 <= a <= 1 for a in found["accuracy"].values())
-    (tmp_path / f"{row}-0.json").write_text(json.dumps(found))
-    about = report.ABOUT | report.CONTROLS
-    table = report.main_table(report.load_results(tmp_path), tuple(about))
-    line = next(part for part in table.splitlines() if about[row] in part)
-    assert f"{found['mean']:.3f}" in line
-    assert table.count("not run") >= len(ROWS) - 2
-
-
-def test_the_picture_has_a_square_for_every_layer(lab, tmp_path):
+def test_the_picture_has_a_square_for_every_layer(tmp_path):
     side = len(TASKS)
     layers = np.eye(side)[None].repeat(2, axis=0).tolist()
     found = {"overlap": {"by_depth": layers, "chance": 0.25}}
     report.draw_overlap(found, tmp_path / "p.svg", TASKS)
     text = (tmp_path / "p.svg").read_text()
     assert text.count("layer ") >= 2 and "reverse" in text
-
-
-def test_paraphrases_show_which_words_tell_tasks_apart(tmp_path):
-    lab = Lab(replace(TINY, batch_size=128), 0, tmp_path)
-    groups = paraphrases(lab)
-    assert agreement(lab, groups)["purity"] > 0.7
-    batch = lab.data(0)
-    unseen = batch._replace(tasks=mx.zeros_like(batch.tasks))
-    assert (groups.of(batch) == groups.of(unseen)).all()
-    other = batch._replace(instruction=batch.instruction[::-1])
-    alone = paraphrases(lab, described=False)
-    assert (alone.of(batch) == alone.of(other)).all()
-    assert (groups.of(batch) != groups.of(other)).any()
-
-
-def test_clusters_find_groups_that_lie_apart():
-    rng = np.random.default_rng(0)
-    middles = rng.normal(0, 10, (4, 5))
-    group = np.repeat(np.arange(4), 25)
-    points = middles[group] + rng.normal(0, 0.1, (100, 5))
-    found = nearest(points, kmeans(points, 4, seed=1))
-    assert all(len(set(found[group == g])) == 1 for g in range(4))
-    assert len(set(found)) == 4

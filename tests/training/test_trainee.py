@@ -10,7 +10,7 @@ import pytest
 from conftest import run_command, write_folder
 from mlx.utils import tree_flatten
 
-from ifp_mlx import load, train
+from ifp_mlx import load, plan, train
 from ifp_mlx.training.recipe import TrainConfig
 
 WORDS = ["alpha", "beta", "gamma", "delta"]
@@ -141,3 +141,78 @@ def test_a_hub_data_set_is_read_by_its_id(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     report, _ = run(model, tmp_path, capsys, data="org/set")
     assert report["steps"] == 3
+
+
+def test_a_card_says_how_the_model_was_made_and_how_good_it_is(model, tmp_path, capsys):
+    report, _ = run(model, tmp_path, capsys, "--keep", 0.25)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "16 of 64" in card and "Stage sft, 3 steps of 4" in card
+    assert f"{report['valid_loss']:.3f}" in card and str(tmp_path) not in card
+    kept = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert kept["multiplications"] == report["multiplications"]
+
+
+def test_a_plan_says_what_a_run_takes_before_it_is_made(model, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", ROWS)
+    config = tmp_path / "run.yaml"
+    settings = {"model": str(model), "data": str(data), "output": str(tmp_path / "run")}
+    settings |= {"steps": 3, "batch_size": 4, "lr": 0.01, "log_every": 1}
+    config.write_text(json.dumps(settings))
+    found = {}
+    for way in ("full", "frozen"):
+        config.write_text(json.dumps(settings | {"train": way}))
+        status, out, err = run_command(
+            plan.main, capsys, "--train", config, "--device", "m4", "--json"
+        )
+        assert status == 0, err
+        found[way] = json.loads(out.splitlines()[-1])
+    assert found["frozen"]["memory_bytes"] < found["full"]["memory_bytes"]
+    assert found["frozen"]["multiplications"] < found["full"]["multiplications"]
+    assert found["full"]["seconds"] > 0 and not (tmp_path / "run").exists()
+    report, _ = run(model, tmp_path, capsys, data=data)
+    total = sum(report["multiplications"].values())
+    assert total == pytest.approx(found["full"]["multiplications"])
+    given = ("--train", config, "--memory-gb", 1e-6)
+    assert run_command(plan.main, capsys, *given)[0] == 1
+
+
+def test_float16_is_refused_for_its_reason(model, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", ROWS)
+    given = ("--model", model, "--data", data, "--output", tmp_path / "run")
+    status, _, err = run_command(train.main, capsys, *given, "--dtype", "float16")
+    assert status == 2 and "squares of gradients" in err and "bfloat16" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("target-size", 0), ("warm-start", -1), ("eval-batches", -1), ("warmup", -5),
+     ("lr", 1e6), ("lr", "inf"), ("masker-lr", "nan"), ("keep", 1.5)],
+)  # fmt: skip
+def test_a_number_that_makes_no_sense_is_named(option, value, tmp_path, capsys):
+    given = ("--model", "m", "--data", "d", "--output", tmp_path / "run")
+    status, _, err = run_command(train.main, capsys, *given, f"--{option}={value}")
+    name = option.replace("-", "_")
+    assert status == 2 and f"{name}=" in err and "must be" in err
+    assert err.count("\n") == 1
+
+
+def test_a_part_of_a_step_is_no_number_of_steps(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("steps: 2.7")
+    status, _, err = run_command(train.main, capsys, "--config", tmp_path / "c.yaml")
+    assert status == 2 and "steps=2.7 must be of type int" in err
+
+
+def test_one_row_is_data_too_and_a_byte_order_mark_is_no_text(model, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", ROWS[:1])
+    for file in data.glob("*.jsonl"):
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    given = ("--model", model, "--data", data, "--output", tmp_path / "run")
+    given += ("--steps", 1, "--batch-size", 1, "--no-compile", "--watch", "off")
+    status, _, err = run_command(train.main, capsys, *given)
+    assert status == 0 and "explains 0%" in err
+
+
+def test_alpacas_rows_are_read(model, tmp_path, capsys):
+    rows = [{"instruction": f"Turn {w}.", "input": w, "output": w[::-1]} for w in WORDS]
+    report, _ = run(model, tmp_path, capsys, rows=rows)
+    assert report["targets"] > 0

@@ -2,28 +2,26 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ifp_mlx import load
 from ifp_mlx.files.atomic import new_folder
-from ifp_mlx.model.checkpoint import PREDICTOR_FOLDER, IFPConfig
-from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.selection.prompts import tokenize
-from ifp_mlx.training.maskers import Budget, PredictorMasker
 
-from .corpus import write_tokenizer
-from .lab import Lab, Scale, Trained, means, overlaps
-from .rows import ifp
+from .data import write_shapes
+from .lab import means, overlaps
+from .rows import ROWS, Table, opened
+from .run import CACHE, Bench, tested
 from .tasks import all_tasks, test_examples
 
-SCALE = Scale(channels=512, kept=128, start_steps=2000, steps=3000, lr=8e-3)
-SEED = 300
+MIX, ROW = "shipped", "ifp"
+SEED, RATE = 300, 3e-3
 
 CARD = """---
 license: mit
@@ -64,8 +62,8 @@ wrong answer looks exactly like a right one: do not rely on it for facts.
 ## How it was made
 
 {start_steps} steps of the dense model, then {steps} steps of predictor and model
-together, batches of {batch_size} questions, seed {seed}; the recipe of row `ifp` in
-`examples/benchmarks/comparison`. Gates are soft, in training and here. Weights are
+together, batches of {batch_size} questions, rate {rate:g}, seed {seed}; the recipe of row
+`ifp` in `examples/benchmarks/comparison`. Gates are soft, in training and here. Weights are
 float32: at this size neither half precision nor quantisation saves anything worth having.
 
 ## Data and licences
@@ -76,24 +74,12 @@ Inc.) by way of Babel (BSD). Skills: generators and word lists of reasoning-gym
 """
 
 
-def write(folder: Path, lab: Lab, trained: Trained) -> None:
-    """Write the trained model as an IFP checkpoint folder."""
-    from mlx_lm.models import llama
-    from mlx_lm.utils import save_config, save_model
-
-    scale, predictor = lab.scale, trained.masker["predictor"]
-    assert isinstance(predictor, SparsityPredictor)
-    stock = llama.Model(llama.ModelArgs.from_dict(scale.config(scale.channels)))
-    _copy(trained.model, stock)
+def write(folder: Path, bench: Bench, rate: float) -> None:
+    """Train the row through the trainer, and copy what it wrote."""
+    bench.trained(ROW, rate, SEED)
     with new_folder(folder) as scratch:
-        save_model(scratch, stock)
-        save_config(scale.config(scale.channels), scratch / "config.json")
-        write_tokenizer(scratch)
-        budget = trained.budget
-        IFPConfig(
-            target_size=budget.k, gates=budget.gates, temperature=budget.temperature
-        ).save(scratch)
-        predictor.write(scratch / PREDICTOR_FOLDER)
+        source = bench.folder(ROW, rate, SEED) / "model"
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
 
 
 def test(folder: Path, per_task: int, seed: int) -> dict[str, Any]:
@@ -112,38 +98,31 @@ def test(folder: Path, per_task: int, seed: int) -> dict[str, Any]:
     return {"accuracy": accuracy} | means(accuracy, tasks)
 
 
-def opened(folder: Path) -> Trained:
-    """Return the checkpoint as it ships, for the comparison's measurements."""
-    model, _ = load(folder)
-    assert model.predictor is not None and model.ifp.target_size is not None
-    budget = Budget(model.ifp.target_size, model.ifp.temperature, model.ifp.gates)
-    return Trained(model.dense(), PredictorMasker(model.predictor), budget, 0.0, {})
-
-
-def card(lab: Lab, folder: Path, found: dict[str, Any], per_task: int) -> str:
+def card(bench: Bench, folder: Path, found: dict[str, Any], rate: float) -> str:
     """Return the checkpoint's README."""
-    from mlx.utils import tree_flatten
-
-    scale, trained = lab.scale, opened(folder)
-    examples = {e.task: e for e in test_examples(lab.tasks, 1, lab.seed)}
+    scale, steps = bench.table.scale, bench.table.steps
+    trained, tasks = opened(folder, scale), all_tasks()
+    examples = {e.task: e for e in test_examples(tasks, 1, SEED)}
     lines = []
-    for number, task in enumerate(all_tasks()):
+    for number, task in enumerate(tasks):
         shown = f"{examples[number].prompt} → {examples[number].answer}"
         name = task.name + (" (never trained)" if task.held_out else "")
         lines.append(f"| {name} | {shown} | {found['accuracy'][task.name]:.2f} |")
-    share = overlaps(trained, lab.test_batches(), len(lab.tasks))
+    share = overlaps(trained, tested(scale, SEED), len(tasks))
     assert share is not None
     numbers = {k: share[k] for k in ("within", "between", "chance")}
     values = {k: found[k] for k in ("facts", "skills", "held_out")}
-    sizes = {k: getattr(scale, k) for k in scale.__dataclass_fields__}
-    weights = tree_flatten(trained.model.parameters())
+    sizes = {k: getattr(scale, k) for k in ("layers", "channels", "kept", "batch_size")}
     return CARD.format(
         **(sizes | numbers | values),
-        parameters=sum(value.size for _, value in weights),
+        start_steps=steps["start"],
+        steps=steps["second"],
+        rate=rate,
+        parameters=sum(w.size for _, w in tree_flatten(trained.model.parameters())),
         share=scale.kept / scale.channels,
-        per_task=per_task,
+        per_task=scale.test_per_task,
         table="\n".join(lines),
-        seed=lab.seed,
+        seed=SEED,
         longest=8,
     )
 
@@ -154,23 +133,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="one that is there is only tested"
     )
-    parser.add_argument("--cache", type=Path, default=Path("models/comparison/shipped"))
-    parser.add_argument("--per-task", type=int, default=50)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--rate", type=float, default=RATE, help="default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="to see that it runs")
     args = parser.parse_args(arguments)
-    lab = Lab(SCALE, SEED, args.cache)
+    table = Table.read(ROWS, MIX, tiny=args.tiny)
+    write_shapes(args.cache / MIX / "shapes", table.scale)
+    bench = Bench(table, args.cache / MIX, args.cache / MIX / "results")
     if not args.output.exists():
-        write(args.output, lab, ifp(lab))
-    found = test(args.output, args.per_task, SEED)
-    text = card(lab, args.output, found, args.per_task)
+        write(args.output, bench, args.rate)
+    found = test(args.output, table.scale.test_per_task, SEED)
+    text = card(bench, args.output, found, args.rate)
     (args.output / "README.md").write_text(text, encoding="utf-8")
     print(json.dumps(found))
-
-
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    from mlx.utils import tree_flatten
-
-    target.load_weights(tree_flatten(source.parameters()))
-    mx.eval(target.parameters())
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def tokenizer(mix: str = "plain") -> Any:
     return found
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write the tokenizer's files of a model folder."""
-    tokenizer().save(str(folder / "tokenizer.json"))
+def write_tokenizer(folder: Path, mix: str = "plain") -> None:
+    """Write the files of a mix's tokenizer into a model folder."""
+    tokenizer(mix).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": SPECIAL[0],

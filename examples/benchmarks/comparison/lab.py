@@ -1,25 +1,18 @@
-"""One seed of the comparison: its data, its dense start, training and testing."""
+"""Sizes that all rows share, and how a trained model is tested."""
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-from ifp_mlx.slicing.plan import plan_of
 from ifp_mlx.training.batches import Batch
 from ifp_mlx.training.maskers import Budget, FixedMask, Masker
-from ifp_mlx.training.recipe import TrainConfig
-from ifp_mlx.training.run import train
 from ifp_mlx.training.step import Pair, target_losses
 
-from .corpus import VOCABULARY, Corpus, describe
-from .tasks import Task, all_tasks, examples, test_examples
+from .corpus import VOCABULARY
+from .tasks import Task
 
 DENSE = FixedMask(None)
 
@@ -35,9 +28,7 @@ class Scale:
     channels: int = 256
     kept: int = 64
     batch_size: int = 32
-    start_steps: int = 1000
     steps: int = 1000
-    warm_steps: int = 300
     lr: float = 1e-2
     test_per_task: int = 100
 
@@ -72,97 +63,11 @@ class Trained:
         model: mlx-lm's own class, or one that takes the same call.
         masker: where its masks come from.
         budget: how they are made.
-        spent: multiplications of training, in units of one step of the dense model.
-        extra: what else is worth keeping.
     """
 
     model: nn.Module
     masker: Masker
     budget: Budget
-    spent: float
-    extra: dict[str, Any]
-
-
-class Lab:
-    """Data and training for one seed.
-
-    Args:
-        scale: sizes.
-        seed: of data, weights and order.
-        cache: folder where models that several rows begin from are kept.
-    """
-
-    def __init__(self, scale: Scale, seed: int, cache: Path) -> None:
-        self.scale, self.seed, self.cache = scale, seed, cache
-        self.tasks = all_tasks(scale.mix)
-        total = scale.start_steps + scale.steps
-        drawn = examples(self.tasks, "train", (total + 50) * scale.batch_size, seed)
-        size, mix = scale.batch_size, scale.mix
-        self.data = Corpus(drawn, size, mix, descriptions=0.2, seed=seed)
-        cache.mkdir(parents=True, exist_ok=True)
-
-    def test_batches(self, *, described: bool = False) -> list[Batch]:
-        """Return the test examples; ``described``: their task's description selects."""
-        drawn = test_examples(self.tasks, self.scale.test_per_task, self.seed)
-        corpus = Corpus(drawn, 64, self.scale.mix)
-        if described:
-            describe(self.tasks, corpus)
-        return corpus.all()
-
-    def new_model(self, channels: int) -> nn.Module:
-        """Return a random llama of that width; the same for the same seed."""
-        from mlx_lm.models import llama
-
-        mx.random.seed(self.seed)
-        model = llama.Model(llama.ModelArgs.from_dict(self.scale.config(channels)))
-        mx.eval(model.parameters())
-        return model
-
-    def config(self, steps: int, **changes: Any) -> TrainConfig:
-        """Return the settings of a run of ``steps`` steps."""
-        common = {
-            "target_size": self.scale.kept,
-            "steps": steps,
-            "lr": self.scale.lr,
-            "warmup": 50,
-            "temperature": 0.3,
-            "log_every": max(1, steps // 10),
-            "eval_every": 10**9,
-            "compile": False,
-            "seed": self.seed,
-        }
-        return TrainConfig(**(common | changes))
-
-    def fit(
-        self,
-        model: nn.Module,
-        masker: Masker,
-        steps: int,
-        first: int = 0,
-        parent: Callable[[Batch], mx.array] | None = None,
-        batches: Callable[[int], Batch] | None = None,
-        **changes: Any,
-    ) -> list[dict[str, float]]:
-        """Train on ``steps`` batches, from batch ``first`` on, and return the log."""
-        source = batches or self.data
-        config = self.config(steps, **changes)
-        return train(model, masker, lambda i: source(first + i), config, parent=parent)
-
-    def dense(self, steps: int) -> nn.Module:
-        """Return the dense model after ``start_steps``, and ``steps`` more."""
-        model = self.new_model(self.scale.channels)
-        path = self.cache / f"dense-{self.seed}-{steps}.safetensors"
-        if not path.exists():
-            if steps:
-                model = self.dense(0)
-                self.fit(model, DENSE, steps, first=self.scale.start_steps)
-            else:
-                self.fit(model, DENSE, self.scale.start_steps)
-            weights = dict(tree_flatten(model.parameters()))
-            mx.save_safetensors(str(path), weights)
-            model = self.new_model(self.scale.channels)
-        model.load_weights(str(path))
-        return model
 
 
 def measure(
@@ -254,41 +159,3 @@ def overlaps(
         "chance": k / F,
         "by_depth": np.round(by_depth, 3).tolist(),
     }
-
-
-def report(lab: Lab, trained: Trained, seconds: float) -> dict[str, Any]:
-    """Return everything that is kept of a finished row."""
-    batches = lab.test_batches()
-    found = measure(trained, batches, lab.tasks)
-    found["overlap"] = overlaps(trained, batches, len(lab.tasks))
-    weights = tree_flatten(trained.model.parameters())
-    return found | trained.extra | {
-        "parameters": sum(value.size for _, value in weights),
-        "compute": trained.spent,
-        "cpu_seconds": seconds,
-        "seed": lab.seed,
-        "scale": asdict(lab.scale),
-    }  # fmt: skip
-
-
-def importance(lab: Lab, model: nn.Module, batches: int = 16) -> np.ndarray:
-    """Return activation × weight of every channel over training examples, ``[L, F]``."""
-    from ifp_mlx.training.warm_start import channel_importance
-
-    used = [np.exp(channel_importance(model, lab.data(i))) for i in range(batches)]
-    down = [
-        np.linalg.norm(np.array(inlet.weight), axis=0)
-        for inlet in plan_of(model).inlets(model)
-    ]
-    return np.concatenate(used).mean(axis=0) * np.stack(down)
-
-
-class Clock:
-    """Processor seconds since it was made."""
-
-    def __init__(self) -> None:
-        self.start = time.process_time()
-
-    def seconds(self) -> float:
-        """Return them."""
-        return time.process_time() - self.start

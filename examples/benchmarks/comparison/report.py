@@ -1,4 +1,4 @@
-"""Write the tables and pictures of both mixes from the results that are there."""
+"""Write the tables and pictures of both mixes from what was measured."""
 
 import argparse
 import json
@@ -11,49 +11,45 @@ import numpy as np
 from examples.benchmarks.pages import fill
 from ifp_mlx.pictures.plates import draw_matrices
 
-from .run import RESULTS, SCALES, folder_of
+from .rows import ROWS, Table
+from .run import RESULTS
 from .tasks import Task, all_tasks
 
+MIXES = ("plain", "crowded")
 PICTURE = "overlap.svg"
-ABOUT = {
-    "dense_full": "dense, all channels (the bound)",
-    "dense_small": "dense of the kept size, equal examples",
-    "dense_small_compute": "dense of the kept size, equal training compute",
-    "static": "static pruning, activation × weight",
-    "static_learned": "static pruning, learned mask",
-    "static_distil": "static pruning + distillation from dense",
-    "moe": "mixture of experts of the same active size",
-    "activation": "selected by activation, no training",
-    "task_random": "true task known, random mask for each",
-    "task_learned": "true task known, learned mask for each",
-    "ifp_naive": "IFP, naive",
-    "ifp": "IFP, one mask per input",
-    "ifp_per_task": "IFP, one mask per task from a description",
-    "ifp_both_stages": "IFP, pretrain then sft, same steps",
-}
-CONTROLS = {
-    "ifp_clusters": "IFP, warm start without the names of tasks",
-    "ifp_paraphrases": "IFP, warm start with paraphrases in place of names",
-    "dense_small_long": "dense of the kept size, three times the examples",
-    "dense_small_longest": "dense of the kept size, six times the examples",
-}
 COLUMNS = ("mean", "facts", "skills", "held_out")
+DESCRIBED = "ifp_per_task"
+BY_TASK = ("dense_full", "dense_small", "dense_small_equal", "static_equal", "ifp")
+
+Results = dict[str, list[dict[str, Any]]]
 
 
-def load_results(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the results of every row, by seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def about(table: Table) -> dict[str, str]:
+    """Return what the rows are called, in their order."""
+    shown = {name: row["about"] for name, row in table.rows.items() if "about" in row}
+    return shown | {DESCRIBED: "IFP, one mask per task from a description"}
+
+
+def load_results(folder: Path, table: Table) -> tuple[Results, Results]:
+    """Return the results of every row: those of the seed that chooses, and of the
+    others at the rate that it chose.
+    """
+    every: Results = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        found.setdefault(result["row"], []).append(result)
-        if "per_task" in result:
-            alone = (
-                result
-                | result["per_task"]
-                | {"overlap": result.get("per_task_overlap")}
-            )
-            found.setdefault("ifp_per_task", []).append(alone)
-    return found
+        every.setdefault(result["row"], []).append(result)
+    for row, runs in list(every.items()):
+        if row == "ifp":
+            alone = [run | run["per_task"] | {"overlap": None} for run in runs]
+            every[DESCRIBED] = [run | {"row": DESCRIBED} for run in alone]
+    chosen, found = {}, {}
+    for row, runs in every.items():
+        rates = [run for run in runs if run["seed"] == table.chooses]
+        best = max(rates, key=lambda run: run["mean"])["rate"] if rates else None
+        chosen[row] = rates
+        others = [run for run in runs if run["seed"] != table.chooses]
+        found[row] = [run for run in others if best in (None, run["rate"])]
+    return chosen, {row: runs for row, runs in found.items() if runs}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -62,53 +58,43 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.3f}–{max(values):.3f})"
 
 
-def main_table(
-    results: dict[str, list[dict[str, Any]]], rows: Sequence[str] = tuple(ABOUT)
-) -> str:
-    """Return accuracy, compute and overlap of every one of ``rows`` as markdown."""
+def main_table(results: Results, names: dict[str, str]) -> str:
+    """Return accuracy, rate, compute and overlap of every row as markdown."""
     lines = [
-        "| row | seeds | mean | facts | skills | unseen family | compute | within / between |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | seeds | rate | mean | facts | skills | unseen family | compute "
+        "| within / between |",
+        "|---" * 9 + "|",
     ]
-    for row in rows:
-        runs, about = results.get(row, []), (ABOUT | CONTROLS)[row]
+    for row, name in names.items():
+        runs = results.get(row, [])
         if not runs:
-            lines.append(f"| {about} | not run | | | | | | |")
+            lines.append(f"| {name} | not run | | | | | | | |")
             continue
         scores = [spread([run[column] for run in runs]) for column in COLUMNS]
         compute = f"{np.mean([run['compute'] for run in runs]):.0f}"
         overlap = _overlap([run["overlap"] for run in runs if run.get("overlap")])
-        cells = [about, str(len(runs)), *scores, compute, overlap]
+        rates = ", ".join(f"{rate:g}" for rate in sorted({run["rate"] for run in runs}))
+        cells = [name, str(len(runs)), rates, *scores, compute, overlap]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def curve(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the facts that dense-small knows after ever more examples, as markdown.
-
-    Every figure is of a run of its own, with a whole schedule of learning rates.
-    """
-    small = [runs for row, runs in results.items() if row.startswith("dense_small")]
-    small.sort(key=lambda runs: runs[0]["steps"])
-    rows = {f"dense-small, {runs[0]['steps']} steps": runs for runs in small}
-    if "ifp" in results:
-        rows["IFP, one mask per input"] = results["ifp"]
-    seeds = sorted({run["seed"] for runs in rows.values() for run in runs})
-    head = ["facts of seed", *map(str, seeds), "compute"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for about, runs in rows.items():
-        found = {run["seed"]: f"{run['facts']:.3f}" for run in runs}
-        cells = [about, *(found.get(seed, "") for seed in seeds)]
-        lines.append(f"| {' | '.join(cells)} | {runs[0]['compute']:.0f} |")
+def rate_table(chosen: Results, names: dict[str, str]) -> str:
+    """Return the mean of every row at every rate, on the seed that chose."""
+    rates = sorted({run["rate"] for runs in chosen.values() for run in runs})
+    lines = ["| row | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
+    lines.append("|---" * (len(rates) + 1) + "|")
+    for row, name in names.items():
+        found = {run["rate"]: f"{run['mean']:.3f}" for run in chosen.get(row, [])}
+        cells = [name, *(found.get(rate, "") for rate in rates)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def task_table(
-    results: dict[str, list[dict[str, Any]]], rows: Sequence[str], tasks: Sequence[Task]
-) -> str:
+def task_table(results: Results, names: dict[str, str], tasks: Sequence[Task]) -> str:
     """Return the accuracy of some rows on every task, mean over seeds."""
-    rows = [row for row in rows if row in results]
-    lines = ["| task | " + " | ".join(ABOUT[row] for row in rows) + " |"]
+    rows = [row for row in BY_TASK if row in results]
+    lines = ["| task | " + " | ".join(names[row] for row in rows) + " |"]
     lines.append("|---" * (len(rows) + 1) + "|")
     for task in tasks:
         found = [
@@ -119,11 +105,10 @@ def task_table(
     return "\n".join(lines)
 
 
-def margins(results: dict[str, list[dict[str, Any]]], row: str = "ifp") -> str:
+def margins(results: Results, names: dict[str, str], row: str = "ifp") -> str:
     """Return how far ``row`` is from the others, seed by seed, as markdown."""
     mine = {run["seed"]: run["mean"] for run in results.get(row, [])}
-    about = ABOUT | CONTROLS
-    lines = [f"| {about[row]} minus | mean | of each seed |", "|---|---|---|"]
+    lines = [f"| {names[row]} minus | mean | of each seed |", "|---|---|---|"]
     for other, runs in results.items():
         gaps = {
             r["seed"]: mine[r["seed"]] - r["mean"] for r in runs if r["seed"] in mine
@@ -132,7 +117,7 @@ def margins(results: dict[str, list[dict[str, Any]]], row: str = "ifp") -> str:
             continue
         each = ", ".join(f"{gaps[seed]:+.3f}" for seed in sorted(gaps))
         lines.append(
-            f"| {about[other]} | {np.mean(list(gaps.values())):+.3f} | {each} |"
+            f"| {names[other]} | {np.mean(list(gaps.values())):+.3f} | {each} |"
         )
     return "\n".join(lines)
 
@@ -167,27 +152,20 @@ def _overlap(found: Sequence[dict[str, Any]]) -> str:
     return f"{within:.2f} / {between:.2f} (chance {found[0]['chance']:.2f})"
 
 
-def tables(mix: str, folder: Path) -> str:
+def tables(mix: str, folder: Path, config: Path = ROWS) -> str:
     """Return a mix's tables, and draw its picture beside the results."""
-    results, tasks = load_results(folder), all_tasks(mix)
-    tuning = load_results(folder / "tuning")
-    controls = [row for row in CONTROLS if row in results]
-    parts = [main_table(results, [*ABOUT, *controls])]
+    table = Table.read(config, mix)
+    names, tasks = about(table), all_tasks(table.scale.mix)
+    chosen, results = load_results(folder, table)
+    parts = [main_table(results, names)]
     if "ifp" in results:
-        parts.append(margins(results))
+        parts.append(margins(results, names))
         draw_overlap(results["ifp"][0], folder / PICTURE, tasks)
-    every = {
-        row: results.get(row, []) + tuning.get(row, []) for row in results | tuning
-    }
-    parts.append(curve(every))
-    rows = ["dense_full", "dense_small", "dense_small_compute", "static", "ifp"]
-    parts.append(task_table(results, rows, tasks))
-    if tuning:
-        rows = [row for row in ABOUT | CONTROLS if row in tuning]
-        seeds = {run["seed"] for runs in tuning.values() for run in runs}
-        names = ", ".join(str(seed) for seed in sorted(seeds))
-        parts.append(f"Seed {names}, on which choices were made, with controls:")
-        parts.append(main_table(tuning, rows))
+    if results:
+        parts.append(task_table(results, names, tasks))
+    if chosen:
+        parts.append(f"Mean at every rate, seed {table.chooses}, which chose:")
+        parts.append(rate_table(chosen, names))
     return "\n\n".join(parts)
 
 
@@ -197,8 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="also into README.md")
     args = parser.parse_args(arguments)
-    for mix in SCALES:
-        text = tables(mix, folder_of(mix, args.results))
+    for mix in MIXES:
+        text = tables(mix, args.results / mix)
         print(text)
         if args.write:
             fill(Path(__file__).parent / "README.md", {mix: text})

@@ -1,207 +1,164 @@
-"""The rows of the comparison: each trains a model and says how it selects."""
+"""The rows of the table: settings of the trainer from a file, and what is no setting.
+
+Every row is trained by ``python -m ifp_mlx.train``'s own ``run``. Around it there is
+what no setting says: a model that is cut once and for all, the two oracles, which are
+told the true task, and selection without training.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.optimizers import AdamW, clip_grad_norm
-from tqdm import tqdm
+import yaml
 
+from ifp_mlx import Selection, load
+from ifp_mlx.model.export import write_plain
 from ifp_mlx.selection.top_k import select
+from ifp_mlx.slicing.masked import set_masks
 from ifp_mlx.slicing.plan import plan_of
-from ifp_mlx.slicing.sliced import slice_model
 from ifp_mlx.training import warm_start
-from ifp_mlx.training.batches import Batch
+from ifp_mlx.training.batches import Batch, in_order
 from ifp_mlx.training.maskers import (
     Budget,
     FixedMask,
     Masker,
     PredictorMasker,
     ScoreTable,
+    masked_layers,
 )
-from ifp_mlx.training.step import schedule, target_losses
+from ifp_mlx.training.recipe import TrainConfig
+from ifp_mlx.training.records import Reader
 
-from .groups import agreement, clusters, paraphrases
-from .lab import DENSE, Lab, Trained, importance
-from .warm import WARM_BATCHES, new_predictor, warm_predictor
+from .lab import DENSE, Scale, Trained
+from .tasks import all_tasks
 
-EXPERTS = 8
-
-
-def dense_full(lab: Lab) -> Trained:
-    """Train the dense model to the end: what pruning starts from, and the bound."""
-    model = lab.dense(lab.scale.steps)
-    return _plain(lab, model, lab.scale.start_steps + lab.scale.steps)
+ROWS = Path(__file__).with_name("rows.yaml")
+OWN = {"about", "hidden", "from", "data", "prune", "oracle", "select", "steps"}
+SEEN = 64  # batches of examples that a mask is made from
 
 
-def dense_small(lab: Lab) -> Trained:
-    """Train a dense model of the activated size from scratch, on the same examples."""
-    steps = lab.scale.start_steps + lab.scale.steps
-    return _small(lab, steps)
+@dataclass(frozen=True)
+class Table:
+    """What the file of rows says, for one mix.
+
+    Attributes:
+        scale: sizes.
+        steps: what start, second and both mean.
+        rates: that each row's is chosen from.
+        chooses: the seed that chooses.
+        seeds: of the table.
+        common: settings of every row.
+        rows: by name.
+        examples: rows of training data.
+    """
+
+    scale: Scale
+    steps: dict[str, int]
+    rates: list[float]
+    chooses: int
+    seeds: list[int]
+    common: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    examples: int
+
+    @staticmethod
+    def read(path: Path, mix: str, *, tiny: bool = False) -> "Table":
+        """Read the file; ``tiny`` leaves a few steps, to see that all runs."""
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sizes = dict(found["mixes"][mix])
+        start, second = (4, 4) if tiny else (sizes.pop("start"), sizes.pop("second"))
+        rows, test = (2048, 2) if tiny else (sizes.pop("rows"), sizes.pop("test"))
+        names = {field.name for field in fields(Scale)}
+        known = {name: size for name, size in sizes.items() if name in names}
+        scale = Scale(mix=sizes.get("tasks", mix), test_per_task=test, **known)
+        common = found["common"] | ({"warmup": 1} if tiny else {})
+        if tiny:
+            for row in found["rows"].values():
+                row |= (
+                    {"warm_steps": 2, "warm_start": 64} if "warm_steps" in row else {}
+                )
+        return Table(
+            scale,
+            {"start": start, "second": second, "both": start + second},
+            found["rates"],
+            found["chooses"],
+            found["seeds"],
+            common,
+            found["rows"],
+            rows,
+        )
+
+    def needs(self, row: str) -> list[str]:
+        """Return the rows that a row goes on from, the first first, and itself."""
+        before = self.rows[row]["from"]
+        earlier = self.needs(before) if before in self.rows else []
+        return [*earlier, row]
+
+    def settings(self, row: str, rate: float, seed: int) -> dict[str, Any]:
+        """Return a row's settings of the trainer, without steps and folders."""
+        found = {n: v for n, v in self.rows[row].items() if n not in OWN}
+        if found.get("masker_lr") == 1:  # as fast as the model
+            found["masker_lr"] = rate
+        depth = len(self.needs(row))  # each stage reads in another order
+        chosen: dict[str, Any] = {"batch_size": self.scale.batch_size, "lr": rate}
+        chosen |= {"target_size": self.scale.kept, "seed": 10 * seed + depth}
+        return self.common | chosen | found
 
 
-def dense_small_compute(lab: Lab) -> Trained:
-    """Train it on more examples, until it has cost what all of IFP's stages cost."""
-    scale = lab.scale
-    full = scale.compute(scale.channels)
-    # The predictor is a copy of the first layer, and reads three quarters of a row.
-    predictor = 0.75 * (full - scale.width * 512) / scale.layers
-    total = scale.start_steps * full + scale.steps * (full + predictor)
-    return _small(lab, round(total / scale.compute(scale.kept)))
+def prune(start: Path, data: Path, kept: int, out: Path) -> None:
+    """Cut a model once, by activation × weight over training examples."""
+    if out.exists():
+        return
+    model, _ = load(start)
+    dense = model.dense()
+    used = [
+        np.exp(warm_start.channel_importance(dense, b)) for b in _first(model, data)
+    ]
+    inlets = plan_of(dense).inlets(dense)
+    down = np.stack([np.linalg.norm(np.array(m.weight), axis=0) for m in inlets])
+    scores = mx.array((np.concatenate(used).mean(axis=0) * down).astype(np.float32))
+    selection = select(scores, [kept] * model.layers)
+    write_plain(model, model.compact(selection), selection, out)
 
 
-def dense_small_longest(lab: Lab) -> Trained:
-    """Train it on six times the examples: does it still learn after three?"""
-    return _small(lab, 6 * (lab.scale.start_steps + lab.scale.steps))
-
-
-def dense_small_long(lab: Lab) -> Trained:
-    """Train it on three times the examples: has it learned what it can by then?"""
-    return _small(lab, 3 * (lab.scale.start_steps + lab.scale.steps))
-
-
-def static(lab: Lab) -> Trained:
-    """Prune once by activation × weight, then train on."""
-    model = _pruned(lab)
-    lab.fit(model, DENSE, lab.scale.steps, first=lab.scale.start_steps)
-    return _pruned_row(lab, model)
-
-
-def static_distil(lab: Lab) -> Trained:
-    """The same, with the KL from the fully trained dense model as half of the loss."""
-    teacher = lab.dense(lab.scale.steps)
-    model = _pruned(lab)
-    lab.fit(
-        model,
-        DENSE,
-        lab.scale.steps,
-        first=lab.scale.start_steps,
-        parent=lambda batch: teacher(batch.tokens[:, :-1]),
-        ce_weight=0.5,
-        kl_weight=0.5,
-    )
-    return _pruned_row(lab, model)
-
-
-def static_learned(lab: Lab) -> Trained:
-    """Learn one mask for all tasks through the soft top-k."""
-    model = lab.dense(0)
-    prior = np.log(importance(lab, model))
-    table = prior / prior.std(axis=-1, keepdims=True)
-    return _masked(lab, model, ScoreTable(mx.array(table.astype(np.float32))))
-
-
-def task_random(lab: Lab) -> Trained:
-    """Give every task a random mask, and the model the true task: an oracle."""
-    scale = lab.scale
-    rng = np.random.default_rng(lab.seed)
-    scores = rng.random((len(lab.tasks), scale.layers, scale.channels))
-    order = np.argsort(np.argsort(-scores, axis=-1), axis=-1)
-    mask = FixedMask(mx.array((order < scale.kept).astype(np.float32)))
-    return _masked(lab, lab.dense(0), mask)
-
-
-def task_learned(lab: Lab) -> Trained:
-    """Learn a mask for every task, and give the model the true task: an oracle."""
-    model = lab.dense(0)
-    sums = np.zeros((len(lab.tasks), lab.scale.layers, lab.scale.channels))
-    counts = np.zeros(len(sums))
-    for number in range(WARM_BATCHES):
-        batch = lab.data(number)
-        used, task = warm_start.channel_importance(model, batch), np.array(batch.tasks)
-        np.add.at(sums, task, used)
-        np.add.at(counts, task, 1)
+def oracle_table(start: Path, data: Path, kind: str, scale: Scale, seed: int) -> Masker:
+    """Return masks of the true task, ``random`` or ``learned`` from what a task uses."""
+    tasks = len(all_tasks(scale.mix))
+    if kind == "random":
+        scores = np.random.default_rng(seed).random(
+            (tasks, scale.layers, scale.channels)
+        )
+        order = np.argsort(np.argsort(-scores, axis=-1), axis=-1)
+        return FixedMask(mx.array((order < scale.kept).astype(np.float32)))
+    model, _ = load(start)
+    sums, counts = np.zeros((tasks, *model.plan.shape)), np.zeros(tasks)
+    for batch in _first(model, data, scale.mix):
+        np.add.at(
+            sums,
+            np.array(batch.tasks),
+            warm_start.channel_importance(model.dense(), batch),
+        )
+        np.add.at(counts, np.array(batch.tasks), 1)
     mean = sums / np.maximum(counts, 1)[:, None, None]
     centred = mean - mean[counts > 0].mean(axis=0)
     centred /= centred[counts > 0].std(axis=-1).mean(axis=0)[:, None] + 1e-6
-    return _masked(lab, model, ScoreTable(mx.array(centred.astype(np.float32))))
+    return ScoreTable(mx.array(centred.astype(np.float32)))
 
 
-def moe(lab: Lab) -> Trained:
-    """Train a stock mixture of experts: a quarter of the experts' channels per token."""
-    from mlx_lm.models import mixtral
-
-    scale = lab.scale
-    config = scale.config(scale.channels // EXPERTS)
-    config |= {"num_local_experts": EXPERTS, "model_type": "mixtral"}
-    config["num_experts_per_tok"] = EXPERTS * scale.kept // scale.channels
-    mx.random.seed(lab.seed)
-    model = mixtral.Model(mixtral.ModelArgs.from_dict(config))
-    steps = scale.start_steps + scale.steps
-    optimizer = AdamW(schedule(scale.lr, 50, steps), bias_correction=True)
-
-    def loss(batch: Batch) -> mx.array:
-        losses = target_losses(model(batch.tokens[:, :-1]), batch)
-        return losses.sum() / batch.loss_mask[:, 1:].sum()
-
-    gradient = nn.value_and_grad(model, loss)
-    for number in tqdm(range(steps), disable=None, unit="step"):
-        _, grads = gradient(lab.data(number))
-        optimizer.update(model, clip_grad_norm(grads, 1.0)[0])
-        mx.eval(model.parameters(), optimizer.state)
-    spent = steps * scale.compute(scale.kept) / scale.compute(scale.channels)
-    return Trained(model, DENSE, Budget(scale.kept), spent, {})
+def reader_of(tokenizer: Any, mix: str) -> Reader:
+    """Return a reader that numbers tasks as the mix does."""
+    reader = Reader(tokenizer, "sft", max_length=256)
+    reader.tasks |= {task.name: number for number, task in enumerate(all_tasks(mix))}
+    return reader
 
 
-def activation(lab: Lab) -> Trained:
-    """Select from the fully trained dense model without training (GRIFFIN)."""
-    model = lab.dense(lab.scale.steps)
-    budget = Budget(lab.scale.kept, gates="binary")
-    spent = float(lab.scale.start_steps + lab.scale.steps)
-    return Trained(model, ActivationMasker(model), budget, spent, {})
-
-
-def ifp_naive(lab: Lab) -> Trained:
-    """IFP with a new predictor, one learning rate for all, and nothing else."""
-    predictor = new_predictor(lab, None, "last")
-    model = lab.dense(0)
-    return _masked(lab, model, PredictorMasker(predictor), masker_lr=lab.scale.lr)
-
-
-def ifp(lab: Lab) -> Trained:
-    """IFP as it learns reliably: warm-started, decorrelated, a slow predictor."""
-    model = lab.dense(0)
-    predictor, extra = warm_predictor(lab, model)
-    trained = _masked(lab, model, PredictorMasker(predictor))
-    trained.extra.update(extra)
-    return trained
-
-
-def ifp_clusters(lab: Lab) -> Trained:
-    """IFP that is never told a task: its warm start groups the questions by itself."""
-    model = lab.dense(0)
-    groups = clusters(lab, model)
-    predictor, extra = warm_predictor(lab, model, groups)
-    trained = _masked(lab, model, PredictorMasker(predictor))
-    trained.extra.update(extra | agreement(lab, groups))
-    return trained
-
-
-def ifp_paraphrases(lab: Lab) -> Trained:
-    """The same with groups by the words, where equal answers show what is a paraphrase."""
-    model = lab.dense(0)
-    groups = paraphrases(lab)
-    predictor, extra = warm_predictor(lab, model, groups)
-    trained = _masked(lab, model, PredictorMasker(predictor))
-    trained.extra.update(extra | agreement(lab, groups))
-    alone = agreement(lab, paraphrases(lab, described=False))
-    trained.extra["purity_of_questions_alone"] = alone["purity"]
-    return trained
-
-
-def ifp_both_stages(lab: Lab) -> Trained:
-    """IFP with half of its steps in the stage ``pretrain``, and half in ``sft``."""
-    model, scale = lab.dense(0), lab.scale
-    predictor, extra = warm_predictor(lab, model)
-    masker, half = PredictorMasker(predictor), scale.steps // 2
-    first = scale.start_steps
-    lab.fit(model, masker, half, first=first, batches=lab.data.chunks)
-    trained = _masked(lab, model, masker, steps=scale.steps - half, first=first + half)
-    trained.spent = float(scale.start_steps + scale.steps)
-    trained.extra.update(extra)
-    return trained
+def _first(model: Any, data: Path, mix: str = "plain") -> list[Batch]:
+    records = reader_of(model.tokenizer, mix).read(str(data), "train")
+    return in_order(records[: SEEN * 32], 32)
 
 
 class ActivationMasker(Masker):
@@ -217,9 +174,6 @@ class ActivationMasker(Masker):
 
     def scores(self, batch: Batch) -> mx.array:
         """Return the log of each channel's use, ``[B, L, F]``."""
-        from ifp_mlx.slicing.masked import set_masks
-        from ifp_mlx.training.maskers import masked_layers
-
         layers = masked_layers(self._model[0])
         set_masks(layers, mx.ones((len(layers), 1)))
         width = batch.instruction.shape[1]
@@ -231,75 +185,61 @@ class ActivationMasker(Masker):
         return mx.array(warm_start.channel_importance(self._model[0], alone))
 
 
-def _plain(lab: Lab, model: nn.Module, steps: float) -> Trained:
-    return Trained(model, DENSE, Budget(lab.scale.kept), steps, {})
+def opened(result: Path, scale: Scale, *, activation: bool = False) -> Trained:
+    """Return what a run wrote, ready to be tested as it would answer."""
+    from mlx_lm.utils import load_model
+
+    model, masker, budget = load_model(result)[0], DENSE, Budget(scale.kept)
+    mask = result.parent / "mask.safetensors"
+    if activation:
+        masker, budget = ActivationMasker(model), Budget(scale.kept, gates="binary")
+    elif mask.exists():
+        masker = FixedMask(Selection.load(mask).mask())
+    elif (result.parent / "tasks.safetensors").exists():
+        masker = _oracle(result.parent / "tasks.safetensors")
+        budget = Budget(scale.kept, 0.3)
+    elif (result / "predictor").exists():
+        checkpoint, _ = load(result)
+        own = checkpoint.ifp
+        assert checkpoint.predictor is not None and own.target_size is not None
+        masker = PredictorMasker(checkpoint.predictor)
+        budget = Budget(own.target_size, own.temperature, own.gates)
+    return Trained(model, masker, budget)
 
 
-def _small(lab: Lab, steps: int) -> Trained:
-    scale = lab.scale
-    model = lab.new_model(scale.kept)
-    lab.fit(model, DENSE, steps, target_size=scale.kept)
-    spent = steps * scale.compute(scale.kept) / scale.compute(scale.channels)
-    return Trained(model, DENSE, Budget(scale.kept), spent, {"steps": steps})
+def _oracle(file: Path) -> Masker:
+    found: Any = mx.load(str(file))
+    return FixedMask(found["mask"]) if "mask" in found else ScoreTable(found["table"])
 
 
-def _pruned(lab: Lab) -> nn.Module:
-    model = lab.dense(0)
-    scores = mx.array(importance(lab, model).astype(np.float32))
-    selection = select(scores, [lab.scale.kept] * lab.scale.layers)
-    slice_model(model, plan_of(lab.dense(0)), selection)
-    return model
+def train_oracle(
+    config: TrainConfig, kind: str, scale: Scale, run: Callable[..., Any]
+) -> dict[str, Any]:
+    """Train a model that is told the true task; write it as a run of the trainer does.
 
+    Args:
+        config: complete settings; its masker is left out.
+        kind: ``random`` or ``learned``.
+        scale: sizes.
+        run: the package's loop, :func:`ifp_mlx.training.run.train`.
+    """
+    from ifp_mlx.training.batches import Batches
+    from ifp_mlx.training.trainee import adapt, open_trainee, write_checkpoint
 
-def _pruned_row(lab: Lab, model: nn.Module) -> Trained:
-    scale = lab.scale
-    share = scale.compute(scale.kept) / scale.compute(scale.channels)
-    return _plain(lab, model, scale.start_steps + share * scale.steps)
-
-
-def _masked(
-    lab: Lab,
-    model: nn.Module,
-    masker: Masker,
-    *,
-    steps: int | None = None,
-    first: int | None = None,
-    **changes: Any,
-) -> Trained:
-    scale = lab.scale
-    steps, first = steps or scale.steps, first or scale.start_steps
-    log = lab.fit(model, masker, steps, first=first, **changes)
-    budget = lab.config(steps, **changes).budget(scale.channels)
-    extra = {"train_loss": log[-1]["loss"]}
-    return Trained(model, masker, budget, float(scale.start_steps + steps), extra)
-
-
-ROWS: dict[str, Callable[[Lab], Trained]] = {
-    function.__name__: function
-    for function in (
-        dense_full,
-        dense_small,
-        static,
-        static_distil,
-        ifp,
-        ifp_naive,
-        task_random,
-        dense_small_compute,
-        static_learned,
-        activation,
-        moe,
-        task_learned,
-        ifp_both_stages,
-        ifp_clusters,
-        ifp_paraphrases,
-        dense_small_long,
-        dense_small_longest,
+    output = Path(config.output)
+    trainee = open_trainee(config)
+    config = config.of()
+    start, data = Path(config.model), Path(config.data)
+    masker = oracle_table(start, data, kind, scale, config.seed)
+    records = reader_of(trainee.tokenizer, scale.mix).read(config.data, "train")
+    adapt(trainee.model, trainee.plan, config)
+    batches = Batches(records, config.batch_size, config.seed)
+    lines = run(trainee.model, masker, batches, config, folder=output)
+    found = (
+        {"table": masker.table}
+        if isinstance(masker, ScoreTable)
+        else {"mask": masker._mask}
     )
-}
-# Rows that ran only on the seed that choices were made on.
-CONTROLS = (
-    "ifp_clusters",
-    "ifp_paraphrases",
-    "dense_small_long",
-    "dense_small_longest",
-)
+    mx.save_safetensors(str(output / "tasks.safetensors"), found)
+    write_checkpoint(output / "model", trainee, None, None)
+    return {"loss": lines[-1]["loss"]}

@@ -1,73 +1,216 @@
-"""Run the comparison: every row for every seed; what is done already is left alone."""
+"""Measure the whole table: every row at every rate on one seed, then on three others.
+
+What is done already is left alone, so that a command that was stopped goes on. The rate
+of a row is the one whose model is right most often on the seed that chooses.
+"""
 
 import argparse
 import json
-from dataclasses import replace
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from ifp_mlx.files.atomic import new_file
+from ifp_mlx.training.estimate import estimate
+from ifp_mlx.training.recipe import TrainConfig
+from ifp_mlx.training.run import run, train
 
-from .lab import Clock, Lab, Scale, measure, report
-from .rows import CONTROLS, ROWS
+from .corpus import Corpus, describe
+from .data import write_data, write_shapes
+from .lab import Scale, measure, overlaps
+from .rows import ROWS, Table, opened, prune, train_oracle
+from .tasks import all_tasks, test_examples
 
-RESULTS = Path(__file__).parent / "results"
-SCALES = {
-    "plain": Scale(),
-    # So narrow, and with so much to remember, that the small model learns it slowly.
-    "crowded": Scale(
-        mix="crowded", width=32, kept=32, batch_size=64, start_steps=1500, steps=2500
-    ),
-}
+RESULTS = Path(__file__).parent / "measured"
+CACHE = Path("models/comparison")
 
 
-def folder_of(mix: str, root: Path) -> Path:
-    """Return where a mix's files are: in ``root``, or in a folder of its own there."""
-    return root if mix == "plain" else root / mix
+@dataclass
+class Bench:
+    """One mix: its rows, and where runs and results are.
+
+    Args:
+        table: what the file of rows says.
+        cache: folder of models, data and runs.
+        results: folder of what is kept of them.
+    """
+
+    table: Table
+    cache: Path
+    results: Path
+
+    def data(self, seed: int) -> Path:
+        """Return the folder of a seed's data, written now if it is not there."""
+        folder = self.cache / "data" / str(seed)
+        write_data(folder, self.table.scale, self.table.examples, seed)
+        return folder
+
+    def folder(self, row: str, rate: float, seed: int) -> Path:
+        """Return the folder of a run."""
+        return self.cache / "runs" / f"{rate:g}" / str(seed) / row
+
+    def config(self, row: str, rate: float, seed: int, steps: int = 1) -> TrainConfig:
+        """Return the complete settings of a run; what it begins with is made now."""
+        about, output = self.table.rows[row], self.folder(row, rate, seed)
+        settings = self.table.settings(row, rate, seed)
+        data = self.data(seed) / about.get("data", "questions")
+        if (teacher := settings.get("teacher")) is not None:
+            self.trained(teacher, rate, seed)
+            settings["teacher"] = str(self.folder(teacher, rate, seed) / "model")
+        begins = about["from"]
+        if begins in self.table.rows:
+            self.trained(begins, rate, seed)
+            model = self.folder(begins, rate, seed) / "model"
+        else:
+            model = self.cache / "shapes" / begins
+        if about.get("prune"):
+            cut = model.parent / "pruned"
+            prune(model, data, self.table.scale.kept, cut)
+            model = cut
+        if settings.get("masker") == "dense":
+            settings.pop("target_size")
+        where = {"model": str(model), "data": str(data), "output": str(output)}
+        config = TrainConfig(**settings | where | {"steps": steps})
+        config.check()
+        return config
+
+    def steps(self, row: str, rate: float, seed: int) -> int:
+        """Return how many steps a row makes."""
+        asked = self.table.rows[row]["steps"]
+        if isinstance(asked, str):
+            return self.table.steps[asked]
+        if isinstance(asked, dict):
+            return self._as(row, asked["as"], rate, seed)
+        return round(asked * self.table.steps["second"])
+
+    def _as(self, row: str, other: str, rate: float, seed: int) -> int:
+        """Return how many steps cost as much as another row, its beginnings counted."""
+        self.trained(other, rate, seed)
+        wanted = self.cost(other, rate, seed)
+        wanted -= sum(self._own(r, rate, seed) for r in self._before(row)[:-1])
+        one = estimate(self.config(row, rate, seed)).cost
+        return max(1, round((wanted - one.warm_start) / (one.total - one.warm_start)))
+
+    def trained(self, row: str, rate: float, seed: int) -> dict[str, Any]:
+        """Return the report of a run, which is made now if it is not there."""
+        about, folder = self.table.rows[row], self.folder(row, rate, seed)
+        path = folder / "comparison.json"
+        if "select" in about:
+            self.trained(about["from"], rate, seed)
+            return {"seconds": 0.0, "multiplications": 0.0}
+        if not path.exists():
+            steps = self.steps(row, rate, seed)
+            config = self.config(row, rate, seed, steps)
+            began = time.process_time()
+            if "oracle" in about:
+                cost = estimate(config).cost.total
+                train_oracle(config, about["oracle"], self.table.scale, train)
+            else:
+                cost = sum(run(config, lambda line: None)["multiplications"].values())
+            found = {"steps": steps, "multiplications": cost}
+            found |= {"seconds": time.process_time() - began}
+            with new_file(path) as scratch:
+                scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _before(self, row: str) -> list[str]:
+        """Return all that has to be trained for a row: beginnings, teacher, itself."""
+        about, found = self.table.rows[row], []
+        for other in (about.get("teacher"), about["from"]):
+            if other in self.table.rows:
+                found += self._before(other)
+        return [*dict.fromkeys([*found, row])]
+
+    def _own(self, row: str, rate: float, seed: int) -> float:
+        return float(self.trained(row, rate, seed)["multiplications"])
+
+    def cost(self, row: str, rate: float, seed: int) -> float:
+        """Return the multiplications of all that a row needs, each run counted once."""
+        return sum(self._own(r, rate, seed) for r in self._before(row))
+
+    def measured(self, row: str, rate: float, seed: int) -> dict[str, Any]:
+        """Return what a row is worth, trained and tested now if it has not been."""
+        path = self.results / f"{row}-{rate:g}-{seed}.json"
+        if not path.exists():
+            print(f"{row}, rate {rate:g}, seed {seed} ...", flush=True)
+            found = self._test(row, rate, seed)
+            with new_file(path) as scratch:
+                scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            print(f"{row}, rate {rate:g}, seed {seed}: {found['mean']:.3f}", flush=True)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _test(self, row: str, rate: float, seed: int) -> dict[str, Any]:
+        about, scale = self.table.rows[row], self.table.scale
+        report = self.trained(row, rate, seed)
+        source = about["from"] if "select" in about else row
+        result = self.folder(source, rate, seed) / "model"
+        trained = opened(result, scale, activation="select" in about)
+        tasks = all_tasks(scale.mix)
+        batches = tested(scale, seed)
+        step = self._own("start", rate, seed) / self.table.steps["start"]
+        found = measure(trained, batches, tasks) | {
+            "overlap": overlaps(trained, batches, len(tasks)),
+            "parameters": sum(w.size for _, w in tree_flatten(trained.model.parameters())),
+            "compute": self.cost(row, rate, seed) / step,
+            "cpu_seconds": sum(
+                self.trained(r, rate, seed)["seconds"] for r in self._before(row)
+            ),
+            "steps": report.get("steps", 0),
+            "row": row, "rate": rate, "seed": seed, "mix": scale.mix,
+        }  # fmt: skip
+        if (result / "predictor").exists() and "select" not in about:
+            described = tested(scale, seed, described=True)
+            found["per_task"] = measure(trained, described, tasks)
+            found["per_task_overlap"] = None
+        return found
+
+    def rate(self, row: str) -> float:
+        """Return the rate of a row that the choosing seed finds best."""
+        seed, rates = self.table.chooses, self.table.rates
+        return max(rates, key=lambda rate: self.measured(row, rate, seed)["mean"])
+
+
+def tested(scale: Scale, seed: int, *, described: bool = False) -> list[Any]:
+    """Return the test examples; ``described``: their task's description selects."""
+    tasks = all_tasks(scale.mix)
+    drawn = test_examples(tasks, scale.test_per_task, seed)
+    corpus = Corpus(drawn, 64, scale.mix)
+    if described:
+        describe(tasks, corpus)
+    return corpus.all()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mix", choices=list(SCALES), default="plain")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    rows = [row for row in ROWS if row not in CONTROLS]
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=rows)
-    parser.add_argument("--results", type=Path, help="default: beside this file")
-    parser.add_argument("--cache", type=Path, help="default: models/comparison")
+    parser.add_argument("--config", type=Path, default=ROWS, help="the file of rows")
+    parser.add_argument("--mix", nargs="+", default=["plain", "crowded"])
+    parser.add_argument("--rows", nargs="+", help="default: all that are not hidden")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the file's")
+    parser.add_argument("--rates", type=float, nargs="+", help="default: the file's")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument(
         "--tiny", action="store_true", help="a few steps, to see that it runs"
     )
     args = parser.parse_args(arguments)
-    scale = SCALES[args.mix]
-    if args.tiny:
-        scale = replace(scale, start_steps=4, steps=4, warm_steps=4, test_per_task=2)
-    results = args.results or folder_of(args.mix, RESULTS)
-    cache = args.cache or folder_of(args.mix, Path("models/comparison"))
-    results.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:  # seed by seed, so that one that is stopped has whole ones
-        lab = None
-        for row in args.rows:
-            path = results / f"{row}-{seed}.json"
-            if path.exists():
-                continue
-            lab = lab or Lab(scale, seed, cache)
-            print(f"{row}, seed {seed} ...", flush=True)
-            found = run_row(lab, row)
-            with new_file(path) as scratch:
-                scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
-            summary = {k: round(found[k], 3) for k in ("facts", "skills", "mean")}
-            print(f"{row}, seed {seed}: {summary}", flush=True)
-
-
-def run_row(lab: Lab, row: str) -> dict:
-    """Train and test one row; return what is kept of it."""
-    clock = Clock()
-    trained = ROWS[row](lab)
-    found = report(lab, trained, clock.seconds()) | {"row": row}
-    if row == "ifp":  # the same model, with one mask for a task
-        described = measure(trained, lab.test_batches(described=True), lab.tasks)
-        found["per_task"] = described
-    return found
+    mx.set_default_device(mx.cpu)
+    for mix in args.mix:
+        table = Table.read(args.config, mix, tiny=args.tiny)
+        if args.rates:
+            table.rates[:] = args.rates
+        write_shapes(args.cache / mix / "shapes", table.scale)
+        (args.results / mix).mkdir(parents=True, exist_ok=True)
+        bench = Bench(table, args.cache / mix, args.results / mix)
+        shown = [name for name, row in table.rows.items() if not row.get("hidden")]
+        for row in args.rows or shown:
+            rate = bench.rate(row)
+            for seed in args.seeds if args.seeds is not None else table.seeds:
+                bench.measured(row, rate, seed)
 
 
 if __name__ == "__main__":

@@ -145,14 +145,24 @@ def _example(tasks: list[Task], number: int, split: str, rng: random.Random) -> 
         question, answer = rng.choice(list(task.facts.items()))
     else:
         assert task.draw is not None
-        # Instances are split by their hash, so that no test instance is ever trained.
+        # No test instance is ever trained.
         while True:
             question, answer = task.draw(rng.randrange(1 << 30))
-            held_out = sum(map(ord, question)) % 5 == 0
-            if held_out == (split == "test"):
+            if _held_out(task, question) == (split == "test"):
                 break
     wording = rng.choice(task.wordings(split))
     return Example(number, wording.replace("{x}", question), answer)
+
+
+def _held_out(task: Task, question: str) -> bool:
+    """Whether an instance of a skill is for tests alone: every fifth by its hash; of
+    sums every fifth of those with one result, for a hash of the digits would hold out
+    all of some results, and nothing but chance could then say them.
+    """
+    if task.name == "sum":
+        a, b = map(int, question.split(" and "))
+        return (a + 2 * b + 1) % 5 == 0
+    return sum(map(ord, question)) % 5 == 0
 
 
 @cache

@@ -176,7 +176,7 @@ def test(folder: Path, recipe: Recipe, per_task: int) -> dict[str, Any]:
     model, _ = load_model(folder)
     tasks = all_tasks(recipe.scale.mix)
     drawn = test_examples(tasks, per_task, recipe.seed)
-    whole = Trained(model, DENSE, Budget(0), 0.0, {})
+    whole = Trained(model, DENSE, Budget(0))
     rows = Corpus(drawn, 64, recipe.scale.mix).all()
     return measure(whole, rows, tasks) | {
         "examples": {tasks[e.task].name: f"{e.prompt} → {e.answer}" for e in drawn},
