@@ -335,18 +335,20 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
     by leaving one out, and the share of the variance explained then.
     """
     u, s, vt = np.linalg.svd(x, full_matrices=False)
+    whole = float((y**2).sum())
+    power = max(float((s**2).mean()), 1e-12)  # of one example there is none
     best = (-np.inf, STRENGTHS[-1])
     for strength in STRENGTHS:
-        shrink = s**2 / (s**2 + strength * (s**2).mean())
+        shrink = s**2 / (s**2 + strength * power)
         hat = ((u * shrink) @ u.T).astype(np.float32)
         # Centring used one degree of freedom; 1/N is its part of the leverage.
         leverage = np.minimum(np.diag(hat) + 1 / len(x), 0.999)
         left_out = (y - hat @ y) / (1 - leverage)[:, None]
-        whole = max(float((y**2).sum()), 1e-12)  # nothing differs: nothing is explained
-        best = max(best, (1 - float((left_out**2).sum()) / whole, strength))
+        best = max(best, (1 - float((left_out**2).sum()) / max(whole, 1e-12), strength))
     explained, strength = best
-    inverse = s / (s**2 + strength * (s**2).mean())
-    return (vt.T * inverse) @ u.T, explained
+    inverse = s / (s**2 + strength * power)
+    # Where nothing differs, nothing is explained.
+    return (vt.T * inverse) @ u.T, explained if whole else 0.0
 
 
 def _low_rank(
