@@ -71,6 +71,7 @@ def cost_of(
     records: Sequence[Record],
     *,
     fresh: bool,
+    grouped: bool = False,
     teacher: nn.Module | None = None,
 ) -> Cost:
     """Return what a run costs.
@@ -82,6 +83,7 @@ def cost_of(
         predictor: its predictor, or ``None``.
         records: the training examples.
         fresh: whether the predictor is new, and has a warm start.
+        grouped: whether it learns groups of examples before step 0.
         teacher: the dense model of the KL, or ``None``.
     """
     read, asked = (
@@ -94,10 +96,11 @@ def cost_of(
     taught = 0 if teacher is None else weights_per_token(teacher)
     warm = 0.0
     if fresh and config.masker != "dense":
-        first = min(config.warm_start or 64, len(records))
+        none = 64 if predictor is None else 0  # one mask begins with some all the same
+        first = min(config.warm_start or none, len(records))
         warm = first * (read * each + asked * small)
-        if config.groups != "off" and predictor is not None:
-            warm += 3 * config.warm_steps * config.batch_size * asked * small
+    if grouped:
+        warm += 3 * config.warm_steps * config.batch_size * asked * small
     return Cost(
         passes * examples * read * each,
         3 * examples * asked * small,

@@ -454,7 +454,10 @@ def run_cost(
     fresh = trained_predictor(trainee, config) is None
     teacher = teacher_of(trainee, config)
     given = (config, trainee.model, trainee.plan, predictor, examples.train)
-    return cost_of(*given, fresh=fresh, teacher=teacher)
+    grouped = fresh and predictor is not None and config.warm_start > 0
+    if grouped:
+        grouped = groups_of(examples.first, config.groups, config.seed) is not None
+    return cost_of(*given, fresh=fresh, grouped=grouped, teacher=teacher)
 
 
 def _line(report: Report) -> str:

@@ -7,7 +7,7 @@ of a row is the one whose model is right most often on the seed that chooses.
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ifp_mlx.training.run import run, train
 from .corpus import Corpus, describe
 from .data import write_data, write_shapes
 from .lab import Scale, measure, overlaps
-from .rows import ROWS, Table, opened, prune, train_oracle
+from .rows import ROWS, SEEN, Table, opened, prune, train_oracle
 from .tasks import all_tasks, test_examples
 
 RESULTS = Path(__file__).parent / "measured"
@@ -107,15 +107,23 @@ class Bench:
             config = self.config(row, rate, seed, steps)
             began = time.process_time()
             if "oracle" in about:
-                cost = estimate(config).cost.total
+                cost = estimate(replace(config, masker="dense")).cost.total
                 train_oracle(config, about["oracle"], self.table.scale, train)
             else:
                 cost = sum(run(config, lambda line: None)["multiplications"].values())
+            if about.get("prune") or about.get("oracle") == "learned":
+                cost += self._looked(rate, seed)
             found = {"steps": steps, "multiplications": cost}
             found |= {"seconds": time.process_time() - began}
             with new_file(path) as scratch:
                 scratch.write_text(json.dumps(found) + "\n", encoding="utf-8")
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def _looked(self, rate: float, seed: int) -> float:
+        """Return what reading the examples costs that a mask is made from."""
+        examples = self.table.steps["start"] * self.table.scale.batch_size
+        forward = self._own("start", rate, seed) / examples / 3
+        return forward * min(SEEN * 32, self.table.examples)
 
     def _before(self, row: str) -> list[str]:
         """Return all that has to be trained for a row: beginnings, teacher, itself."""
