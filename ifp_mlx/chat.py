@@ -1,13 +1,11 @@
 """A conversation in the terminal: the command."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from . import cli
-from .engine import Engine, IFPError
+from .engine import Engine
 from .engine.sampling import DEFAULT_MAX_TOKENS
 from .terminal.bars import Bars
 from .terminal.conversation import Conversation, Source
@@ -76,7 +74,7 @@ def _command(args: argparse.Namespace) -> None:
     how: dict[str, Any] = {"memory_limit": cli.bytes_of(args.memory_gb)}
     how |= {"prefill_step": args.prefill_step_size, "adapter_path": args.adapter_path}
     how |= cli.kv_of(args)
-    with _sentences(), Engine.open(args.model, progress=bars, **how) as engine:
+    with Engine.open(args.model, progress=bars, **how) as engine:
         talk = Conversation(engine, cli.tasks_folders(args), report=bars, **asked)
         if (source := _source(args)) is not None:
             talk.select_by(source)
@@ -111,15 +109,6 @@ def _source(args: argparse.Namespace) -> Source | None:
         words = f"the instruction {args.instruction!r}"
         return Source(words, instruction=args.instruction)
     return None
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """Turn the engine's errors into a command's: a sentence, and exit status 2."""
-    try:
-        yield
-    except IFPError as error:
-        raise ValueError(str(error)) from error
 
 
 if __name__ == "__main__":

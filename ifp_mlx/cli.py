@@ -44,8 +44,8 @@ def main(
 def run(command: Callable[[], None], prog: str) -> None:
     """Run ``command`` so that a user's mistake is one line and exit status 2.
 
-    ``ValueError``, ``OSError`` and ``ImportError`` carry the sentence for the user;
-    anything else is a fault of ours and keeps its traceback. A terminated run still
+    ``ValueError``, ``OSError``, ``ImportError`` and the engine's ``MemoryError`` carry the
+    sentence for the user; anything else is a fault of ours and keeps its traceback. A terminated run still
     cleans up after itself.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -56,8 +56,8 @@ def run(command: Callable[[], None], prog: str) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
-    except (ValueError, OSError, ImportError) as error:
-        fail(prog, str(error))
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        fail(prog, str(error) or "There is not enough memory; close something.")
 
 
 def fail(prog: str, message: str) -> NoReturn:

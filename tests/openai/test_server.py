@@ -514,6 +514,7 @@ def test_a_crowd_gets_right_answers_and_a_killed_client_frees_its_slot(tmp_path)
         (["--prepare", "french"], "'french' is not of the form"),
         (["--batch", "0"], "--batch 0"),
         (["--keep", "2", "--prepare", "a=b"], "keep=2"),
+        (["--memory-limit", "100000", "--prepare", "a=b"], "memory limit"),
     ],
 )
 def test_mistakes_in_the_command_are_one_line(capsys, folder, options, words):
