@@ -1,5 +1,5 @@
 # For people and CI alike. `make demo` shows the thing, `make smollm2` on a real model;
-# `make test check` before a commit.
+# `make test check` before a commit; `make test-all` has the long tests, too.
 # PYTHON makes the virtual environment (3.11 or newer), VENV is where it goes.
 
 PYTHON ?= python3
@@ -17,10 +17,11 @@ ifeq ($(shell uname),Linux)
     RUN = LD_PRELOAD=$(BLAS) OPENBLAS_NUM_THREADS=$(shell nproc)
   endif
   # On a CPU mx.compile calls g++ for every fused kernel: minutes of a cold test run.
-  TEST_RUN = MLX_DISABLE_COMPILE=1 $(RUN)
+  # Matrices of tests are too small to share: a second thread would only wait for them.
+  TEST_RUN = MLX_DISABLE_COMPILE=1 $(RUN) OPENBLAS_NUM_THREADS=1
 endif
 
-.PHONY: setup demo smollm2 test quick check fix sizes
+.PHONY: setup demo smollm2 test test-all quick check fix sizes
 
 setup: $(VENV)/.setup
 
@@ -43,11 +44,15 @@ smollm2: setup
 
 test: setup
 	$(HINT)
+	$(TEST_RUN) $(VENV)/bin/python -m pytest -m 'not long'
+
+test-all: setup
+	$(HINT)
 	$(TEST_RUN) $(VENV)/bin/python -m pytest
 
 quick: setup
 	$(HINT)
-	$(TEST_RUN) $(VENV)/bin/python -m pytest -m 'not real and not coreml'
+	$(TEST_RUN) $(VENV)/bin/python -m pytest -m 'not long and not real and not coreml'
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -7,7 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,17 +78,29 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture(scope="session")
+def short_texts() -> tuple[list[Any], list[Any]]:
+    """The beginnings of two chats of the calibration text, and a first card's dialogue."""
+    from ifp_mlx.model.trial import dialogues
+    from ifp_mlx.selection.calibration import calibration_chats
+
+    chats = calibration_chats()[:2]
+    begun = [[m | {"content": m["content"][:60]} for m in chat] for chat in chats]
+    return begun, dialogues()[:1]
+
+
 @pytest.fixture(autouse=True)
 def short_calibration(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    short_texts: tuple[list[Any], list[Any]],
 ) -> None:
     """Tiny models read a short calibration text: most tests ask for a prior by the way."""
     from ifp_mlx.model import checkpoint, trial
 
     if request.node.get_closest_marker("real") is None:
-        chats = checkpoint.calibration_chats()[:2]
+        chats, some = short_texts
         monkeypatch.setattr(checkpoint, "calibration_chats", lambda: chats)
-        some = trial.dialogues()[:1]
         monkeypatch.setattr(trial, "dialogues", lambda: some)
 
 
@@ -144,6 +156,29 @@ def family_units() -> dict[str, str]:
     page = FAMILIES_FILE.with_suffix(".md").read_text()
     rows = (line.strip("| ").split(" | ") for line in page.splitlines())
     return {row[0]: row[1] for row in rows if row[1:2] in (["channel"], ["expert"])}
+
+
+def thinned(ways: Iterable[Any], every: int) -> list[Any]:
+    """Return parameters of which one in ``every`` is tried by `make test`; the others
+    are long. For grids in which a value says little about the test: every model type
+    has a test that is not thinned.
+    """
+    return [
+        pytest.param(*_as_tuple(way), marks=[pytest.mark.long] if n % every else [])
+        for n, way in enumerate(ways)
+    ]
+
+
+def by_turns(values: Iterable[Any]) -> list[Any]:
+    """Return each value beside ``True`` or ``False``, in turns; beside the other it is
+    long.
+    """
+    pairs = ((_as_tuple(v), n % 2 == 0) for n, v in enumerate(values))
+    return thinned(((*v, way) for v, first in pairs for way in (first, not first)), 2)
+
+
+def _as_tuple(way: Any) -> tuple[Any, ...]:
+    return way if isinstance(way, tuple) else (way,)
 
 
 def randomised(model: "nn.Module", seed: int = 0) -> "nn.Module":

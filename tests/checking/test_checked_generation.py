@@ -317,6 +317,7 @@ def test_the_shipped_checkpoint_says_what_its_whole_model_says(capsys):
     assert 0 < stood <= drafted
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("name", "prompt"),

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_lm
 import pytest
-from conftest import fetch, relative_error
+from conftest import fetch, relative_error, thinned
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -28,7 +28,9 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["smollm2", "gemma3"])
+@pytest.fixture(
+    scope="module", params=["smollm2", pytest.param("gemma3", marks=pytest.mark.long)]
+)
 def opened(request):
     """Return a name, the model and its tokenizer."""
     return request.param, *load(fetch(request.param))
@@ -138,7 +140,7 @@ def test_the_same_instruction_gives_the_same_mask_id_in_another_process(
     assert Selection.load(mask).mask_id == step.selection.mask_id
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "first-layer"])
+@pytest.mark.parametrize("allocation", thinned(["uniform", "first-layer"], 2))
 def test_a_compact_smollm2_in_stock_mlx_lm(smollm2, tmp_path, allocation):
     model, tokenizer = smollm2
     tokens = mx.array([tokenize(tokenizer, as_messages(PROMPTS["smollm2"]))])

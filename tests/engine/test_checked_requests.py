@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import write_family, write_folder, write_quantised
+from conftest import by_turns, write_family, write_folder, write_quantised
 from mlx.utils import tree_flatten
 from mlx_lm.sample_utils import make_logits_processors
 
@@ -199,9 +199,10 @@ def both_forms(model, selection, first):
     return shelf, forms[False], forms[True]
 
 
-@pytest.mark.parametrize("kind", ["plain", "gated", "compensated"])
-@pytest.mark.parametrize("source", KINDS)
-@pytest.mark.parametrize("first", [False, True], ids=["plain first", "checked first"])
+PAIRS = itertools.product(KINDS, ("plain", "gated", "compensated"))
+
+
+@pytest.mark.parametrize(("source", "kind", "first"), by_turns(PAIRS))
 def test_both_forms_of_a_selection_share_what_is_equal(tmp_path, source, kind, first):
     model, _ = load(write_kind(tmp_path, source))
     selection, tokens = selection_of(model, kind), mx.array([[5, 6, 7]])

@@ -638,7 +638,8 @@ from ifp_mlx.engine import Engine, Token
 how, folder = sys.argv[1:]
 engine = Engine.open(folder, prefill_step=16)
 check = "exact" if how == "checking" else "off"
-events = engine.stream("Hello there, how are you?", max_tokens=200, check=check)
+how = {"keep": 0.5, "max_tokens": 200, "check": check}
+events = engine.stream("Hello there, how are you?", **how)
 for event in events:
     if isinstance(event, Token):
         break
@@ -659,6 +660,7 @@ def test_a_process_ends_cleanly_however_it_leaves(large_folder, how):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.long
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_a_real_batch_answers_as_each_alone(name):

@@ -252,6 +252,7 @@ def test_what_a_card_decides_itself_is_refused(mistake, sentence, opened, capsys
 # A real model
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_a_real_model_bears_less_the_less_is_kept(monkeypatch):
     monkeypatch.setattr(cards, "MAX_TOKENS", 16)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CHECK = "examples.benchmarks.distributed_check"
 
 
-@pytest.mark.real  # no real model, but two servers of two ranks each: a minute
+@pytest.mark.long  # two servers of two ranks each: a minute
 @pytest.mark.parametrize(
     ("family", "options"), [("llama", []), ("ministral3", ["--pipeline"])]
 )

@@ -5,7 +5,7 @@ import json
 import mlx.core as mx
 import mlx_lm.utils
 import pytest
-from conftest import ROOT, family_units, relative_error, write_tokenizer
+from conftest import ROOT, family_units, relative_error, thinned, write_tokenizer
 from mlx.utils import tree_flatten
 
 from examples.benchmarks.families import families
@@ -77,7 +77,7 @@ def folder_of(path, name):
     return path
 
 
-@pytest.mark.parametrize("name", [n for n in UNITS if n not in NOT_OPENED])
+@pytest.mark.parametrize("name", thinned((n for n in UNITS if n not in NOT_OPENED), 3))
 def test_a_folder_opens_selects_compacts_and_is_written_as_a_stock_folder(
     name, tmp_path
 ):

@@ -512,6 +512,7 @@ def test_it_runs_in_real_widgets(tmp_path):
     check_seen(seen)
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_it_answers_with_a_real_model_in_real_widgets(tmp_path):
     folder = ROOT / "models" / "smollm2"

@@ -77,6 +77,7 @@ def test_the_exported_package_is_held_to_mlx(run):
     assert "the same greedy tokens over 8 decode steps" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.coreml
 def test_the_package_can_be_kept(run, tmp_path_factory):
     pytest.importorskip("coremltools")

@@ -10,6 +10,7 @@ from conftest import (
     family_units,
     randomised,
     swept,
+    thinned,
     write_folder,
     write_quantised,
 )
@@ -54,7 +55,7 @@ class Built:
             cut(module, self.plan.layers[layer], index, self.plan.units)
 
 
-@pytest.mark.parametrize("family", family_units())
+@pytest.mark.parametrize("family", thinned(family_units(), 3))
 def test_a_sweep_equals_everything_in_memory_in_every_family(family):
     source, tokens = Built(families()[family]), [5, 9, 77, 200, 13, 40]
     dense = source.open()

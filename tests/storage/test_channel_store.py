@@ -509,7 +509,7 @@ def test_generating_from_a_store_says_the_same(pair, capsys):
 
 
 @given(data=st.data())
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_switching_is_the_same_as_loading_afresh(pair, quantised_pair, data):
     for (_, store), channels, unit in ((pair, 64, 1), (quantised_pair, 128, 32)):
         selection = subset(data.draw, channels, unit)

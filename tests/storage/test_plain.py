@@ -6,7 +6,7 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import family_units, write_family
+from conftest import by_turns, family_units, write_family
 from damage import change_weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,8 +83,7 @@ def changed(one, other):
     return new / sum(other.sizes)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(("name", "quantised"), by_turns(EXPERTS))
 def test_every_type_is_read_expert_by_expert_and_is_as_if_cut_in_memory(
     name, quantised, tmp_path, exact
 ):

@@ -48,7 +48,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in found if "loss" in line}
 
 
-@pytest.mark.real  # no real model, but a C++ compiler at work for half a minute
+@pytest.mark.long  # a C++ compiler at work for half a minute
 def test_the_predictor_gets_the_same_gradient_compiled():
     plain = gradient(compiled=False, checkpointed=False, gates="soft")
     mx.enable_compile()
@@ -61,7 +61,7 @@ def test_the_predictor_gets_the_same_gradient_compiled():
     assert relative_error(again[name], plain[name]) < 1e-5
 
 
-@pytest.mark.real  # no real model, but three processes that each import everything
+@pytest.mark.long  # three processes that each import everything
 def test_two_ring_ranks_make_the_steps_of_one(command, tmp_path):
     launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2"]
     launch += ["--backend", "ring", "--", sys.executable]
@@ -73,7 +73,7 @@ def test_two_ring_ranks_make_the_steps_of_one(command, tmp_path):
         assert two[step] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.real  # no real model, but several processes one after another
+@pytest.mark.long  # several processes one after another
 def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(command, tmp_path):
     subprocess.run([sys.executable, *command("whole", 40)], check=True)
     log, rng = tmp_path / "cut" / "log.jsonl", random.Random(0)
