@@ -128,10 +128,10 @@ def test_arrays_of_ids_are_taken_as_lists_are(tiny_folder):
     model, tokenizer = load(tiny_folder)
     ids = tokenizer.encode("Hello")
     forms = [ids, tuple(ids), np.array(ids), list(np.array(ids)), mx.array(ids)]
-    texts = {ifp_mlx.generate(model, tokenizer, form, keep=0.5) for form in forms}
+    options = {"keep": 0.5, "max_tokens": 3}
+    texts = {ifp_mlx.generate(model, tokenizer, form, **options) for form in forms}
     assert len(texts) == 1
     masks = {model.select(form, keep=0.5).mask_id for form in forms}
-    options = {"keep": 0.5, "max_tokens": 3}
     with Engine.open(tiny_folder) as engine:
         texts = {engine.generate(form, **options) for form in forms}
         assert len(texts) == 1

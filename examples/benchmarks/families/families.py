@@ -89,23 +89,21 @@ def random_model(config: dict[str, Any], *, quantised: bool = False) -> nn.Modul
 
 def judge(config: dict[str, Any]) -> Verdict:
     """Try one model type."""
-    model, tokens = random_model(config), mx.array([TOKENS])
+    model = random_model(config)
     try:
         plan = plan_of(model, config)
     except Unsliceable as reason:
         return Verdict("", str(reason).split("cannot be sliced ", 1)[1].rstrip("."))
-    selection = half_of(plan)
-    stock, error = model(tokens), difference(config, plan, selection)
-    set_masks(mask_model(model, plan), mx.ones(plan.shape))
-    whole = bool(mx.array_equal(model(tokens), stock))
+    sliced, selection = random_model(config), half_of(plan)
+    error, whole = compared(model, sliced, plan, selection)
     quantised = _quantised_difference(config, plan)
-    plain = is_plain(config, plan, selection)
+    plain = is_plain(config, plan, sliced, selection.sizes[0])
     return Verdict(plan.unit, None, error, whole, plain, quantised)
 
 
 def _quantised_difference(config: dict[str, Any], plan: Plan) -> float | None:
-    """Return :func:`difference` at 4 bits; ``None`` where mlx-lm's own class cannot be
-    quantised, or does not run when it is.
+    """Return the difference of :func:`compared` at 4 bits; ``None`` where mlx-lm's own
+    class cannot be quantised, or does not run when it is.
     """
     try:
         packed = random_model(config, quantised=True)
@@ -113,7 +111,8 @@ def _quantised_difference(config: dict[str, Any], plan: Plan) -> float | None:
     except (TypeError, ValueError):
         return None
     selection = half_of(plan, group_size(packed, plan))
-    return difference(config, plan, selection, quantised=True)
+    sliced = random_model(config, quantised=True)
+    return compared(packed, sliced, plan, selection)[0]
 
 
 def half_of(plan: Plan, group: int = 1) -> Selection:
@@ -128,32 +127,36 @@ def half_of(plan: Plan, group: int = 1) -> Selection:
     return Selection(tuple(indices), None, plan.units, unit=plan.unit)
 
 
-def difference(
-    config: dict[str, Any], plan: Plan, selection: Selection, *, quantised: bool = False
-) -> float:
-    """Return how far masked and sliced logits are apart, as a share of the largest.
+def compared(
+    model: nn.Module, sliced: nn.Module, plan: Plan, selection: Selection
+) -> tuple[float, bool]:
+    """Mask one of two equal models and slice the other.
+
+    Returns:
+        How far their logits are apart, as a share of the largest; whether masks that
+        keep every unit give the stock logits bit for bit.
 
     Raises:
         ValueError: if masking changes nothing, so that nothing was tried.
     """
-    model, tokens = random_model(config, quantised=quantised), mx.array([TOKENS])
-    stock = model(tokens)
-    set_masks(mask_model(model, plan), selection.mask())
+    tokens = mx.array([TOKENS])
+    stock, masked = model(tokens), mask_model(model, plan)
+    set_masks(masked, mx.ones(plan.shape))
+    whole = bool(mx.array_equal(model(tokens), stock))
+    set_masks(masked, selection.mask())
     expected = model(tokens)
     if not mx.abs(stock - expected).max() > 0:
-        raise ValueError(f"Masking {config['model_type']} changed nothing.")
-    sliced = random_model(config, quantised=quantised)
+        raise ValueError(f"Masking {type(model).__module__} changed nothing.")
     slice_model(sliced, plan, selection)
-    return float(mx.abs(sliced(tokens) - expected).max() / mx.abs(expected).max())
+    error = mx.abs(sliced(tokens) - expected).max() / mx.abs(expected).max()
+    return float(error), whole
 
 
-def is_plain(config: dict[str, Any], plan: Plan, selection: Selection) -> bool:
-    """Return whether the slice is the stock model of a changed config.json."""
+def is_plain(config: dict[str, Any], plan: Plan, compact: nn.Module, kept: int) -> bool:
+    """Return whether a slice is the stock model of a changed config.json."""
     if plan.key is None:
         return False
-    compact = random_model(config)
-    slice_model(compact, plan, selection)
-    stock = build(plan.resized(config, selection.sizes[0]))
+    stock = build(plan.resized(config, kept))
     shapes = {name: w.shape for name, w in tree_flatten(compact.parameters())}
     if shapes != {name: w.shape for name, w in tree_flatten(stock.parameters())}:
         return False
