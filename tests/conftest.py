@@ -1,6 +1,7 @@
 """Tiny random models in every supported family, and a machine without a network."""
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -68,6 +69,14 @@ TOOLS_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection pass by what stays: a session's modules and tests."""
+    import mlx_lm  # noqa: F401, which brings most of them
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from conftest import (
     families,
     family_units,
     relative_error,
+    thinned,
     write_family,
     write_folder,
     write_quantised,
@@ -85,7 +86,7 @@ def all_but(plan, count, seed=0):
     return Selection(indices, None, plan.units)
 
 
-@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("name", thinned(CHANNELS, 3))
 def test_every_type_says_what_it_says_alone_or_is_refused(name, tmp_path):
     untied = {"tie_word_embeddings": False} if name == "minicpm" else {}
     source = source_of(write_family(tmp_path / "model", name, **untied))

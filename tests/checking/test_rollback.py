@@ -106,7 +106,7 @@ def one_layer(kind):
 
 
 @pytest.mark.parametrize("kind", CACHES)
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(before=st.integers(0, 3 * WINDOW), runs=RUNS)
 def test_a_cache_answers_as_a_fresh_one_that_read_what_stands(kind, before, runs):
     make, read = one_layer(kind)

@@ -124,6 +124,7 @@ def test_three_quarters_of_smollm2_still_know_the_capital_of_france(smollm2):
     assert "Paris" in text
 
 
+@pytest.mark.long
 def test_the_same_instruction_gives_the_same_mask_id_in_another_process(
     smollm2, tmp_path
 ):
@@ -154,6 +155,7 @@ def test_a_compact_smollm2_in_stock_mlx_lm(smollm2, tmp_path, allocation):
     assert relative_error(stock(tokens), model.compact(selection)(tokens)) <= 1e-5
 
 
+@pytest.mark.long
 def test_a_quantised_compact_smollm2_in_stock_mlx_lm(smollm2, tmp_path):
     model, tokenizer = smollm2
     selection = model.select(PROMPTS["smollm2"], keep=0.75, allocation="uniform")
