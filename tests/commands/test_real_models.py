@@ -86,6 +86,7 @@ def trained_adapter(folder, path):
     return folder
 
 
+@pytest.mark.long
 def test_half_of_an_adapted_model_knows_what_the_adapter_has_taught(smollm2, tmp_path):
     base, _ = smollm2
     lora = trained_adapter(tmp_path / "lora", base.path)

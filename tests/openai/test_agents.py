@@ -100,6 +100,7 @@ def test_an_agent_gets_its_answer_as_a_type(app, monkeypatch, kind):
     assert result.output == City(name="Oslo", people=700_000)
 
 
+@pytest.mark.long
 @pytest.mark.real
 def test_a_real_model_is_held_to_calls_that_an_agent_understands(tmp_path):
     """SmolLM2 was not trained to call tools; what it calls may be wrong, but is a call."""

@@ -116,7 +116,7 @@ def test_a_trained_predictor_can_be_given_by_its_folder(place, first, tmp_path, 
     assert "goes on from" not in err and "Warm start" in err
 
 
-@pytest.mark.real  # no real model, but three processes that each import everything
+@pytest.mark.long  # three processes that each import everything
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_a_killed_stage_goes_on_bit_for_bit(stage, place, first, tmp_path):
     model, data = (
