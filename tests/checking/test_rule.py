@@ -7,6 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import thinned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import sample_utils
@@ -211,7 +212,7 @@ def chi_square(counts, chances):
     return (np.square(counts - expected)[some] / expected[some]).sum(), limit
 
 
-@pytest.mark.parametrize("how", [DECODINGS[0], DECODINGS[-1]], ids=str)
+@pytest.mark.parametrize("how", thinned([DECODINGS[-1], DECODINGS[0]], 2), ids=str)
 def test_the_first_two_tokens_have_the_dense_models_distribution(how):
     table, counts = Table(5), np.zeros((VOCABULARY, VOCABULARY))
     for seed in range(3000):
