@@ -1,5 +1,5 @@
 # For people and CI alike. `make demo` shows the thing, `make smollm2` on a real model;
-# `make test check` before a commit; `make test-all` has the long tests, too.
+# `make test check` before a commit; `make test-long` has those that it leaves out.
 # PYTHON makes the virtual environment (3.11 or newer), VENV is where it goes.
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ ifeq ($(shell uname),Linux)
   TEST_RUN = MLX_DISABLE_COMPILE=1 $(RUN) OPENBLAS_NUM_THREADS=1
 endif
 
-.PHONY: setup demo smollm2 test test-all quick check fix sizes
+.PHONY: setup demo smollm2 test test-long quick check fix sizes
 
 setup: $(VENV)/.setup
 
@@ -46,9 +46,8 @@ test: setup
 	$(HINT)
 	$(TEST_RUN) $(VENV)/bin/python -m pytest -m 'not long'
 
-test-all: setup
-	$(HINT)
-	$(TEST_RUN) $(VENV)/bin/python -m pytest
+test-long: setup
+	$(TEST_RUN) $(VENV)/bin/python -m pytest -m long
 
 quick: setup
 	$(HINT)
