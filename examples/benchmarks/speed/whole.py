@@ -122,7 +122,7 @@ def rows_of(name: str, sources: dict[str, Path], checkouts: dict[str, Path]) -> 
     """Return the rows of a model; the first is mlx_lm's."""
     asked = ["--prompt", PROMPT, "--max-tokens", str(TOKENS)]
     folder = str(sources["folder"])
-    stock = ["-m", "mlx_lm.generate", "--model", folder, *asked, "--temp", "0"]
+    stock = ["-m", "mlx_lm", "generate", "--model", folder, *asked, "--temp", "0"]
     rows = [Row(name, "mlx_lm", "folder", "", "", HERE, stock)]
     for source, path in sources.items():
         for keep, share in KEEPS.items():
