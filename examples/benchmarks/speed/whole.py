@@ -81,7 +81,7 @@ def run(command: Sequence[str], folder: Path) -> Ran:
         assert process.stdout is not None
         while part := os.read(process.stdout.fileno(), 1 << 16):
             out += part
-            if not first and out.removeprefix(HEADER):
+            if not first and out.lstrip(HEADER):
                 first = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}.")
