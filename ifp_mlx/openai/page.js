@@ -386,7 +386,7 @@ function requestOf(turn) {
 
 async function answer(turn) {
   running = new AbortController();
-  Object.assign(turn, { answer: "", figures: null, error: null, ending: "stopped" });
+  Object.assign(turn, { answer: "", thoughts: "", figures: null, error: null, ending: "stopped" });
   const view = views.get(turn) ?? draw(turn);
   view.begin();
   busy(true);
@@ -428,7 +428,10 @@ function progress(comment) {
 function take(chunk, turn, view) {
   if (chunk.error) throw new Error(chunk.error.message);
   const [choice] = chunk.choices ?? [];
-  turn.answer += choice?.delta?.content ?? "";
+  const { content = "", reasoning = "" } = choice?.delta ?? {};
+  turn.answer += content ?? "";
+  turn.thoughts += reasoning ?? "";
+  if (content || reasoning) say(content ? "Answering…" : "Thinking…", true);
   turn.ending = choice?.finish_reason ?? turn.ending;
   turn.figures = chunk.ifp ?? turn.figures;
   view.grow();
@@ -453,17 +456,26 @@ const views = new Map();
 function draw(turn) {
   const text = make("div", { class: "answer" });
   const below = make("div");
+  const thoughts = make("details", { class: "thoughts" }, make("summary", {}, "Thoughts"), make("p"));
   const article = make("article", { class: "turn" },
     make("h2", { class: "hidden" }, "You"), make("div", { class: "asked" }, turn.question),
-    make("h2", { class: "hidden" }, "The model"), text, below);
+    make("h2", { class: "hidden" }, "The model"), thoughts, text, below);
   let growing = new Growing(text);
   let frame = 0;
-  const show = () => { frame = 0; const end = atEnd(); growing.show(turn.answer); if (end) toEnd(); };
+  const show = () => {
+    frame = 0;
+    const end = atEnd();
+    thoughts.hidden = !turn.thoughts;
+    thoughts.lastChild.textContent = turn.thoughts;
+    growing.show(turn.answer);
+    if (end) toEnd();
+  };
   const view = {
     article,
     begin() {
       growing = new Growing(text);
       text.replaceChildren();
+      thoughts.hidden = true;
       below.replaceChildren();
       article.classList.add("waiting");
       article.setAttribute("aria-busy", "true");

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, fetch
+from conftest import ROOT, TOOLS_TEMPLATE, fetch
 
 from ifp_mlx.engine import Done, Engine, OutOfMemory, Progress, Token
 from ifp_mlx.openai import page as page_module
@@ -24,6 +24,9 @@ from ifp_mlx.storage.folder import SHIPPED
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 testclient = pytest.importorskip("starlette.testclient")
+pytest.importorskip("openai")
+
+from served import write_able  # noqa: E402
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -543,6 +546,23 @@ def test_colours_follow_the_system_until_one_chooses(engine, visit):
         page["theme"].click()
         page.system("light")
         assert page.colour() == dark
+
+
+def test_thoughts_stand_apart_and_stay_text(engine, tmp_path, visit):
+    marks = "<think>", "</think>"
+    with Engine.open(
+        write_able(tmp_path / "thinker", TOOLS_TEMPLATE, *marks)
+    ) as thinker:
+        saying = Saying(engine, "<think>", "Hm, ", "<b>hm</b>.", "</think>", "**Yes.**")
+        saying.dialect = thinker.dialect
+        with served(saying) as url:
+            page = visit(url)
+            assert page.ask("Hello") == "Yes."
+            assert not page.all(".thoughts b")
+            page.driver.refresh()
+            page.wait(lambda: page.all(".turn .buttons"), "the turn")
+            page.all(".thoughts summary")[0].click()
+            assert page.texts(".thoughts p") == ["Hm, <b>hm</b>."]
 
 
 MARKDOWN = """# Rivers & <b>hills</b> ##
