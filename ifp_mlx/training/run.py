@@ -362,7 +362,7 @@ def _begin(
     if config.warm_start:
         start = _warm(masker.predictor, trainee, records, order, config, how)
         log(
-            f"Warm start: the instruction explains {start['explained']:.0%} of what "
+            f"Warm start: the instruction explains {max(0.0, start['explained']):.0%} of what "
             f"differs in the use of {trainee.plan.unit}s, in {start['rank']} directions"
             f"{start['said']}."
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from ifp_mlx.training.batches import Batch
 
-from .tasks import Example, Task, all_tasks, examples
+from .tasks import Example, Task, all_tasks, by_hash, examples
 
 VOCABULARY = 512
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
@@ -45,7 +45,8 @@ def tokenizer(mix: str = "plain") -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    drawn = examples(all_tasks(mix), "train", 20000, seed=0)
+    # The split by hash is that of the tokens of the checkpoints that ship.
+    drawn = examples(all_tasks(mix), "train", 20000, seed=0, held_out=by_hash)
     texts = [text for e in drawn for text in (e.prompt, e.answer)]
     found.train_from_iterator(texts, trainer)
     return found

@@ -113,7 +113,28 @@ class Task:
         return found
 
 
-def examples(tasks: list[Task], split: str, count: int, seed: int) -> list[Example]:
+def by_hash(task: Task, question: str) -> bool:
+    """Whether an instance of a skill is for tests alone: every fifth, by its hash."""
+    return sum(map(ord, question)) % 5 == 0
+
+
+def for_tests(task: Task, question: str) -> bool:
+    """The same; but of sums every fifth of those with one result, for a hash of the
+    digits would hold out all of some results, and nothing but chance could say them.
+    """
+    if task.name == "sum":
+        a, b = map(int, question.split(" and "))
+        return (a + 2 * b + 1) % 5 == 0
+    return by_hash(task, question)
+
+
+def examples(
+    tasks: list[Task],
+    split: str,
+    count: int,
+    seed: int,
+    held_out: Callable[[Task, str], bool] = for_tests,
+) -> list[Example]:
     """Draw examples, every domain alike, every skill twice as often.
 
     Args:
@@ -122,11 +143,12 @@ def examples(tasks: list[Task], split: str, count: int, seed: int) -> list[Examp
             instances. Facts are the same: a fact never seen cannot be known.
         count: how many.
         seed: of the draw.
+        held_out: which instances of a skill are for tests alone.
     """
     rng = random.Random(f"{split}-{seed}")
     share = [0 if t.held_out else 1 if t.kind == "facts" else SKILL for t in tasks]
     chosen = rng.choices(range(len(tasks)), share, k=count)
-    return [_example(tasks, number, split, rng) for number in chosen]
+    return [_example(tasks, number, split, rng, held_out) for number in chosen]
 
 
 def test_examples(tasks: list[Task], per_task: int, seed: int) -> list[Example]:
@@ -139,7 +161,13 @@ def test_examples(tasks: list[Task], per_task: int, seed: int) -> list[Example]:
     ]
 
 
-def _example(tasks: list[Task], number: int, split: str, rng: random.Random) -> Example:
+def _example(
+    tasks: list[Task],
+    number: int,
+    split: str,
+    rng: random.Random,
+    held_out: Callable[[Task, str], bool] = for_tests,
+) -> Example:
     task = tasks[number]
     if task.facts is not None:
         question, answer = rng.choice(list(task.facts.items()))
@@ -148,21 +176,10 @@ def _example(tasks: list[Task], number: int, split: str, rng: random.Random) -> 
         # No test instance is ever trained.
         while True:
             question, answer = task.draw(rng.randrange(1 << 30))
-            if _held_out(task, question) == (split == "test"):
+            if held_out(task, question) == (split == "test"):
                 break
     wording = rng.choice(task.wordings(split))
     return Example(number, wording.replace("{x}", question), answer)
-
-
-def _held_out(task: Task, question: str) -> bool:
-    """Whether an instance of a skill is for tests alone: every fifth by its hash; of
-    sums every fifth of those with one result, for a hash of the digits would hold out
-    all of some results, and nothing but chance could then say them.
-    """
-    if task.name == "sum":
-        a, b = map(int, question.split(" and "))
-        return (a + 2 * b + 1) % 5 == 0
-    return sum(map(ord, question)) % 5 == 0
 
 
 @cache
