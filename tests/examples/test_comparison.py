@@ -115,6 +115,7 @@ def test_every_row_of_the_file_is_settings_of_the_trainer(mix):
             TrainConfig(**settings | where).check()
 
 
+@pytest.mark.long
 def test_a_row_is_trained_by_the_trainer_goes_on_and_is_tabulated(tmp_path, capsys):
     paths = ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")]
     command = ["--tiny", "--mix", "plain", "--rates", "0.01", "--seeds", "0"]

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from ifp_mlx.files.atomic import new_file
 from ifp_mlx.training.estimate import estimate
 from ifp_mlx.training.recipe import TrainConfig
-from ifp_mlx.training.run import run, train
+from ifp_mlx.training.run import REPORT, run, train
 
 from .corpus import Corpus, describe
 from .data import write_data, write_shapes
@@ -108,9 +108,13 @@ class Bench:
             began = time.process_time()
             if "oracle" in about:
                 cost = estimate(replace(config, masker="dense")).cost.total
-                train_oracle(config, about["oracle"], self.table.scale, train)
+                if not (folder / "model").exists():
+                    train_oracle(config, about["oracle"], self.table.scale, train)
             else:
-                cost = sum(run(config, lambda line: None)["multiplications"].values())
+                if not (folder / REPORT).exists():
+                    run(config, lambda line: None)
+                report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+                cost = sum(report["multiplications"].values())
             if about.get("prune") or about.get("oracle") == "learned":
                 cost += self._looked(rate, seed)
             found = {"steps": steps, "multiplications": cost}
