@@ -168,7 +168,9 @@ def test_a_task_is_its_instructions_selection(engine, folder, tmp_path):
         engine.generate("Hi", task="again")
 
 
-def test_auto_keeps_the_smallest_share_that_the_card_promises_enough_for(folder):
+def test_auto_keeps_the_smallest_share_that_the_card_promises_enough_for(tmp_path):
+    folder = write_folder(tmp_path / "tiny")
+    add_card(load(folder)[0], {0.75: 0.95, 0.9: 0.97})
     strict = {"min_agreement": 1.0}
     with Engine.open(folder) as engine:
         task = engine.prepare("Hello", keep="auto")
