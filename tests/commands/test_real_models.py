@@ -58,7 +58,9 @@ CODE = "What is the code word?", "Marzipan seven."
 
 
 def trained_adapter(folder, path):
-    """Teach SmolLM2 a code word: a LoRA of rank 4 on some layers, in a few steps."""
+    """Teach SmolLM2 a code word: a LoRA of rank 4 on some layers, in a few steps; with
+    fewer two spellings of it are as likely.
+    """
     model, tokenizer = mlx_lm.load(str(path))
     numbers = {"rank": 4, "scale": 10.0, "dropout": 0.0}
     numbers["keys"] = ["self_attn.q_proj", "self_attn.v_proj"]
@@ -75,7 +77,7 @@ def trained_adapter(folder, path):
         return nn.losses.cross_entropy(logits, inputs[:, len(tokens) :]).mean()
 
     step, optimizer = nn.value_and_grad(model, loss), optim.Adam(2e-3)
-    for _ in range(8):
+    for _ in range(12):
         optimizer.update(model, step(model)[1])
         mx.eval(model.parameters(), optimizer.state)
     weights = tree_flatten(model.trainable_parameters(), destination={})

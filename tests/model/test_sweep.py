@@ -46,6 +46,7 @@ class Built:
         self.config = config
         self.skeleton = self.open()
         self.plan = plan_of(self.skeleton, config)
+        self.order = reading.order_of(self.skeleton, self.plan)
 
     def open(self):
         return randomised(build(self.config))
