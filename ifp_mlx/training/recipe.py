@@ -170,8 +170,8 @@ class TrainConfig:
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing; give --{name} or the key {name}.")
-        self._check_numbers()
         check_seed(self.seed)
+        self._check_numbers()
         if self.stage == "recover":
             self._check_recovery()
         if self.train == "frozen" and self.masker == "dense":

@@ -49,9 +49,8 @@ def test_a_type_is_sliced_as_it_is_masked_or_refused_with_a_reason(name, verdict
 def test_what_macs_run_today_is_among_at_least_ninety_types():
     types = {name.split(",")[0] for name in UNITS}
     assert set(WANTED) < types and len(types) >= 90
-    assert (
-        f"{len(types)} of mlx-lm's model types work" in (ROOT / "README.md").read_text()
-    )
+    first_page = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"{len(types)} of mlx-lm's model types work" in first_page
     assert UNITS["gemma4_text"] == "channel"
     assert UNITS["gemma4_text, experts"] == "expert"
 
