@@ -114,7 +114,10 @@ def take(bundle: Bundle, task: str, out: Path, *, progress: ProgressBar = iter) 
 
 def _link(source: Path, target: Path) -> None:
     try:
-        os.link(source, target)
+        # Of a file that lies elsewhere, not of the link to it, which may lead nowhere.
+        os.link(source.resolve(), target)
+    except FileExistsError:  # a copy would write into what was linked
+        raise
     except OSError:
         shutil.copyfile(source, target)
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 FORMAT = "ifp_mlx.bundle.1"
@@ -108,17 +108,28 @@ def folder_of(part: str) -> str:
 
 
 def check_names(bundle: str, tasks: Iterable[str]) -> None:
-    """Raise ``ValueError`` if a bundle's name or a task's cannot be one."""
+    """Raise ``ValueError`` if a bundle's name or a task's cannot be one.
+
+    Disks of Apple's systems mostly take names in upper and lower case for the same.
+    """
+    known: dict[str, str] = {}
     for what, name in [("bundle", bundle), *(("task", task) for task in tasks)]:
         if not NAME.fullmatch(name):
             raise ValueError(
                 f"{name!r} cannot be the name of a {what}: use letters, digits, '-' "
                 "and '_'; it becomes the ID of an asset pack."
             )
-        if what == "task" and name in RESERVED:
+        if what == "bundle":
+            continue
+        if name.lower() in RESERVED:
             raise ValueError(
                 f"A task cannot be called {name!r}, which every bundle has of its own; "
                 "give it another name."
+            )
+        if (other := known.setdefault(name.lower(), name)) != name:
+            raise ValueError(
+                f"The tasks {other!r} and {name!r} differ in case alone, and would be one "
+                "folder on most disks of Apple's systems; give one another name."
             )
 
 
@@ -151,7 +162,7 @@ def read_bundle(folder: Path) -> Bundle:
         parts = {name: _part(name, said) for name, said in about["parts"].items()}
         if problem := next(_contradictions(about, parts), None):
             raise ValueError(problem)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not of the format {FORMAT} ({error}); make the bundle again."
         ) from error
@@ -166,10 +177,10 @@ def _part(name: str, said: dict[str, Any]) -> Part:
 def _contradictions(about: dict[str, Any], parts: dict[str, Part]) -> Iterator[str]:
     """Yield what an app, or this package, could not rely on."""
     for part in parts.values():
+        if not NAME.fullmatch(part.name):
+            yield f"{part.name!r} is no name of a part"
         for path, file in part.files.items():
-            steps = PurePosixPath(path).parts
-            inside = PurePosixPath(path).is_relative_to(part.folder)
-            if not inside or ".." in steps or "\\" in path:
+            if not _is_inside(path, part.folder):
                 yield f"{path!r} is not inside the part {part.name!r}"
             if type(file.bytes) is not int or not HASH.fullmatch(file.sha256):
                 yield f"{path!r} has no size and SHA-256"
@@ -178,3 +189,20 @@ def _contradictions(about: dict[str, Any], parts: dict[str, Part]) -> Iterator[s
     for name, task in about["tasks"].items():
         if lost := [part for part in task["parts"] if part not in parts]:
             yield f"the task {name!r} needs the part {lost[0]!r}, which is not there"
+            continue
+        if CORE not in task["parts"]:
+            yield f"the task {name!r} is without the part {CORE!r}"
+        files = [
+            path.removeprefix(f"{part.folder}/")
+            for part in (parts[name] for name in task["parts"])
+            for path in part.files
+        ]
+        if len({*files}) < len(files):
+            yield f"two parts of the task {name!r} have a file of one name"
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    """Whether a path is that of a file in a folder of the bundle, written in one way."""
+    steps = path.split("/")
+    odd = {"", ".", ".."} & {*steps} or "\\" in path or "\0" in path
+    return path.startswith(f"{folder}/") and not odd

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..files.progress import ProgressBar
+from ..files.texts import decoded
 from .metadata import METADATA, Bundle, Entry, Part, read_bundle
 
 SUMS = "SHA256SUMS"
@@ -102,7 +103,7 @@ def _sums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {SUMS}; fetch or make it again.")
     sums = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in decoded(path.read_bytes(), str(path)).splitlines():
         digest, _, name = line.partition("  ")
         if not name or ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(

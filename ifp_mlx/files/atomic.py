@@ -50,7 +50,7 @@ def _reason(error: Exception, target: Path) -> str | None:
     """Return why ``target`` cannot be written, if an error says that."""
     if isinstance(error, Unwritten):
         return error.why
-    if isinstance(error, shutil.Error):
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
         return str(error.args[0][0][-1])
     if isinstance(error, OSError):
         named = error.filename

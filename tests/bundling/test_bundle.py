@@ -229,6 +229,14 @@ def test_a_damaged_file_is_found(whole, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def same_name(said: dict) -> None:
+    """Let a task have a file that the core has."""
+    parts = said["parts"]
+    file = parts["core"]["files"]["core/LICENSE"]
+    parts["codes"]["files"]["tasks/codes/LICENSE"] = file
+    parts["codes"]["bytes"] += file["bytes"]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -238,6 +246,21 @@ def test_a_damaged_file_is_found(whole, tmp_path, capsys):
             "not of the format ifp_mlx.bundle.1 ('parts')",
         ),
         (lambda said: said["tasks"]["codes"].update(parts=["x"]), "needs the part 'x'"),
+        (
+            lambda said: said["tasks"]["codes"].update(parts=["codes"]),
+            "the task 'codes' is without the part 'core'",
+        ),
+        (
+            lambda said: said["parts"].update({"../..": said["parts"]["codes"]}),
+            "'../..' is no name of a part",
+        ),
+        (
+            lambda said: said["parts"]["core"]["files"].update(
+                {"core/./config.json": said["parts"]["core"]["files"]["core/LICENSE"]}
+            ),
+            "'core/./config.json' is not inside the part 'core'",
+        ),
+        (same_name, "two parts of the task 'codes' have a file of one name"),
         (
             lambda said: said["parts"]["core"]["files"].update(
                 {"core/../../secret": {"bytes": 1, "sha256": "0" * 64}}
@@ -255,6 +278,27 @@ def test_metadata_of_a_stranger_is_not_trusted(
     given = ("--take", tmp_path, "codes", "--output", tmp_path / "out")
     status, _, err = run_command(main, capsys, *given)
     assert status == 2 and sentence in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "SHA256SUMS"])
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe"])
+def test_files_of_a_stranger_are_one_sentence(content, name, whole, tmp_path, capsys):
+    bundle = shutil.copytree(whole, tmp_path / "copy")
+    (bundle / name).write_bytes(content)
+    status, _, err = run_command(main, capsys, "--verify", bundle)
+    assert status == 2 and str(bundle / name) in err and err.count("\n") == 1
+
+
+def test_a_task_is_taken_out_of_a_bundle_of_links(whole, tmp_path, capsys):
+    bundle = shutil.copytree(whole, tmp_path / "copy")
+    weights = bundle / "core/model-core.safetensors"
+    weights.rename(tmp_path / "blob")
+    weights.symlink_to("../../blob")
+    out = tmp_path / "there" / "codes"
+    given = ("--take", bundle, "codes", "--output", out)
+    assert run_command(main, capsys, *given)[0] == 0
+    taken = (out / weights.name).read_bytes()
+    assert taken == (tmp_path / "blob").read_bytes()
 
 
 def test_compact_folders_make_the_same_parts_as_the_model(
@@ -372,6 +416,10 @@ def test_mistakes_are_one_line_and_exit_status_2(
         "Give --output": ("--model", dense, "--prepare", "a=Hi"),
         "'a b' cannot be the name of a task": (*model, "--prepare", "a b=Hi"),
         "A task cannot be called 'core'": (*model, "--prepare", "core=Hi"),
+        "A task cannot be called 'Core'": (*model, "--prepare", "Core=Hi"),
+        "The tasks 'a' and 'A' differ in case alone": (
+            *(*model, "--prepare", "a=Hi", "--prepare", "A=Ho"),
+        ),
         "'my app' cannot be the name of a bundle": (
             *("--folders", folders["codes"], "--output", tmp_path / "my app"),
         ),

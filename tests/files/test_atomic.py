@@ -151,6 +151,7 @@ def test_a_place_that_may_not_be_written_is_said(name, tmp_path):
         RuntimeError("[read] Unable to read 4 bytes"),
         PermissionError(13, "Permission denied", "a"),
         OSError("model.safetensors ends early; fetch the model again."),
+        shutil.SameFileError("a and b are one file"),
     ],
 )
 def test_what_is_no_matter_of_writing_is_said_as_it_is(error, tmp_path):
