@@ -355,7 +355,7 @@ def object_of(text: str) -> dict[str, Any]:
     """Return the JSON object that an option gives."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(

@@ -16,6 +16,10 @@ import mlx.nn as nn
 import numpy as np
 
 Processor = Callable[[mx.array, mx.array], mx.array]
+MOST_BIAS = 1000
+COLD = (
+    1e-6  # a temperature below it is 0: logits divided by it leave what float32 holds
+)
 
 
 def _option(default: Any, low: float, high: float, about: str) -> Any:
@@ -84,13 +88,19 @@ class Decoding:
 
     def __post_init__(self) -> None:
         check_bounds(self, BOUNDS)
+        for token, bias in (self.logit_bias or {}).items():
+            if not abs(bias) <= MOST_BIAS:  # so NaN is refused
+                raise ValueError(
+                    f"logit_bias={bias} of the token {token} must be -{MOST_BIAS} to "
+                    f"{MOST_BIAS}; -100 is enough to leave a token out."
+                )
         if any(not text for text in self.stop_strings):
             raise ValueError("A stop string is empty; leave it out.")
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken, and nothing drawn."""
-        return 0 in (self.temp, self.top_p)
+        return self.temp < COLD or self.top_p == 0
 
     def sampler(self) -> Callable[[mx.array], mx.array]:
         """Return mlx-lm's sampler, for which ``top_p=0`` would be no limit at all."""
@@ -98,9 +108,9 @@ class Decoding:
 
         if self.greedy:
             return make_sampler(0)
-        return make_sampler(
+        draw = make_sampler(
             self.temp,
-            self.top_p,
+            0,
             self.min_p,
             self.min_tokens_to_keep,
             top_k=self.top_k,
@@ -108,6 +118,18 @@ class Decoding:
             xtc_threshold=self.xtc_threshold,
             xtc_special_tokens=list(self.xtc_special_tokens),
         )
+        return draw if self.top_p == 1 else lambda found: draw(self._likely(found))
+
+    def _likely(self, found: mx.array) -> mx.array:
+        """Return log-probabilities ``[n, V]`` without what ``top_p`` leaves out; at least
+        the most likely token stays, which mlx-lm loses where ``1 - top_p`` rounds to 1.
+        """
+        from mlx_lm.sample_utils import apply_top_p
+
+        cut = apply_top_p(found, self.top_p)
+        best = mx.where(found == found.max(axis=-1, keepdims=True), found, -mx.inf)
+        lost = cut.max(axis=-1, keepdims=True) == -mx.inf
+        return mx.where(lost, best, cut)
 
     @cached_property
     def all_processors(self) -> list[Processor]:
@@ -199,11 +221,11 @@ class Decoding:
 
         XTC throws a coin for each token; this is the sum over both of its sides.
         """
-        from mlx_lm.sample_utils import apply_min_p, apply_top_p, apply_xtc
+        from mlx_lm.sample_utils import apply_min_p, apply_xtc
 
         found = nn.log_softmax(logits.astype(mx.float32), axis=-1)
         if self.top_p < 1:
-            found = apply_top_p(found, self.top_p)
+            found = self._likely(found)
         if self.min_p:
             found = apply_min_p(found, self.min_p, self.min_tokens_to_keep)
         if not self.xtc_probability:

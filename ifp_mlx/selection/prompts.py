@@ -8,6 +8,7 @@ from typing import Any
 NOT_ASKED = {"tokenize", "add_generation_prompt", "continue_final_message"}
 NOT_ASKED |= {"return_dict", "return_tensors", "padding", "truncation", "max_length"}
 NOT_ASKED |= {"conversation", "chat_template", "return_assistant_tokens_mask", "tools"}
+NOT_ASKED |= {"messages", "self"}
 # A role and a content, both text; a tool's calls and results have more.
 Message = dict[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]

@@ -3,6 +3,7 @@
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -197,6 +198,10 @@ def test_a_value_out_of_its_bounds_is_one_sentence(name, value, opened, capsys):
         (("--logit-bias", '{"x": 1}'), "a number for each token id"),
         (("--logit-bias", "5"), "no JSON object"),
         (("--logit-bias", '{"1000": 1}'), "logit_bias names the token 1000"),
+        (("--logit-bias", '{"5": NaN}'), "logit_bias=nan of the token 5 must be"),
+        (("--logit-bias", '{"5": 1e999}'), "logit_bias=inf of the token 5 must be"),
+        (("--chat-template-config", '{"messages": []}'), "leave it out"),
+        (("--chat-template-config", "[" * 9999), "no JSON object"),
         (("--stop", ""), "A stop string is empty"),
         (("--prefill-step-size", "0"), "at least 1"),
     ],
@@ -206,6 +211,16 @@ def test_a_bad_value_is_one_sentence(flags, words, opened, capsys):
         main, capsys, "--model", opened[0].path, "-p", "Hi", *flags
     )
     assert (status, out) == (2, "") and words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("how", [{"top_p": 1e-3}, {"top_p": 1e-9}, {"temp": 1e-40}])
+def test_as_little_as_can_be_is_the_most_likely_token(how, kind):
+    found = nn.log_softmax(mx.array([[0.0, 3.0, 1.0, 2.0]] * 99)).astype(kind)
+    decoding = Decoding(**{"temp": 1.0} | how)
+    assert decoding.sampler()(found).tolist() == [1] * 99
+    if not decoding.greedy:
+        assert decoding.chances(found[:1]).tolist() == [[0, 1, 0, 0]]
 
 
 def test_more_tokens_to_draw_from_than_there_are_are_all_of_them(opened):
