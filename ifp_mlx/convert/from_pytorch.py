@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .. import cli
 from ..files.atomic import new_folder, refuse_existing
 from ..files.companions import LICENCES, copy_companions
+from ..files.paths import path_of
 from ..selection.tokenizer import open_tokenizer
 from ..storage.folder import index_files, resolve, source_of
 from ..storage.writer import fill_store
@@ -77,9 +78,9 @@ def convert(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(DTYPES)}.")
     quantization = _quantization(q_bits, q_group_size, q_mode) if quantize else None
-    source = Path(hf_path).expanduser()
+    source = path_of(hf_path)
     source = source if source.is_file() else resolve(hf_path)
-    second = Path(predictor).expanduser() if predictor else source / "predictor"
+    second = path_of(predictor) if predictor else source / "predictor"
     if predictor and not (second / HEAD).exists():
         raise FileNotFoundError(
             f"{predictor} has no {HEAD}; give a folder that holds a predictor."

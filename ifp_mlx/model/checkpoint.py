@@ -18,6 +18,7 @@ from ..checking.drift import RECENT
 from ..checking.rollback import Rollback
 from ..checking.whole import Whole
 from ..files.atomic import new_file
+from ..files.paths import path_of
 from ..files.progress import ProgressBar
 from ..selection.calibration import MOST_TOKENS, calibration_chats
 from ..selection.config import CONFIG_FILE, IFPConfig
@@ -684,7 +685,7 @@ def open_model(
     used.
     """
     path = resolve(model)
-    adapter = None if adapter_path is None else Adapter(Path(adapter_path).expanduser())
+    adapter = None if adapter_path is None else Adapter(path_of(adapter_path))
     source = source_of(path, adapter)
     _ = source.plan  # or it says why nothing can be selected
     name = path.resolve().name if Path(model).exists() else str(model)

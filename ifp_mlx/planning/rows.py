@@ -16,6 +16,7 @@ from typing import Any
 from ..evaluation.tables import markdown
 from ..files.amounts import in_words
 from ..files.config import read_config
+from ..files.paths import path_of
 from ..model.card import Card, load_card
 from ..model.checkpoint import PREDICTOR_FOLDER, open_model
 from ..model.footprint import Footprint, model_of_config
@@ -85,7 +86,7 @@ def open_subject(name: str, *, channel_store: bool = False) -> Subject:
         FileNotFoundError, ValueError: if there is no such model, or none that can be
             sliced.
     """
-    path = Path(name).expanduser()
+    path = path_of(name)
     if not path.is_dir():
         config = _config(name, path)
         dense = model_of_config(config)

@@ -3,10 +3,10 @@
 import difflib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files.atomic import new_file, refuse_existing
+from ..files.paths import path_of
 from .conversation import Conversation, Source
 from .figures import selected, statistics
 
@@ -49,7 +49,7 @@ def obey(talk: Conversation, line: str) -> str:
         ValueError: if there is no such command.
         IFPError, OSError: if it cannot be done.
     """
-    name, _, argument = line.strip().partition(" ")
+    name, argument = [*line.split(maxsplit=1), ""][:2]
     command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -104,7 +104,7 @@ def _system(talk: Conversation, text: str) -> str:
 
 
 def _save(talk: Conversation, name: str) -> str:
-    path = Path(name).expanduser()
+    path = path_of(name)
     text = _FORMS.get(path.suffix.lower())
     if text is None:
         forms = " or ".join(_FORMS)

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..files.atomic import new_folder
 from ..files.companions import copy_companions
 from ..files.config import read_config
+from ..files.paths import path_of
 from ..model.checkpoint import PREDICTOR_FOLDER, IFPConfig
 from ..selection.predictor import HEAD, SparsityPredictor
 from ..selection.tokenizer import open_tokenizer
@@ -130,7 +131,7 @@ def trained_predictor(trainee: Trainee, config: TrainConfig) -> Path | None:
     """Return the folder of the predictor that goes on, ``None`` if a new one is made."""
     if config.predictor == "auto":
         return None if trainee.own is None else trainee.path / PREDICTOR_FOLDER
-    folder = Path(config.predictor).expanduser()
+    folder = path_of(config.predictor)
     return folder if (folder / HEAD).is_file() else None
 
 

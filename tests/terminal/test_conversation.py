@@ -181,6 +181,8 @@ WRONG = {
     "/keep most": "keep='most' is not a share of the units",
     "/save": "/save must name a file that ends in .json or .md.",
     "/save talk.doc": "talk.doc must name a file that ends in .json or .md.",
+    "/save ~nobody-knows/talk.json": "~nobody-knows/talk.json begins with ~nobody-knows",
+    "/task\tgerman": "There is no task 'german' in ",
     "/save /proc/talk.json": "/proc/talk.json cannot be written: ",
     "/save FOLDER/config.json": "FOLDER/config.json already exists; ",
     "long " * 300: "The prompt has ",

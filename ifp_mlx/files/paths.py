@@ -1,0 +1,20 @@
+"""A path as a user writes it, ``~`` for a home folder."""
+
+import os
+from pathlib import Path
+
+
+def path_of(name: str | os.PathLike[str]) -> Path:
+    """Return a path with its ``~`` or ``~user`` replaced.
+
+    Raises:
+        ValueError: if nobody knows that user's home.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        user = Path(name).parts[0]
+        raise ValueError(
+            f"{name} begins with {user}, and there is no home folder of that user; write "
+            f"the folder in full, or ./{user} if it is called so."
+        ) from None
