@@ -72,7 +72,10 @@ def read_rows(
         where = f"Line {number} of {path}"
         try:
             example = _parsed(line)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (
+            *(ValueError, KeyError, TypeError, IndexError),
+            RecursionError,  # of brackets without an end
+        ) as error:
             raise ValueError(
                 f"{where} is no example: give {FORMATS}; messages end with an "
                 "assistant's."
@@ -129,6 +132,8 @@ def same_tokens(tokenizer: Any, other: Any) -> bool:
 
 def _parsed(line: str) -> Example:
     example = json.loads(line)
+    if not isinstance(example, dict):
+        raise TypeError("no object")
     if "text" in example:
         texts = [example["text"]]
     else:

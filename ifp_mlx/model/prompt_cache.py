@@ -66,6 +66,8 @@ class PromptFile:
             kv, about = load_prompt_cache(str(path), return_metadata=True)
             tokens = json.loads(about[TOKENS])
             made_by = about[MADE_BY[0]], about[MADE_BY[1]]
+            if not (isinstance(tokens, list) and {*map(type, tokens)} == {int}):
+                raise TypeError("its tokens are none")
         except Exception as error:  # whatever reading some other file trips over
             raise ValueError(
                 f"{path} is no prompt cache that ifp_mlx wrote ({type(error).__name__}); "

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ..files.paths import path_of
 from ..selection.conversations import conversation_of
 from ..selection.prompts import (
     Message,
@@ -204,7 +204,7 @@ class Reader:
 
 def _rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
     """Yield where each row stands, and the row: bytes of a line, or a dictionary."""
-    folder = Path(data).expanduser()
+    folder = path_of(data)
     if folder.is_dir():
         if not (folder / "train.jsonl").is_file():
             raise FileNotFoundError(f"{folder} has no train.jsonl.")
@@ -248,7 +248,7 @@ def _parse(line: Any) -> dict[str, Any]:
             line = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"is not UTF-8 (byte {error.start})") from None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"is not JSON ({error})") from None
     if not isinstance(line, dict):
         raise ValueError("is not an object with keys")

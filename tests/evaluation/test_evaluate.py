@@ -172,10 +172,14 @@ def test_the_command_compares_settings(opened, tmp_path, capsys):
 def test_mistakes_are_one_line_and_exit_status_2(opened, tmp_path, capsys):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Hi"}\n')
     (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     for name, sentence in (
         ("gone.jsonl", "There is no data file"),
         ("bad.jsonl", "Line 1 of"),
         ("none.jsonl", "none hold no example"),
+        ("list.jsonl", "Line 1 of"),
+        ("deep.jsonl", "Line 1 of"),
     ):
         given = ["--model", opened[0].path, "--data", tmp_path / name]
         status, _, err = run_command(main, capsys, *given)

@@ -106,6 +106,7 @@ def test_the_cache_of_another_mask_adapter_or_model_is_refused(
         ("text.bin", (), "ends in .safetensors"),
         ("broken.safetensors", (), "is no prompt cache that ifp_mlx wrote"),
         ("foreign.safetensors", (), "is no prompt cache that ifp_mlx wrote"),
+        ("other.safetensors", (), "is no prompt cache that ifp_mlx wrote"),
         ("none/text.safetensors", (), "cannot be written"),
         ("new.safetensors", ("--check", "exact"), "leave one of them out"),
         ("new.safetensors", ("--prefill", "dense"), "leave one of them out"),
@@ -128,6 +129,9 @@ def test_a_file_that_cannot_be_is_one_sentence(
     )
     (tmp_path / "broken.safetensors").write_bytes(b"12")
     mx.save_safetensors(str(tmp_path / "foreign.safetensors"), {"x": mx.zeros(3)})
+    kept, about = mx.load(str(tmp_path / "text.safetensors"), return_metadata=True)
+    about = {n: '["a"]' if n.endswith("ifp_tokens") else v for n, v in about.items()}
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), kept, about)
     (tmp_path / "none").write_text("a file")
     given = ["--model", model.path, "-p", MORE, *ASKED, *flags]
     status, _, err = run_command(

@@ -23,6 +23,7 @@ BAD = {
     "is empty": b"",
     "is not UTF-8": b'{"text": "\xff"}',
     "is not JSON": b'{"text": ',
+    "is not JSON (maximum recursion": b"[" * 100_000,
     "is not an object": b"[1, 2]",
     "has the keys question, answer": b'{"question": "a", "answer": "b"}',
     "has messages that lack a role": b'{"messages": [{"content": "a"}]}',
