@@ -7,6 +7,7 @@ sliced and what checks is the adapted model, and its layers still come by one at
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -54,6 +55,7 @@ class Adapter:
             )
         if self.kind != "full":
             self._check_numbers()
+        self._state = self._state_now()
         self._weights = _read_weights(folder / WEIGHTS)
 
     @cached_property
@@ -75,10 +77,12 @@ class Adapter:
             The names of the parameters that are not as in the model's files any more.
 
         Raises:
+            OSError: if its files have changed.
             ValueError: if it was trained on another model.
         """
         from mlx_lm.tuner.utils import load_adapters
 
+        self._check_unchanged()
         before = tree_flatten(model.parameters(), destination={})
         with unmoved_random_state(), self._fitting(path):
             load_adapters(model, str(self.folder))
@@ -103,6 +107,7 @@ class Adapter:
             units: how many the dense layer has.
             index: int32 ``[k]``, those it holds; ``None`` is all of them.
         """
+        self._check_unchanged()
         for piece in layer.slices:
             path = ".".join(filter(None, (layer.path, piece.module)))
             rows = None if index is None else elements(piece, index, units)
@@ -157,13 +162,25 @@ class Adapter:
                 home[name] = w if rows is None else mx.take(w, rows, axis=piece.axis)
                 mx.eval(home[name])
 
+    def _state_now(self) -> list[tuple[int, ...]]:
+        abouts = [(self.folder / name).stat() for name in (CONFIG, WEIGHTS)]
+        return [(about.st_ino, about.st_size, about.st_mtime_ns) for about in abouts]
+
+    def _check_unchanged(self) -> None:
+        """Refuse to mix two adapters: mlx-lm reads the files whenever it is asked to."""
+        if self._state_now() != self._state:
+            raise OSError(
+                f"The adapter {self.folder} has changed since the model was opened; open "
+                "it again."
+            )
+
     def _check_numbers(self) -> None:
         about = self._config.get("lora_parameters")
         numbers = about if isinstance(about, dict) else {}
         rank, layers = numbers.get("rank"), self._config.get("num_layers")
         floats = (numbers.get("scale"), numbers.get("dropout"))
-        whole = isinstance(rank, int) and rank > 0 and isinstance(layers, int)
-        if not (whole and all(isinstance(x, int | float) for x in floats)):
+        whole = type(rank) is int and rank > 0 and type(layers) is int
+        if not (whole and all(map(_is_number, floats))):
             raise ValueError(
                 f"{self.folder / CONFIG} does not say num_layers, and rank, scale and "
                 f"dropout in lora_parameters, as mlx_lm.lora does; {AGAIN}."
@@ -186,6 +203,10 @@ class Adapter:
                 f"The adapter {self.folder} does not fit the model {path} ({reason}); use "
                 "one that was trained on this model."
             ) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _fuses(module: nn.Module) -> bool:
@@ -236,4 +257,11 @@ def _read_weights(file: Path) -> dict[str, mx.array]:
         raise ValueError(f"{file} is damaged ({error}); {AGAIN}.") from error
     if not found:
         raise ValueError(f"{file} holds nothing; {AGAIN}.")
+    for name, tensor in found.items():
+        packed = tensor.dtype == mx.uint32 and name.endswith(".weight")
+        if not (packed or mx.issubdtype(tensor.dtype, mx.floating)):
+            raise ValueError(
+                f"{name} in {file} is {tensor.dtype}, and an adapter's numbers are floats; "
+                f"{AGAIN}."
+            )
     return dict(found)

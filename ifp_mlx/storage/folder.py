@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..files.config import older_keys, read_config
 from ..files.literal import literal
 from ..files.objects import read_object
+from ..files.paths import path_of
 from ..files.quantised import quantised_by, unreadable
 from ..files.tensors import digest_of, weights_of
 from ..slicing.plan import plan_of
@@ -53,7 +54,7 @@ def resolve(model: str | os.PathLike[str], tqdm_class: type | None = None) -> Pa
         FileNotFoundError: if it is neither, or if the hub does not give it.
         NotADirectoryError: if it is a file.
     """
-    path = Path(model).expanduser()
+    path = path_of(model)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise FileNotFoundError(
@@ -181,7 +182,7 @@ class Folder:
 
     def open(self) -> "nn.Module":
         """Return the stock mlx-lm model, dense in shape; no weight is in memory yet."""
-        return self._load(None)
+        return self._adapted(self._load(None))
 
     def open_beside(self, other: "nn.Module") -> "nn.Module":
         """Return what :meth:`open` does, with all but the units of another compact
@@ -253,9 +254,10 @@ class Folder:
             """Compare where others load: by then names and shapes are final."""
             problems.append(_mismatch(model, weights, self._files, self.path))
 
+        _classes(self.config, self.path)  # what it refuses is a sentence of its own
         try:
             model = self._load(compare)
-        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever mlx-lm's model code trips over
             advice = foreign or "fetch or convert it again."
             raise ValueError(
                 f"mlx-lm cannot build a {self.config['model_type']} model from "
@@ -267,7 +269,7 @@ class Folder:
                 "both again."
             )
             raise ValueError(f"{problems[0]}; {advice}")
-        return model
+        return self._adapted(model)
 
     def _load(
         self, compare: Callable[["nn.Module", dict[str, Any]], None] | None
@@ -316,6 +318,10 @@ class Folder:
             model, self.config = load_model(path, lazy=True, **how)
         for name in ("sanitize", "load_weights"):
             vars(model).pop(name, None)
+        return model
+
+    def _adapted(self, model: "nn.Module") -> "nn.Module":
+        """Fuse the adapter, if there is one, into a model, in place; return the model."""
         if self.adapter is not None:
             changed = self.adapter.fuse(model, self.path)
             self._as_filed = {

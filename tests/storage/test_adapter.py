@@ -1,6 +1,7 @@
 """Adapters: the adapted model is the one that mlx_lm.fuse would write."""
 
 import json
+import math
 import shutil
 
 import mlx.core as mx
@@ -119,6 +120,14 @@ def test_an_adapted_model_is_checked_and_fits_memory_as_any(
         steps = [*stream_generate(model, tokenizer, "Hello", **how)]
         assert [step.token for step in steps] == expected
         assert steps[-1].selection.adapter == model.adapter
+
+
+def test_an_adapter_that_changes_is_not_mixed_with_the_old_one(tiny_folder, tmp_path):
+    lora = write_adapter(tmp_path / "lora", tiny_folder)
+    model, tokenizer = load(tiny_folder, lora)
+    write_adapter(lora, tiny_folder, seed=2)
+    with pytest.raises(OSError, match="has changed since the model was opened"):
+        list(stream_generate(model, tokenizer, "Hello", keep=0.5, max_tokens=1))
 
 
 def test_each_adapter_has_its_own_identity(folder, lora, tmp_path):
@@ -266,12 +275,20 @@ BAD = {
         "not an adapter parameter",
     ),
     "empty": (with_weights(lambda w: {}), "holds nothing"),
+    "whole numbers": (
+        with_weights(lambda w: {n: a.astype(mx.int32) for n, a in w.items()}),
+        "an adapter's numbers are floats",
+    ),
 }
 WORDS = {
     "unknown type": ({"fine_tune_type": "ia3"}, "fine_tune_type='ia3'"),
     "no rank": ({"lora_parameters": {"scale": 1}}, "rank, scale and dropout"),
     "no numbers": ({"lora_parameters": None}, "rank, scale and dropout"),
     "asks for code": ({"trust_remote_code": True}, "never run"),
+    "no scale": (
+        {"lora_parameters": {"rank": 4, "scale": math.nan, "dropout": 0.0}},
+        "rank, scale and dropout",
+    ),
     "too many ranks": (
         {"lora_parameters": {"rank": 9, "scale": 1.0, "dropout": 0.0}},
         "does not fit",
@@ -291,6 +308,7 @@ def test_a_bad_adapter_is_one_sentence(name, tiny_folder, tmp_path, capsys):
     given = ["--model", tiny_folder, "--adapter-path", adapter, "-p", "Hi"]
     status, out, err = run_command(generate, capsys, *given)
     assert (status, out) == (2, "") and words in err, err
+    assert "fetch or convert" not in err  # the model is all right
     words = err.replace(str(tmp_path), "")  # of whatever length
     assert err.count("\n") == 1 and len(words) < 500
 

@@ -170,6 +170,7 @@ def test_end_of_text_ids_of_generation_config_count(tiny_folder):
         (None, "config.json is missing"),
         ("{", "config.json is not a JSON object .*line 1"),
         ("[1]", "config.json is not a JSON object .*JSON list"),
+        ("[" * 100_000, "config.json is not a JSON object .*recursion"),
         ("{}", "model_type=None in .*config.json names no model"),
         ('{"model_type": "../x"}', r"model_type='\.\./x' in .* names no model"),
     ],
@@ -193,6 +194,13 @@ def test_code_in_the_folder_is_never_run(tiny_folder, key):
 def test_an_unsupported_architecture_is_named(tiny_folder, model_type):
     change_config(tiny_folder, model_type=model_type)
     with pytest.raises(ValueError, match=f"model_type='{model_type}' .*not supported"):
+        source_of(tiny_folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "num_attention_heads"])
+def test_a_size_of_nothing_is_one_sentence(tiny_folder, key):
+    change_config(tiny_folder, **{key: 0})
+    with pytest.raises(ValueError, match="mlx-lm cannot build a llama model"):
         source_of(tiny_folder)
 
 
