@@ -120,7 +120,9 @@ class Door:
         if key is None or scope["path"] in ("/health", *page.FILES):
             return None
         given = headers.get(b"authorization", b"")
-        if hmac.compare_digest(given, b"Bearer " + key.encode()):
+        # The environment may hold bytes that are not UTF-8.
+        expected = b"Bearer " + key.encode(errors="surrogateescape")
+        if hmac.compare_digest(given, expected):
             return None
         return HTTPError(401, "The API key is missing or wrong.", "invalid_api_key")
 

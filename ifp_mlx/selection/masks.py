@@ -391,7 +391,8 @@ def find_mask(name: str, folders: Sequence[Path]) -> Path:
         FileNotFoundError: if none has it, naming the tasks there are.
     """
     for folder in folders:
-        if (path := folder / f"{name}.safetensors").is_file():
+        path = folder / f"{name}.safetensors"
+        if os.path.isfile(path):  # also of names that no file can have
             return path
     known = {file.stem for folder in folders for file in folder.glob("*.safetensors")}
     where = " or ".join(map(str, folders))

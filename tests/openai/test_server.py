@@ -330,6 +330,7 @@ def test_stop_and_logprobs_and_bias_are_honoured(app):
         ({"extra_body": {"ifp": {"reselect": "drift"}}}, "ifp.reselect"),
         ({"extra_body": {"ifp": {"mask_file": "../x"}}}, "ifp.mask_file"),
         ({"extra_body": {"ifp": {"mask_file": "nobody"}}}, "ifp.mask_file"),
+        ({"extra_body": {"ifp": {"mask_file": "x" * 300}}}, "ifp.mask_file"),
         ({"extra_body": {"ifp": {"task": "a", "instruction": "b"}}}, "ifp.instruction"),
         ({"model": "tiny@french", "extra_body": {"ifp": {"keep": 0.5}}}, "ifp.keep"),
         ({"messages": []}, "messages"),
@@ -422,6 +423,16 @@ def test_the_door_checks_key_host_type_and_size(engine):
     assert status(b" " * 201) == 413
     assert status(path="/v1/embeddings") == 404
     assert status(path="/v1/models") == 405
+
+
+def test_a_key_that_is_not_utf_8_opens_the_door_too(engine):
+    app = make_app(engine, Policy("tiny", api_key=os.fsdecode(b"\xff")))
+
+    def status(key):
+        headers = {"Content-Type": "application/json", "Authorization": key}
+        return post(app, "/v1/completions", content=b"{}", headers=headers).status_code
+
+    assert (status(b"Bearer \xff"), status(b"Bearer x")) == (400, 401)
 
 
 @pytest.mark.parametrize(
