@@ -138,6 +138,7 @@ class Folder:
         if (index := path / "model.safetensors.index.json").exists():
             index_files(index)
         self._files = _check_headers(path)
+        self._check_depth()
         self._absent = self._absent_tensors()
         self._as_filed: dict[str, str] = {}  # a tensor's name in the model, in the file
         self._built: nn.Module | None = None
@@ -245,6 +246,16 @@ class Folder:
     def _absent_tensors(self) -> dict[str, "mx.array"]:
         """Return stand-ins for tensors that are not in the safetensors files."""
         return {}
+
+    def _check_depth(self) -> None:
+        """Refuse more layers than there are tensors before any of them is built."""
+        layers = self.config.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > len(self._files):
+            raise ValueError(
+                f"num_hidden_layers={layers} in {self.path / 'config.json'} is more than "
+                f"the {len(self._files)} tensors beside it; config.json and the weights do "
+                "not belong together: fetch or convert both again."
+            )
 
     def _checked(self) -> "nn.Module":
         problems: list[str | None] = []

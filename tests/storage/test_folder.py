@@ -204,6 +204,12 @@ def test_a_size_of_nothing_is_one_sentence(tiny_folder, key):
         source_of(tiny_folder)
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_built(tiny_folder):
+    change_config(tiny_folder, num_hidden_layers=10**9)
+    with pytest.raises(ValueError, match="num_hidden_layers=1000000000 in .*more than"):
+        source_of(tiny_folder)
+
+
 def test_an_incomplete_config_is_refused(tiny_folder):
     change_config(tiny_folder, hidden_size=None)
     with pytest.raises(ValueError, match="cannot build a llama model.*'hidden_size'"):
