@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..files.progress import ProgressBar
+from ..files.progress import CARD, ProgressBar, Stage
 from ..selection.prompts import Message, encode, known_tokens
 from . import sweep
 from .agreement import says
@@ -64,7 +64,8 @@ def tried(
     kl: dict[float, list[float]] = {share: [] for share in shares}
     if decide([0], max(shares)).compensate:
         model.sketch(progress)  # computed once, which would take the first one long
-    for question, answer in progress([parts_of(model, chat) for chat in chats]):
+    parts = [parts_of(model, chat) for chat in chats]
+    for question, answer in progress(Stage(CARD, parts)):
         text = [*question, *answer[:-1]]
         kv, noted = sweep.read(model.source, text, len(answer))
         for share in shares:

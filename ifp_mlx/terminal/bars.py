@@ -3,11 +3,12 @@
 from tqdm import tqdm
 
 from ..engine import Event, Progress
+from ..files.progress import CARD
 
 NAMES = {
     "download": "downloading",
     "load": "opening",
-    "card": "measuring the model's card, once",
+    "card": CARD,
     "calibrate": "calibrating, once",
     "select": "selecting",
     "channels": "loading",
