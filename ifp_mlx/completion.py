@@ -8,9 +8,13 @@ from .__main__ import GROUPS, available
 from .installation.completion import SHELLS, script
 
 PLACES = """where shells look for it:
-  bash  ifp_mlx completion bash > ~/.local/share/bash-completion/completions/ifp_mlx
-  zsh   ifp_mlx completion zsh > ~/.zfunc/_ifp_mlx    # after: fpath+=~/.zfunc
-  fish  ifp_mlx completion fish > ~/.config/fish/completions/ifp_mlx.fish
+  bash  mkdir -p ~/.local/share/bash-completion/completions
+        ifp_mlx completion bash > ~/.local/share/bash-completion/completions/ifp_mlx
+  zsh   mkdir -p ~/.zfunc
+        ifp_mlx completion zsh > ~/.zfunc/_ifp_mlx
+        # and in ~/.zshrc, once: fpath+=~/.zfunc; autoload -Uz compinit && compinit
+  fish  mkdir -p ~/.config/fish/completions
+        ifp_mlx completion fish > ~/.config/fish/completions/ifp_mlx.fish
 
 Write it again after an upgrade: it knows the commands of the version that wrote it."""
 

@@ -1,5 +1,6 @@
 """Completion, tried in the shells themselves."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from conftest import run_command
 
 from ifp_mlx.__main__ import available
+from ifp_mlx.completion import PLACES
 from ifp_mlx.completion import main as completion
 
 pytest.importorskip("shtab")
@@ -58,6 +60,19 @@ def test_bash_completes_commands_options_and_what_they_take(bash):
     assert bash("ifp_mlx", "chat", "--task", "") == {"french"}
     assert bash("ifp_mlx", "generate", "--model", "ta") == {"tasks"}
     assert bash("ifp_mlx", "completion", "") == {"bash", "zsh", "fish"}
+
+
+def test_the_places_of_the_help_work_in_a_new_home(tmp_path):
+    home = {**os.environ, "HOME": str(tmp_path)}
+    command, places = "ifp_mlx() { echo $2; }", PLACES.split("\n\n")[0].splitlines()[1:]
+    lines = [line.removeprefix(line[:6]).strip() for line in places]
+    run = ["bash", "-ec", "\n".join([command, *lines])]
+    done = subprocess.run(run, env=home, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    written = {
+        file.read_text().strip() for file in tmp_path.rglob("*") if file.is_file()
+    }
+    assert written == {"bash", "zsh", "fish"}
 
 
 def test_completing_starts_no_python(scripts):
