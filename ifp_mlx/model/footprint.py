@@ -306,12 +306,13 @@ class Footprint:
         )
 
     def _refusal(self, memory_bytes: int, tokens: int, sizes: Sizes) -> str:
+        few = f"{min(sizes)} {self.unit}{'s' * (min(sizes) > 1)} a layer"
         parts = {
             f"everything but the {self.unit}s": self.core_bytes,
             f"the KV cache of {tokens} tokens": self.kv_bytes(tokens),
             "the predictor": self.predictor_bytes,
             "a dense layer that is being read": self.passing_bytes,
-            f"{min(sizes)} {self.unit}s a layer": self.channel_bytes(sizes),
+            few: self.channel_bytes(sizes),
         }
         summands = ", ".join(
             f"{in_words(n)} for {what}" for what, n in parts.items() if n

@@ -80,7 +80,8 @@ def test_the_largest_selection_that_fits_is_chosen(model, megabytes, fills):
 
 def test_what_does_not_fit_is_refused_with_what_would(model):
     with pytest.raises(
-        ValueError, match=r"10.0 kB of memory are too few.*a dense layer"
+        ValueError,
+        match=r"10.0 kB of memory are too few.*a dense layer.* 1 channel a layer",
     ):
         fit(model, 10_000)
     with pytest.raises(ValueError, match=r"260 kB are allowed; --keep 0\.\d+ fits"):
