@@ -459,7 +459,7 @@ def _self_check(selection: "Selection") -> Iterator[str]:
 
 
 def _measured_before(selection: "Selection", card: "Card | None") -> Iterator[str]:
-    from .selection.request import MIN_AGREEMENT, SAFE_KEEP
+    from .selection.request import MIN_AGREEMENT, SAFE_KEEP, WITHOUT_CARD
 
     share, origin = selection.share, selection.origin
     if origin.predicted:
@@ -478,11 +478,7 @@ def _measured_before(selection: "Selection", card: "Card | None") -> Iterator[st
         knee = f"; {MIN_AGREEMENT:.0%} takes keep {card.smallest(MIN_AGREEMENT):.2g}"
         yield f"{'Warning' if low else 'Note'}: {card.words(share)}{knee if low else ''}."
     elif share < SAFE_KEEP - 0.005:
-        yield (
-            f"Note: {kept}: without a card of this model (python -m ifp_mlx.evaluate "
-            f"--card) keep no less than {SAFE_KEEP:.0%} for maths and code, unless the "
-            "whole model checks (--check) or the mask's weights are recovered by training."
-        )
+        yield f"Note: {kept}: {WITHOUT_CARD}."
 
 
 def say_slicing(slicing: str, selection: "Selection") -> None:

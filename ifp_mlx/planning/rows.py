@@ -21,6 +21,7 @@ from ..model.card import Card, load_card
 from ..model.checkpoint import PREDICTOR_FOLDER, open_model
 from ..model.footprint import Footprint, model_of_config
 from ..selection import widths
+from ..selection.request import WITHOUT_CARD
 from ..slicing.plan import plan_of
 from . import roofline
 from .devices import Device
@@ -235,8 +236,11 @@ def report(
         "",
         markdown(*_memory_table(rows, footprint.unit, subject.card)),
     ]
+    less = any(row.target_size < footprint.channels for row in rows)
     if (card := subject.card) is not None:
         lines += ["", _about(card)]
+    elif less and subject.predictor is None:
+        lines += ["", f"What these lose is not known: {WITHOUT_CARD}."]
     if device is not None:
         lines += ["", *_time_lines(subject, rows, job, device)]
     return "\n".join(lines)

@@ -17,6 +17,11 @@ RESELECTS: tuple[Reselect, ...] = ("off", "drift")
 # Share of the units that untrained models bear to keep alone in general:
 # examples/guides/keep.md has the figures.
 SAFE_KEEP = 0.75
+WITHOUT_CARD = (
+    "without a card of this model (python -m ifp_mlx.evaluate --card) keep no less than "
+    f"{SAFE_KEEP:.0%} for maths and code, unless the whole model checks (--check) or the "
+    "mask's weights are recovered by training"
+)
 # What auto asks of a model's card. Of everyday questions, answers that agree at 84 % name
 # one dish three times where three are asked for; those at 74 % go round in circles
 # (examples/benchmarks/auto).

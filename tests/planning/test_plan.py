@@ -280,6 +280,9 @@ def test_without_a_limit_it_plans_half_three_quarters_and_all(tmp_path, capsys):
     found = json.loads(out.splitlines()[-1])
     assert status == 0 and found["largest_keep"] is None
     assert [row["keep"] for row in found["rows"]] == [0.5, SAFE_KEEP, 1.0]
+    assert "What these lose is not known" in out and "evaluate --card" in out
+    whole = ("--model", folder, "--keep", 1)
+    assert "is not known" not in run_command(plan.main, capsys, *whole)[1]
 
 
 def test_what_does_not_fit_exits_with_status_1(tmp_path, capsys):
