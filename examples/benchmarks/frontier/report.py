@@ -90,7 +90,8 @@ model has to be on disk. The KV cache is the same for all, and left out.
 
 - *affine B/G*: B bits in groups of G.
 - *mixed_L_H*: recipes, L bits for most layers and H for the others.
-- *dynamic T*: T bits per weight, of layers with
+- *dynamic T*: T bits per weight by mlx-lm's count, which has scales of 32 bits here and so
+  half a bit more than the table, of layers with
   {", ".join(f"{low} or {high}" for low, high in DYNAMIC.values())} bits.
 - *awq* ([2306.00978](https://arxiv.org/abs/2306.00978)), embeddings at 4 bits in groups of 32.
 - *gptq* ([2210.17323](https://arxiv.org/abs/2210.17323)), embeddings at 6 bits. It knows 2,
