@@ -11,8 +11,8 @@ from ifp_mlx.generate import main
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert path_of("~/a") == Path("/home/me/a")
+    monkeypatch.setenv("HOME", "/users/me")
+    assert path_of("~/a") == Path("/users/me/a")
     assert path_of("a~") == Path("a~")
 
 
