@@ -9,6 +9,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from ..selection.config import IFPConfig
 from ..selection.request import check_seed
 from ..selection.widths import check_multiple, target_size
@@ -64,6 +66,7 @@ class TrainConfig:
     gates: Literal["auto", "soft", "binary"] = key("auto", "whether kept channels are weighted by their soft mask, in training and inference; auto: as the model was trained, else soft, and binary for experts, which know no other")
     temperature: float | None = key(None, "of the soft top-k, in units of the scores, whose spread is 1; default: the model's own, else 0.3")
     anneal_keep: int = key(0, "steps over which keep falls from 1 to its value")
+    largest_keep: float | None = key(None, "train for larger shares too: every second step keeps a share drawn from keep to this one, so that a larger --keep never answers worse; default: keep alone")
     anneal_temperature: int = key(0, "steps over which the temperature falls to its value")
     start_temperature: float = key(1.0, "temperature at step 0, if annealed")
 
@@ -128,12 +131,24 @@ class TrainConfig:
             # In sixteenths: every k of its own is compiled once.
             left = 1 - int(16 * step / self.anneal_keep) / 16
             k += round((channels - k) * left) // granularity * granularity
+        if step is not None and step % 2 and self.largest_keep is not None:
+            k += self._larger(k, channels, step) // granularity * granularity
         if step is not None and step < self.anneal_temperature:
             done = step / self.anneal_temperature
             ratio = temperature / self.start_temperature
             temperature = self.start_temperature * ratio**done
         assert self.gates != "auto"
         return Budget(k, temperature, self.gates, granularity)
+
+    def _larger(self, k: int, channels: int, step: int) -> int:
+        """Return by how much a step's share is larger than ``k``, in sixteenths too.
+
+        Source: one model for many widths, as in slimmable networks (Yu et al. 2019,
+        arXiv:1812.08928) and MatFormer (Devvrit et al. 2024, arXiv:2310.07707).
+        """
+        most = target_size(channels, _known(self.largest_keep)) - k
+        drawn = np.random.default_rng((self.seed, step)).integers(1, 17)
+        return max(0, round(most * int(drawn) / 16))
 
     def of(self, unit: Unit = "channel", own: IFPConfig | None = None) -> "TrainConfig":
         """Return the settings with what was left open resolved: as the checkpoint that
@@ -184,6 +199,15 @@ class TrainConfig:
                 f"shared={self.shared} must be a multiple of granularity "
                 f"{granularity}, and needs a warm_start to know the channels."
             )
+        if self.largest_keep is not None and self.masker == "dense":
+            raise ValueError(
+                "largest_keep is for masks that are trained; leave it out with masker: "
+                "dense and in the stage recover."
+            )
+        if (self.largest_keep or 1) < (self.keep or 0):
+            raise ValueError(
+                f"largest_keep={self.largest_keep} must not be below keep={self.keep}."
+            )
         if self.ce_weight == self.kl_weight == 0:
             raise ValueError("ce_weight and kl_weight are both 0: nothing to learn.")
 
@@ -221,10 +245,10 @@ class TrainConfig:
 
 POSITIVE = {"steps", "batch_size", "accumulate", "lr", "temperature", "clip", "keep"}
 POSITIVE |= {"eval_every", "log_every", "save_every", "granularity", "target_size"}
-POSITIVE |= {"max_length", "chunk", "start_temperature", "lora_rank"}
+POSITIVE |= {"largest_keep", "max_length", "chunk", "start_temperature", "lora_rank"}
 POSITIVE |= {"predictor_layers", "predictor_width", "predictor_rank"}
 # AdamW moves every weight by about the rate: above 1 nothing is left of a model.
-MOST = {"keep": 1, "lr": 1, "masker_lr": 1, "warm_lr": 1}
+MOST = {"keep": 1, "largest_keep": 1, "lr": 1, "masker_lr": 1, "warm_lr": 1}
 
 
 def _known(value: Any) -> Any:

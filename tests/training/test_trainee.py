@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -119,6 +120,27 @@ def test_annealing_begins_dense_and_warm_and_ends_at_the_budget():
     assert (first.temperature, last.temperature) == (1.0, pytest.approx(0.1))
     ks = [config.budget(64, step).k for step in range(9)]
     assert ks == sorted(ks, reverse=True)
+
+
+def test_every_second_step_keeps_a_share_up_to_the_largest_and_draws_it_again_alike():
+    config = TrainConfig(keep=0.25, largest_keep=1, seed=3)
+    ks = [config.budget(64, step).k for step in range(200)]
+    assert set(ks[::2]) == {16} and config.budget(64).k == 16
+    assert set(ks[1::2]) == {16 + 3 * n for n in range(1, 17)}
+    assert ks == [config.budget(64, step).k for step in range(200)]
+    blocks = replace(config, granularity=8, largest_keep=0.75)
+    assert {blocks.budget(64, step).k for step in range(200)} == {16, 24, 32, 40, 48}
+    with pytest.raises(ValueError, match="largest_keep=0.1 must not be below keep=0.25"):
+        replace(config, model="m", data="d", output="o", largest_keep=0.1).check()
+    with pytest.raises(ValueError, match="leave it out with masker: dense"):
+        replace(config, model="m", data="d", output="o", masker="dense").check()
+
+
+def test_a_run_for_several_shares_is_made(model, tmp_path, capsys):
+    options = ("--largest-keep", 1, "--target-size", 32)
+    report, _ = run(model, tmp_path, capsys, *options)
+    assert load(tmp_path / "run" / "model")[0].ifp.target_size == 32
+    assert report["sliced_error"] < 1e-5
 
 
 def test_an_annealed_run_is_made(model, tmp_path, capsys):
