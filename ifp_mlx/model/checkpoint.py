@@ -44,7 +44,7 @@ from ..slicing.compensation import Evidence, merit
 from ..slicing.reading import Example
 from ..slicing.routing import mass_share
 from ..slicing.sliced import Donor, cuts_groups, fill_model, group_sizes, share_core
-from ..slicing.stock import IN_LAYER, final_norm, vocabulary_of
+from ..slicing.stock import IN_LAYER, context_of, final_norm, vocabulary_of
 from ..storage.adapter import Adapter
 from ..storage.folder import SHIPPED, Folder, resolve, source_of
 from . import sweep
@@ -532,9 +532,18 @@ class IFPModel:
             instruction: what selects.
             config: options of the chat template.
         """
-        if (tokens := ids_of(instruction)) is not None:
-            return known_tokens(tokens, self.vocabulary)
-        return self.tokens_of(instruction_of(as_messages(instruction)), config)
+        if (tokens := ids_of(instruction)) is None:
+            messages = instruction_of(as_messages(instruction))
+            tokens = tokenize(self.tokenizer, messages, config=config)
+        return self.readable(tokens)
+
+    def readable(self, tokens: Sequence[int]) -> list[int]:
+        """Return the token ids of a prompt.
+
+        Raises:
+            ValueError: if there are more than the model was made for, or one is unknown.
+        """
+        return known_tokens(tokens, self.vocabulary, context_of(self.config))
 
     def tokens_of(
         self, messages: Sequence[Message], config: Mapping[str, Any] | None = None

@@ -20,7 +20,6 @@ from ..selection.prompts import (
     as_messages,
     ids_of,
     instruction_of,
-    known_tokens,
     tokenize,
 )
 from ..selection.request import Request
@@ -309,10 +308,10 @@ def _read_prompt(
             *continuation(tokenizer, file, prompt, system=system, **how),
         ]
     if (ids := ids_of(prompt)) is not None:
-        return known_tokens(begun or ids, model.vocabulary), ids
+        return model.readable(begun or ids), ids
     messages = as_messages(prompt, system)
     tokens = begun or tokenize(tokenizer, messages, open_end=True, **how)
-    tokens = known_tokens(tokens, model.vocabulary)
+    tokens = model.readable(tokens)
     if chat_template:
         return tokens, messages
     return tokens, tokenize(tokenizer, instruction_of(messages), chat_template=False)

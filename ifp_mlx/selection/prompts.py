@@ -36,16 +36,25 @@ def ids_of(prompt: Any) -> list[int] | None:
     return None
 
 
-def known_tokens(tokens: Sequence[int], vocabulary: int) -> list[int]:
+def known_tokens(
+    tokens: Sequence[int], vocabulary: int, context: int | None = None
+) -> list[int]:
     """Return token ids, all of which a model has a row of its embedding for.
 
     Args:
         tokens: of a prompt, or of an example.
         vocabulary: rows of the model's embedding.
+        context: the most tokens that it was made for, if they are not to be more.
 
     Raises:
-        ValueError: naming one that it has none for; MLX would read past the embedding.
+        ValueError: naming one that it has none for (MLX would read past the embedding),
+            or how many are too many.
     """
+    if context is not None and len(tokens) > context:
+        raise ValueError(
+            f"The prompt has {len(tokens)} tokens, and the model was made for at most "
+            f"{context}; shorten it."
+        )
     beyond = [token for token in tokens if not 0 <= token < vocabulary]
     if beyond:
         raise ValueError(

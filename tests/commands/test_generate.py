@@ -308,10 +308,18 @@ def test_a_dense_prefill_and_a_memory_limit_exclude_each_other(tiny_folder, caps
     assert status == 2 and "leave one of them out" in err
 
 
-def test_a_text_longer_than_the_models_context_is_noted(tmp_path, capsys):
+def test_an_answer_beyond_the_models_context_is_noted_and_a_prompt_refused(
+    tmp_path, capsys
+):
     folder = write_folder(tmp_path / "short", max_position_embeddings=40)
-    given = ["--model", folder, "--keep", 0.5, "-m", 3, "--prompt"]
-    for prompt, long in (("Hi", False), ("Hi" * 20, True)):
+    given = ["--model", folder, "--keep", 0.5, "-m", 8, "--prompt"]
+    for prompt, long in (("Hi", False), ("Hi" * 10, True)):
         status, _, err = run_command(main, capsys, *given, prompt)
         assert status == 0
         assert ("tokens, and the model was made for 40: expect a poor" in err) == long
+    for more in ([], ["--instruction", "Hi"]):
+        status, out, err = run_command(main, capsys, *given, "Hi" * 20, *more)
+        assert (status, out) == (2, "")
+        assert "and the model was made for at most 40; shorten it." in err
+    status, _, err = run_command(main, capsys, *given, "Hi", "--instruction", "Hi" * 20)
+    assert status == 2 and "at most 40" in err
