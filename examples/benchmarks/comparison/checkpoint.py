@@ -3,6 +3,8 @@
 import argparse
 import json
 import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,21 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ifp_mlx import load
-from ifp_mlx.files.atomic import new_folder
+from ifp_mlx.files.atomic import new_file, new_folder
 from ifp_mlx.selection.prompts import tokenize
 
+from . import outside
 from .data import write_shapes
 from .lab import means, overlaps
 from .rows import ROWS, Table, opened
-from .run import CACHE, Bench, tested
-from .tasks import all_tasks, test_examples
+from .run import CACHE, RESULTS, Bench, tested
+from .tasks import LONGEST, Example, all_tasks, test_examples
 
-MIX, ROW = "shipped", "ifp"
+MIX, ROW = "shipped", "shipped"
 SEED, RATE = 300, 3e-3
+KEEPS = (0.25, 0.5, 0.75, 1.0)
+PARAPHRASES = Path(__file__).with_name("paraphrases.jsonl")
+FOUND = RESULTS / "checkpoint.json"
 
 CARD = """---
 license: mit
@@ -38,39 +44,48 @@ French?"`.
 
 ## What it can do
 
-It answers these kinds of questions, asked in English in about these words. Each figure
-is the share of {per_task} questions, in wordings it was not trained on, that the
-compact model, loaded and sliced as `generate` does, answers exactly right.
+It answers these kinds of questions, asked in English in many wordings, in small letters
+too. Each figure is the share of {per_task} questions, in wordings it was not trained on,
+that the compact model, loaded and sliced as `generate` does, answers exactly right.
 
 | task | example | accuracy |
 |---|---|---|
 {table}
 
-Mean over facts {facts:.2f}, over skills {skills:.2f}. The facts are those it was trained
-on; numbers and words of the skills are not. Masks of two questions of one task share
+Mean over facts {facts:.2f}, over skills {skills:.2f}; over facts in small letters
+{lower:.2f}. Of {written} paraphrases that somebody wrote who had not seen its wordings
+({file}), {paraphrased:.0%} are answered right. The facts are those it was trained on;
+numbers and words of the skills are not. Masks of two questions of one task share
 {within:.0%} of their channels, of different tasks {between:.0%}; chance is {chance:.0%}.
+
+| keep | {keeps} |
+|---|{rule}|
+| facts | {curve} |
 
 ## What it cannot do
 
 Everything else. It knows no other language than English questions, no country, language
-or fact beyond its lists (names of at most {longest} letters; what is called the same in
-both languages is left out), sorts two numbers, adds two digits, and handles words of
-three letters. Asked for anything else it answers with what looks like its tasks; asked
-to sort largest first, which it never learned, it is right {held_out:.0%} of the time. A
-wrong answer looks exactly like a right one: do not rely on it for facts.
+or fact beyond its lists (names of at most {longest} letters, answers of at most
+{answer}), sorts two numbers, adds two digits, and handles words of three letters. Asked
+for anything else it should say "{refusal}" It does so for {outside:.0%} of {per_task} such
+questions; to the others its wrong answer looks exactly like a right one, so do not rely
+on it for facts.
 
 ## How it was made
 
 {start_steps} steps of the dense model, then {steps} steps of predictor and model
-together, batches of {batch_size} questions, rate {rate:g}, seed {seed}; the recipe of row
-`ifp` in `examples/benchmarks/comparison`. Gates are soft, in training and here. Weights are
-float32: at this size neither half precision nor quantisation saves anything worth having.
+together, in every second of which more channels are kept, up to all of them; batches of
+{batch_size} questions, rate {rate:g}, seed {seed}; row `shipped` of
+`examples/benchmarks/comparison/rows.yaml`. Gates are soft, in training and here. Weights
+are float32: at this size neither half precision nor quantisation saves anything worth
+having.
 
 ## Data and licences
 
 Facts: names, codes and currencies of the Unicode CLDR (Unicode License v3, © Unicode,
 Inc.) by way of Babel (BSD). Skills: generators and word lists of reasoning-gym
-(Apache-2.0). Wordings and weights: MIT, as the package.
+(Apache-2.0). Words around the questions: "In the Year 2889" by Jules and Michel Verne,
+in the public domain. Wordings and weights: MIT, as the package.
 """
 
 
@@ -82,48 +97,95 @@ def write(folder: Path, bench: Bench, rate: float) -> None:
         shutil.copytree(source, scratch, dirs_exist_ok=True)
 
 
-def test(folder: Path, per_task: int, seed: int) -> dict[str, Any]:
-    """Answer test questions with the checkpoint's own compact models, greedily."""
+def answered(
+    model: Any, tokenizer: Any, asked: Sequence[Example], keep: float | None = None
+) -> list[bool]:
+    """Answer questions with the checkpoint's own compact models, greedily.
+
+    Returns:
+        Whether each answer is exactly right.
+    """
     from mlx_lm import generate
 
-    model, tokenizer = load(folder)
-    tasks = all_tasks()
-    right: dict[str, list[bool]] = {task.name: [] for task in tasks}
-    for example in tqdm(test_examples(tasks, per_task, seed), disable=None):
-        compact = model.compact(model.select(example.prompt))
+    right = []
+    for example in tqdm(asked, disable=None):
+        compact = model.compact(model.select(example.prompt, keep=keep))
         prompt = tokenize(tokenizer, [{"role": "user", "content": example.prompt}])
-        answer = generate(compact, tokenizer, prompt, max_tokens=20)
-        right[tasks[example.task].name].append(answer.strip() == example.answer)
-    accuracy = {name: float(np.mean(values)) for name, values in right.items()}
-    return {"accuracy": accuracy} | means(accuracy, tasks)
+        answer = generate(compact, tokenizer, prompt, max_tokens=24)
+        right.append(answer.strip() == example.answer)
+    return right
+
+
+def paraphrases() -> list[Example]:
+    """Return questions written by somebody who had not seen the trained wordings."""
+    numbers = {task.name: number for number, task in enumerate(all_tasks(MIX))}
+    lines = PARAPHRASES.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [Example(numbers[r["task"]], r["prompt"], r["answer"]) for r in rows]
+
+
+def test(folder: Path, per_task: int, seed: int) -> dict[str, Any]:
+    """Return how much the checkpoint answers right, as it ships."""
+    model, tokenizer = load(folder)
+    tasks = all_tasks(MIX)
+    drawn = test_examples(tasks, per_task, seed)
+    right = answered(model, tokenizer, drawn)
+    accuracy = {
+        task.name: share(
+            r for e, r in zip(drawn, right, strict=True) if e.task == number
+        )
+        for number, task in enumerate(tasks)
+    }
+    facts = [e for e in drawn if tasks[e.task].facts is not None]
+    lower = [replace(e, prompt=e.prompt.lower()) for e in facts]
+    written = paraphrases()
+    return {
+        "per_task": per_task,
+        "accuracy": accuracy,
+        **means(accuracy, tasks),
+        "lower": share(answered(model, tokenizer, lower)),
+        "paraphrases": len(written),
+        "paraphrased": share(answered(model, tokenizer, written)),
+        "keeps": {k: share(answered(model, tokenizer, facts, k)) for k in KEEPS},
+    }
+
+
+def share(right: Iterable[bool]) -> float:
+    """Return how many of some answers are right, of 1."""
+    return float(np.mean(list(right)))
 
 
 def card(bench: Bench, folder: Path, found: dict[str, Any], rate: float) -> str:
     """Return the checkpoint's README."""
     scale, steps = bench.table.scale, bench.table.steps
-    trained, tasks = opened(folder, scale), all_tasks()
+    trained, tasks = opened(folder, scale), all_tasks(MIX)
     examples = {e.task: e for e in test_examples(tasks, 1, SEED)}
     lines = []
     for number, task in enumerate(tasks):
         shown = f"{examples[number].prompt} → {examples[number].answer}"
-        name = task.name + (" (never trained)" if task.held_out else "")
-        lines.append(f"| {name} | {shown} | {found['accuracy'][task.name]:.2f} |")
-    share = overlaps(trained, tested(scale, SEED), len(tasks))
-    assert share is not None
-    numbers = {k: share[k] for k in ("within", "between", "chance")}
-    values = {k: found[k] for k in ("facts", "skills", "held_out")}
+        lines.append(f"| {task.name} | {shown} | {found['accuracy'][task.name]:.2f} |")
+    shares = overlaps(trained, tested(scale, SEED), len(tasks))
+    assert shares is not None
+    numbers = {k: shares[k] for k in ("within", "between", "chance")}
+    kinds = ("facts", "skills", "outside", "lower", "paraphrased", "per_task")
     sizes = {k: getattr(scale, k) for k in ("layers", "channels", "kept", "batch_size")}
     return CARD.format(
-        **(sizes | numbers | values),
+        **(sizes | numbers | {k: found[k] for k in kinds}),
+        keeps=" | ".join(f"{float(keep):g}" for keep in found["keeps"]),
+        curve=" | ".join(f"{value:.2f}" for value in found["keeps"].values()),
+        rule="|".join(["---"] * len(found["keeps"])),
+        written=found["paraphrases"],
+        file=f"`examples/benchmarks/comparison/{PARAPHRASES.name}`",
         start_steps=steps["start"],
         steps=steps["second"],
         rate=rate,
         parameters=sum(w.size for _, w in tree_flatten(trained.model.parameters())),
         share=scale.kept / scale.channels,
-        per_task=scale.test_per_task,
         table="\n".join(lines),
         seed=SEED,
-        longest=8,
+        longest=LONGEST,
+        answer=LONGEST + 2,
+        refusal=outside.ANSWER,
     )
 
 
@@ -143,6 +205,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.output.exists():
         write(args.output, bench, args.rate)
     found = test(args.output, table.scale.test_per_task, SEED)
+    with new_file(FOUND) as scratch:
+        scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = card(bench, args.output, found, args.rate)
     (args.output / "README.md").write_text(text, encoding="utf-8")
     print(json.dumps(found))

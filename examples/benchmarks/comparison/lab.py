@@ -109,11 +109,15 @@ def measure(
 
 
 def means(accuracy: dict[str, float], tasks: Sequence[Task]) -> dict[str, float]:
-    """Return the mean accuracy over facts, skills, both, and the held-out family."""
-    groups: dict[str, list[float]] = {"facts": [], "skills": [], "held_out": []}
+    """Return the mean accuracy over facts, skills, both, and what is beside them: the
+    held-out family, and questions from outside.
+    """
+    groups: dict[str, list[float]] = {"facts": [], "skills": []}
     for task in tasks:
-        group = "held_out" if task.held_out else "facts" if task.facts else "skills"
-        groups[group].append(accuracy[task.name])
+        group = "facts" if task.facts else "skills"
+        if task.held_out or task.kind == "outside":
+            group = "held_out" if task.held_out else "outside"
+        groups.setdefault(group, []).append(accuracy[task.name])
     found = {name: float(np.mean(values)) for name, values in groups.items()}
     return found | {"mean": float(np.mean(groups["facts"] + groups["skills"]))}
 

@@ -10,11 +10,14 @@ generators of reasoning-gym (Apache-2.0).
 import itertools
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-SKILL = 2  # a skill is drawn so many times as often as a domain of facts
+from . import outside, wordings
+
+# How often a task is drawn; a skill is harder than a domain of facts.
+SHARES = {"facts": 1, "skill": 2, "outside": 4}
 LONGEST = 8  # letters of a question
 
 OPENINGS = ("", "Please: ", "Hello. ")
@@ -45,20 +48,26 @@ class Mix:
     Attributes:
         countries: languages for names of countries.
         languages: languages for names of languages.
+        varied: whether questions come in many wordings, with names that are the same in
+            both languages, and with questions that have no answer here.
     """
 
     countries: tuple[str, ...]
     languages: tuple[str, ...]
+    varied: bool = False
 
 
 # fmt: off
+PLAIN = ("fr", "de", "es", "it", "pl", "fi", "hu", "tr"), ("fr", "de", "hu")
 MIXES = {
-    "plain": Mix(("fr", "de", "es", "it", "pl", "fi", "hu", "tr"), ("fr", "de", "hu")),
+    "plain": Mix(*PLAIN),
     # More to remember: languages in which most names differ from the English ones.
     "crowded": Mix(
         ("fr", "pl", "hu", "tr", "lt", "lv", "is", "sq", "az", "hr"),
         ("fr", "hu", "tr", "lt", "lv", "et", "is", "sq", "eu"),
     ),
+    # The checkpoint that ships in the package.
+    "shipped": Mix(*PLAIN, varied=True),
 }
 # fmt: on
 
@@ -84,12 +93,15 @@ class Task:
 
     Attributes:
         name: short, for tables.
-        kind: ``facts`` or ``skill``.
+        kind: ``facts``, ``skill`` or ``outside``, which has one answer to everything.
         description: what a user would write once to select for the whole task.
         phrases: ways to ask, with ``{x}`` for the question.
         facts: question to answer, or ``None`` for a skill.
         draw: makes a question and its answer from a number, for a skill.
         held_out: never trained; only tested.
+        target: the language that names are asked in, for a domain of names.
+        names: other words for what is asked, for ``{t}`` in the phrases; a task that has
+            them is asked in many wordings.
     """
 
     name: str
@@ -99,6 +111,22 @@ class Task:
     facts: dict[str, str] | None = None
     draw: Callable[[int], tuple[str, str]] | None = None
     held_out: bool = False
+    target: str = ""
+    names: tuple[str, ...] = ()
+
+    def worded(self, split: str, rng: random.Random) -> str:
+        """Return one of its wordings, ``{x}`` left in it."""
+        if not self.names:
+            return rng.choice(self.wordings(split))
+        while True:
+            phrase, name = rng.choice(self.phrases), rng.choice(self.names)
+            wording = wordings.asked(phrase, name, rng)
+            if wordings.held_out(wording) == (split == "test"):
+                break
+        if split == "train" and rng.random() < 0.4:
+            known = name if "{t}" in phrase else None
+            wording = wordings.blurred(wording, known, rng)
+        return wording
 
     def wordings(self, split: str) -> list[str]:
         """Return the paraphrases of a split: every third combination is for tests.
@@ -146,7 +174,7 @@ def examples(
         held_out: which instances of a skill are for tests alone.
     """
     rng = random.Random(f"{split}-{seed}")
-    share = [0 if t.held_out else 1 if t.kind == "facts" else SKILL for t in tasks]
+    share = [0 if t.held_out else SHARES[t.kind] for t in tasks]
     chosen = rng.choices(range(len(tasks)), share, k=count)
     return [_example(tasks, number, split, rng, held_out) for number in chosen]
 
@@ -178,14 +206,44 @@ def _example(
             question, answer = task.draw(rng.randrange(1 << 30))
             if held_out(task, question) == (split == "test"):
                 break
-    wording = rng.choice(task.wordings(split))
-    return Example(number, wording.replace("{x}", question), answer)
+    prompt = task.worded(split, rng).replace("{x}", question)
+    if task.names:
+        prompt = wordings.typed(prompt, rng)
+    return Example(number, prompt, answer)
 
 
 @cache
 def all_tasks(mix: str = "plain") -> list[Task]:
     """Return every task of one of :data:`MIXES`, in a fixed order."""
-    return _facts(MIXES[mix]) + _skills()
+    tasks = _facts(MIXES[mix]) + _skills()
+    if not MIXES[mix].varied:
+        return tasks
+    tasks = [_varied(task) for task in tasks if not task.held_out]
+    return [*tasks, _outside(tasks)]
+
+
+def _varied(task: Task) -> Task:
+    """Return a task that is asked in many wordings."""
+    if task.facts is None:
+        return replace(task, names=(task.name,), phrases=wordings.SKILLS[task.name])
+    if task.name in wordings.NAMES:
+        phrases = wordings.ASK + wordings.ALSO[task.name]
+        return replace(task, names=wordings.NAMES[task.name], phrases=phrases)
+    return replace(task, names=(task.target,), phrases=wordings.TRANSLATE)
+
+
+def _outside(known: list[Task]) -> Task:
+    """Return the task of all questions that none of ``known`` answers."""
+    keys: dict[str, set[str]] = {}
+    for task in known:
+        if task.facts is not None:
+            keys.setdefault(task.target or task.name, set()).update(task.facts)
+
+    def draw(number: int) -> tuple[str, str]:
+        return outside.drawn(keys, random.Random(number)), outside.ANSWER
+
+    about = "You say what you do not know."
+    return Task("outside", "outside", about, ("{x}",), draw=draw, names=("",))
 
 
 def _facts(mix: Mix) -> list[Task]:
@@ -198,12 +256,17 @@ def _facts(mix: Mix) -> list[Task]:
         target = english.languages[code]
         there = Locale(code).territories
         facts = {row["name"]: there[key] for key, row in countries.items()}
-        tasks.append(_translation(f"country→{code}", target, "countries", facts))
+        asked = "countries", facts, mix.varied
+        tasks.append(_translation(f"country→{code}", target, *asked))
     for code in mix.languages:
         target = english.languages[code]
         there = Locale(code).languages
         facts = {name: there[key] for key, name in languages.items() if key in there}
-        tasks.append(_translation(f"language→{code}", target, "languages", facts))
+        if mix.varied:  # one is a country too, and the question the same
+            there = {row["name"] for row in countries.values()}
+            facts = {q: a for q, a in facts.items() if q not in there}
+        asked = "languages", facts, mix.varied
+        tasks.append(_translation(f"language→{code}", target, *asked))
     for column, what in (
         ("alpha3", "country code"),
         ("numeric", "country number"),
@@ -219,12 +282,16 @@ def _facts(mix: Mix) -> list[Task]:
     return tasks
 
 
-def _translation(name: str, target: str, what: str, facts: dict[str, str]) -> Task:
+def _translation(
+    name: str, target: str, what: str, facts: dict[str, str], varied: bool
+) -> Task:
     phrases = tuple(p.replace("{t}", target) for p in TRANSLATE)
     description = f"You give the {target} names of {what}."
-    # What is called the same in both languages needs no memory, only copying.
-    facts = {q: a for q, a in facts.items() if a != q and len(a) <= LONGEST + 2}
-    return Task(name, "facts", description, phrases, facts)
+    facts = {q: a for q, a in facts.items() if len(a) <= LONGEST + 2}
+    if not varied:
+        # What is called the same in both languages needs no memory, only copying.
+        facts = {q: a for q, a in facts.items() if a != q}
+    return Task(name, "facts", description, phrases, facts, target=target)
 
 
 @cache
