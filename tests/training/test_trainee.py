@@ -130,7 +130,9 @@ def test_every_second_step_keeps_a_share_up_to_the_largest_and_draws_it_again_al
     assert ks == [config.budget(64, step).k for step in range(200)]
     blocks = replace(config, granularity=8, largest_keep=0.75)
     assert {blocks.budget(64, step).k for step in range(200)} == {16, 24, 32, 40, 48}
-    with pytest.raises(ValueError, match="largest_keep=0.1 must not be below keep=0.25"):
+    with pytest.raises(
+        ValueError, match="largest_keep=0.1 must not be below keep=0.25"
+    ):
         replace(config, model="m", data="d", output="o", largest_keep=0.1).check()
     with pytest.raises(ValueError, match="leave it out with masker: dense"):
         replace(config, model="m", data="d", output="o", masker="dense").check()
