@@ -15,20 +15,12 @@ CHAT = (
     *("What can you do?", "What do you know?", "Can you help me?", "Are you a robot?"),
     *("Tell me a joke.", "Tell me a story.", "Write a poem.", "Sing a song.", "Why?"),
     *("What time is it?", "What day is it?", "How is the weather?", "What is love?"),
-    *(
-        "Write an email to my boss.",
-        "Write some code.",
-        "Explain gravity.",
-        "Continue.",
-    ),
+    *("Write an email to my boss.", "Write some code.", "Explain gravity."),
+    "Continue.",
     *("What is the meaning of life?", "Do you like music?", "Where do you live?"),
     *("Summarise this text.", "Give me a recipe.", "What should I cook?", "I am sad."),
-    *(
-        "Who won the match?",
-        "Recommend a book.",
-        "Do you speak English?",
-        "Say something.",
-    ),
+    *("Who won the match?", "Recommend a book.", "Do you speak English?"),
+    "Say something.",
 )
 ABOUT = (
     "Tell me about {x}.",
@@ -52,14 +44,8 @@ ABOUT = (
 UNKNOWN = (
     *("capital", "population", "president", "flag", "area", "king", "national anthem"),
     *("highest mountain", "history", "national dish", "climate", "religion", "weather"),
-    *(
-        "longest river",
-        "prime minister",
-        "phone prefix",
-        "neighbour",
-        "size",
-        "economy",
-    ),
+    *("longest river", "prime minister", "phone prefix", "neighbour", "size"),
+    "economy",
     *("best hotel", "football team", "airport", "government", "age", "colour", "coast"),
     *("independence day", "internet domain", "largest lake", "queen", "army", "animal"),
 )
