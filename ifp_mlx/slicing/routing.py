@@ -74,6 +74,48 @@ def _lengths(vectors: mx.array) -> mx.array:
     return mx.linalg.norm(vectors.astype(mx.float32), axis=-1)
 
 
+@contextmanager
+def overheard(
+    model: nn.Module, plan: Plan
+) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
+    """Let what the routers say, and which experts they choose, be known of all that is
+    computed meanwhile, with its gradient.
+
+    Args:
+        model: of this plan, its routers giving logits; masked and adapted, or not.
+        plan: of experts.
+
+    Yields:
+        Two lists that fill up, a layer at a time: logits ``[..., E]``, which the masks
+        have been at, and the chosen experts, integers ``[..., K]``.
+    """
+    logits: list[mx.array] = []
+    chosen: list[mx.array] = []
+    pairs = zip(plan.modules(model), plan.layers, strict=True)
+    experts = [at(module, layer.experts) for module, layer in pairs]
+    routers = plan.inlets(model)
+    hearing = [partial(_telling_call, logits)] * len(routers)
+    seeing = [partial(_told_call, chosen)] * len(experts)
+    with becoming(routers, "Heard", hearing), becoming(experts, "Heard", seeing):
+        yield logits, chosen
+
+
+def _telling_call(logits: list[mx.array], stock: type) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        logits.append(stock.__call__(self, *args, **kwargs))
+        return logits[-1]
+
+    return call
+
+
+def _told_call(chosen: list[mx.array], stock: type) -> Any:
+    def call(self: Any, x: mx.array, indices: mx.array, *more: Any) -> mx.array:
+        chosen.append(indices)
+        return stock.__call__(self, x, indices, *more)
+
+    return call
+
+
 def tally(
     weights: mx.array, E: int, chosen: mx.array, gates: mx.array, lengths: mx.array
 ) -> mx.array:

@@ -54,6 +54,12 @@ class Batch(NamedTuple):
     tasks: mx.array | None = None
     selectors: mx.array | None = None
 
+    @property
+    def real(self) -> mx.array:
+        """1 for every row's tokens up to its last target, float32 ``[B, T - 1]``."""
+        later = mx.cumsum(self.loss_mask, axis=1, reverse=True)
+        return (later > 0).astype(mx.float32)[:, :-1]
+
     def share(self, rank: int, size: int) -> "Batch":
         """Return every ``size``-th row from ``rank`` on: one machine's part."""
         if size == 1:

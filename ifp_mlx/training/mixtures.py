@@ -30,6 +30,8 @@ def check_mixture(plan: Plan, about: dict[str, Any], config: TrainConfig) -> Non
     Raises:
         ValueError: naming the first that cannot be had.
     """
+    if config.balance_weight:
+        _check_balance(plan, about, config)
     if plan.unit == "channel":
         if config.freeze_router:
             raise ValueError(
@@ -53,6 +55,26 @@ def check_mixture(plan: Plan, about: dict[str, Any], config: TrainConfig) -> Non
         )
     _check_budget(plan, about, config)
     _check_router(plan, about, config)
+
+
+def _check_balance(plan: Plan, about: dict[str, Any], config: TrainConfig) -> None:
+    asked = f"balance_weight={config.balance_weight}"
+    if plan.unit == "channel":
+        raise ValueError(
+            f"{asked} is for mixtures of experts, and this model has no router; leave it "
+            "out."
+        )
+    if config.freeze_router or config.train == "frozen":
+        raise ValueError(
+            f"{asked} teaches the routers, which this run leaves as they are; leave it "
+            "out, or train them."
+        )
+    router = plan.inlets(build(about))[0]
+    if not gives_logits(router):
+        raise ValueError(
+            f"{asked} needs the logits of the routers, and {type(router).__name__} "
+            "multiplies a bare weight and chooses by itself; leave it out."
+        )
 
 
 def _check_budget(plan: Plan, about: dict[str, Any], config: TrainConfig) -> None:

@@ -98,6 +98,7 @@ class TrainConfig:
     clip: float = key(1.0, "largest norm of the gradient, of model and masker apart")
     ce_weight: float = key(1.0, "weight of the cross-entropy")
     kl_weight: float = key(0.0, "weight of the KL from the dense model as it was at the start, or from the teacher")
+    balance_weight: float = key(0.0, "of a mixture: weight of the loss that keeps its router from sending all tokens to few experts")
     teacher: str | None = key(None, "folder or hub id of the model that the KL is from, of the same tokens")
     grad_checkpoint: bool = key(False, "compute activations again instead of keeping them: less memory, more time")
     compile: bool = key(True, "use mx.compile; MLX_DISABLE_COMPILE overrules it")

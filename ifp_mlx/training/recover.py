@@ -81,6 +81,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
         Batches(records, config.batch_size, config.seed),
         config,
         parent=parent,
+        plan=model.plan,
         validate=validate,
         log=lambda line: say(_line(line)),
         folder=output if first else None,
@@ -269,6 +270,7 @@ def trained_tokens(records: Sequence[Record], config: TrainConfig) -> int:
 
 
 def _line(report: Report) -> str:
-    names = [name for name in ("loss", "valid_kl", "valid_agreement") if name in report]
-    parts = ", ".join(f"{name.replace('_', ' ')} {report[name]:.3f}" for name in names)
+    names = ("loss", "balance", "valid_kl", "valid_agreement")
+    found = [f"{n.replace('_', ' ')} {report[n]:.3f}" for n in names if n in report]
+    parts = ", ".join(found)
     return f"step {int(report['step'])}: {parts}"

@@ -17,6 +17,7 @@ from ..files.atomic import new_file
 from ..model.checkpoint import IFPConfig
 from ..selection.predictor import SparsityPredictor
 from ..selection.top_k import select
+from ..slicing.shapes import Plan
 from ..slicing.stock import context_of, vocabulary_of
 from . import checkpoints, warm_start
 from .batches import Batch, Batches, Record, in_order
@@ -63,6 +64,7 @@ def train(
     config: TrainConfig,
     *,
     parent: Parent | None = None,
+    plan: Plan | None = None,
     validate: Callable[[], Report] | None = None,
     watcher: Watcher | None = None,
     log: Callable[[Report], None] | None = None,
@@ -80,7 +82,7 @@ def train(
             takes its share of the rows.
         config: see :class:`TrainConfig`.
         parent: the dense parent's logits ``[B, T - 1, V]`` of a batch, needed if the
-            KL has a weight.
+            KL has a weight; so ``plan``, the model's, if the balance of experts has.
         validate: called every ``eval_every`` steps, before the first and after the
             last; what it returns goes into the log. See :class:`Validation`.
         watcher: looks at every validation, and stops a run whose masks collapse.
@@ -98,10 +100,9 @@ def train(
     """
     mx.random.seed(config.seed)
     pair = Pair(model, masker)
-    channels = pair.inlets[0].channels
     if config.grad_checkpoint:
         checkpoint_layers(model)
-    step = Step(pair, config, compiled=config.compile)
+    step = Step(pair, config, compiled=config.compile, plan=plan)
     world = mx.distributed.init()
     start = _resume(step, folder, world)
     diary = Diary(folder if world.rank() == 0 else None, start, log)
@@ -123,7 +124,7 @@ def train(
 
     if start == 0:
         look(0)
-    budget_at = partial(config.budget, channels)
+    budget_at = partial(config.budget, pair.inlets[0].channels)
     _descend(step, batches, config, budget_at, parent, diary, look, keep, start)
     return diary.lines
 
@@ -246,6 +247,7 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
         Batches(examples.train, config.batch_size, config.seed),
         config,
         parent=parent,
+        plan=trainee.plan,
         validate=Validation(trainee.model, masker, examples.checked, budget),
         watcher=Watcher() if config.watch == "stop" else None,
         log=lambda line: log(_line(line)),
@@ -465,6 +467,7 @@ def _line(report: Report) -> str:
     names = [
         "loss",
         "kl",
+        "balance",
         "valid_loss",
         "valid_kl",
         "overlap_within",

@@ -2,7 +2,10 @@
 
 Sums, not means, are accumulated, and divided by the number of targets once: so the
 same global batch gives the same step however it is split, over micro-batches or over
-machines.
+machines. The one exception is a mixture's balance, which is of the tokens that a machine
+reads at once: every micro-batch's is weighted by its number of targets, so that the
+total, divided by all targets, is the cross-entropy plus ``balance_weight`` times the
+mean of the balances.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,6 +19,9 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..slicing.masked import set_masks
+from ..slicing.routing import overheard
+from ..slicing.shapes import Plan
+from .balance import balance_of
 from .batches import Batch
 from .maskers import Budget, Form, Masker, masked_layers
 
@@ -37,6 +43,7 @@ class StepConfig(Protocol):
     clip: float
     ce_weight: float
     kl_weight: float
+    balance_weight: float
 
 
 class Pair(nn.Module):
@@ -111,10 +118,18 @@ class Step:
         pair: what is trained: its trainable parameters.
         config: learning rates, schedule, clipping, weights of the loss.
         compiled: use mx.compile (``MLX_DISABLE_COMPILE`` overrules it).
+        plan: of the model, of experts; needed if their balance has a weight.
     """
 
-    def __init__(self, pair: Pair, config: StepConfig, *, compiled: bool = True):
-        self.pair, self.config = pair, config
+    def __init__(
+        self,
+        pair: Pair,
+        config: StepConfig,
+        *,
+        compiled: bool = True,
+        plan: Plan | None = None,
+    ) -> None:
+        self.pair, self.config, self._plan = pair, config, plan
         masker_lr = 0.1 * config.lr if config.masker_lr is None else config.masker_lr
         rates = dict(zip(PARTS, (config.lr, masker_lr), strict=True))
         self.optimizers = {
@@ -190,7 +205,8 @@ class Step:
 
         Returns:
             Scalars not evaluated yet: ``loss`` and ``ce`` (nats per target), ``kl``
-            with a parent, ``targets``, and the gradients' norms before clipping.
+            with a parent, ``balance`` if it has a weight, ``targets``, and the
+            gradients' norms before clipping.
         """
         self.pair.train()
         sums, grads = None, None
@@ -206,12 +222,14 @@ class Step:
             raise FloatingPointError("The loss is not a finite number")
         totals, norms = self._apply(grads, sums)
         mx.eval(self.pair.parameters(), self.optimizer_state)
-        targets = mx.maximum(totals[3], 1)
+        targets = mx.maximum(totals[-1], 1)
         report = {"loss": totals[0] / targets, "ce": totals[1] / targets}
         if parent is not None:
             report["kl"] = totals[2] / targets
+        if self.config.balance_weight:
+            report["balance"] = totals[3] / targets
         report |= {f"{p}_grad_norm": n for p, n in zip(PARTS, norms, strict=True)}
-        return report | {"targets": totals[3]}
+        return report | {"targets": totals[-1]}
 
     def _gradient(
         self, arrays: list, parent: Any, before: Any, k: int, temperature: mx.array,
@@ -221,13 +239,15 @@ class Step:
         batch = Batch(*arrays)
 
         def loss() -> tuple[mx.array, mx.array]:
-            logits = self.pair.logits(batch, budget, budget.training_form)
+            logits, balance = self._forward(batch, budget)
+            targets = batch.loss_mask[:, 1:].sum()
             ce = target_losses(logits, batch).sum()
             kl = mx.array(0.0)
             if parent is not None:
                 kl = divergence(logits, parent, batch).sum()
             total = self.config.ce_weight * ce + self.config.kl_weight * kl
-            sums = [total, ce, kl, batch.loss_mask[:, 1:].sum()]
+            total = total + self.config.balance_weight * targets * balance
+            sums = [total, ce, kl, targets * balance, targets]
             return total, mx.stop_gradient(mx.stack(sums))
 
         (_, sums), grads = nn.value_and_grad(self.pair, loss)()
@@ -235,13 +255,23 @@ class Step:
             grads = tree_map(mx.add, grads, before)
         return sums, grads
 
+    def _forward(self, batch: Batch, budget: Budget) -> tuple[mx.array, mx.array]:
+        """Return the logits, and the balance, 0 where it has no weight."""
+        form = budget.training_form
+        if not self.config.balance_weight:
+            return self.pair.logits(batch, budget, form), mx.array(0.0)
+        assert self._plan is not None
+        with overheard(self.pair.llm, self._plan) as routing:
+            logits = self.pair.logits(batch, budget, form)
+        return logits, balance_of(*routing, batch.real)
+
     def _descend(self, grads: Any, sums: mx.array) -> tuple[mx.array, list[mx.array]]:
         world = mx.distributed.init()
         if world.size() > 1:
             grads = average_gradients(grads)
             sums = mx.distributed.all_sum(sums, stream=mx.cpu)
         # average_gradients has divided by the machines, which each saw some targets.
-        scale = world.size() / mx.maximum(sums[3], 1)
+        scale = world.size() / mx.maximum(sums[-1], 1)
         norms = []
         for part, optimizer in self.optimizers.items():
             own = tree_map(lambda g: g * scale.astype(g.dtype), grads.get(part, {}))

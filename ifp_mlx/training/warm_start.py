@@ -42,7 +42,7 @@ def channel_importance(model: nn.Module, batch: Batch) -> np.ndarray:
         model: the stock model, dense.
         batch: ``B`` examples.
     """
-    real, energy = _real(batch)[:, :, None], []
+    real, energy = batch.real[:, :, None], []
 
     def record(h: mx.array) -> mx.array:
         square = mx.square(h.astype(mx.float32))
@@ -65,7 +65,7 @@ def expert_importance(plan: Plan, model: nn.Module, batch: Batch) -> np.ndarray:
         model: the stock model, dense.
         batch: ``B`` examples.
     """
-    rows = mx.eye(len(batch.tokens))[:, :, None] * _real(batch)
+    rows = mx.eye(len(batch.tokens))[:, :, None] * batch.real
     found: list[mx.array] = []
 
     def see(*routed: mx.array) -> None:
@@ -77,12 +77,6 @@ def expert_importance(plan: Plan, model: nn.Module, batch: Batch) -> np.ndarray:
             stack.enter_context(watched(module, layer, see))
         model(batch.tokens[:, :-1])
     return _logarithm(found)
-
-
-def _real(batch: Batch) -> mx.array:
-    """Return 1 for every row's tokens up to its last target, float32 ``[B, T - 1]``."""
-    later = mx.cumsum(batch.loss_mask, axis=1, reverse=True)
-    return (later > 0).astype(mx.float32)[:, :-1]
 
 
 def _logarithm(energy: list[mx.array]) -> np.ndarray:
