@@ -5,17 +5,22 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import relative_error
 
 pytest.importorskip("babel")
 pytest.importorskip("reasoning_gym")
 
 from examples.benchmarks.comparison import report
 from examples.benchmarks.comparison.corpus import Corpus, describe, tokenizer
-from examples.benchmarks.comparison.lab import Trained, means, overlaps
-from examples.benchmarks.comparison.rows import ROWS, Table
+from examples.benchmarks.comparison.data import write_shapes
+from examples.benchmarks.comparison.lab import Scale, Trained, means, overlaps
+from examples.benchmarks.comparison.rows import ROWS, Table, split
 from examples.benchmarks.comparison.run import Bench, main
 from examples.benchmarks.comparison.tasks import all_tasks, examples
 from examples.benchmarks.comparison.tasks import test_examples as draw_tests
+from ifp_mlx import load
+from ifp_mlx.files.config import read_config
+from ifp_mlx.slicing.stock import build
 from ifp_mlx.training.maskers import Budget, FixedMask
 from ifp_mlx.training.recipe import TrainConfig
 
@@ -113,6 +118,20 @@ def test_every_row_of_the_file_is_settings_of_the_trainer(mix):
         where = {"model": "m", "data": "d", "output": "o"}
         if "select" not in about:
             TrainConfig(**settings | where).check()
+
+
+def test_a_model_that_is_split_is_the_same_if_every_expert_speaks_evenly(tmp_path):
+    write_shapes(tmp_path, Scale(channels=64, kept=64))  # as many experts as there are
+    start = build(read_config(tmp_path / "large" / "config.json"))
+    start.save_weights(str(tmp_path / "large" / "model.safetensors"))
+    split(tmp_path / "large", tmp_path / "experts", 0, tmp_path / "split")
+    mixture = load(tmp_path / "split")[0].dense()
+    tokens = mx.array([[5, 9, 2, 30]])
+    for layer in mixture.layers:
+        router = layer.block_sparse_moe.gate
+        assert 0 < float(mx.abs(router.weight).max()) < 0.1
+        router.weight = mx.zeros_like(router.weight)
+    assert relative_error(mixture(tokens), start(tokens)) < 1e-5
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ what no setting says: a model that is cut once and for all, the two oracles, whi
 told the true task, and selection without training.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,12 +15,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import yaml
+from mlx.utils import tree_flatten
 
 from ifp_mlx import Selection, load
+from ifp_mlx.files.atomic import new_folder
+from ifp_mlx.files.config import read_config
 from ifp_mlx.model.export import write_plain
 from ifp_mlx.selection.top_k import select
 from ifp_mlx.slicing.masked import set_masks
 from ifp_mlx.slicing.plan import plan_of
+from ifp_mlx.slicing.stock import build
 from ifp_mlx.training import warm_start
 from ifp_mlx.training.batches import Batch, in_order
 from ifp_mlx.training.maskers import (
@@ -37,7 +42,7 @@ from .lab import DENSE, Scale, Trained
 from .tasks import all_tasks
 
 ROWS = Path(__file__).with_name("rows.yaml")
-OWN = {"about", "hidden", "from", "data", "prune", "oracle", "select", "steps"}
+OWN = {"about", "hidden", "from", "data", "prune", "split", "oracle", "select", "steps"}
 SEEN = 64  # batches of examples that a mask is made from
 
 
@@ -123,6 +128,51 @@ def prune(start: Path, data: Path, kept: int, out: Path) -> None:
     scores = mx.array((np.concatenate(used).mean(axis=0) * down).astype(np.float32))
     selection = select(scores, [kept] * model.layers)
     write_plain(model, model.compact(selection), selection, out)
+
+
+def split(start: Path, shape: Path, seed: int, out: Path) -> None:
+    """Cut a model's FFNs into the experts of a mixture, once, of as many channels each.
+
+    An expert is channels that lie side by side. A trained FFN's channels have no order
+    that means anything, so this is as good as drawing them; channels that are used
+    together would only help a router that knows it, and this one is small and random.
+    Whichever ``K`` of ``E`` experts it takes, their weights are near ``1 / K``. Outputs
+    of experts are about uncorrelated, so ``K`` of them, averaged, are as long as all,
+    summed, if each is ``√(E · K)`` as long: by this ``down_proj`` is multiplied. With
+    ``K = E`` and even weights it is the model as it was.
+
+    Args:
+        start: folder of the dense model.
+        shape: folder of a mixtral without weights.
+        seed: of the routers.
+        out: where the mixture is written, unless it is there.
+    """
+    from mlx_lm.utils import save_config, save_model
+
+    if out.exists():
+        return
+    model, _ = load(start)
+    dense, config = model.dense(), read_config(shape / "config.json")
+    config["rope_theta"] = dense.args.rope_theta  # a mixtral's own would be another
+    mixture = build(config)
+    E, K = config["num_local_experts"], config["num_experts_per_tok"]
+    weights = dict(tree_flatten(dense.parameters()))
+    for number, layer in enumerate(mixture.layers):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            whole = weights.pop(f"model.layers.{number}.mlp.{part}.weight")
+            down = part == "down_proj"
+            parts = mx.stack(mx.split(whole, E, axis=1 if down else 0))
+            home = f"model.layers.{number}.block_sparse_moe"
+            scale = (E * K) ** 0.5 if down else 1.0
+            weights[f"{home}.switch_mlp.{part}.weight"] = scale * parts
+        router, key = layer.block_sparse_moe.gate, mx.random.key(seed + number)
+        drawn = mx.random.normal(router.weight.shape, scale=0.02, key=key)
+        weights[f"{home}.gate.weight"] = drawn
+    mixture.load_weights([*weights.items()])
+    with new_folder(out) as scratch:
+        shutil.copytree(shape, scratch, dirs_exist_ok=True)
+        save_model(scratch, mixture)
+        save_config(config, scratch / "config.json")
 
 
 def oracle_table(start: Path, data: Path, kind: str, scale: Scale, seed: int) -> Masker:

@@ -22,7 +22,7 @@ from ifp_mlx.training.run import REPORT, run, train
 from .corpus import Corpus, describe
 from .data import write_data, write_shapes
 from .lab import Scale, measure, overlaps
-from .rows import ROWS, SEEN, Table, opened, prune, train_oracle
+from .rows import ROWS, SEEN, Table, opened, prune, split, train_oracle
 from .tasks import all_tasks, test_examples
 
 RESULTS = Path(__file__).parent / "measured"
@@ -70,6 +70,10 @@ class Bench:
         if about.get("prune"):
             cut = model.parent / "pruned"
             prune(model, data, self.table.scale.kept, cut)
+            model = cut
+        if about.get("split"):
+            cut = model.parent / "split"
+            split(model, self.cache / "shapes" / "experts", settings["seed"], cut)
             model = cut
         if settings.get("masker") == "dense":
             settings.pop("target_size")
