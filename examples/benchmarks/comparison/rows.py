@@ -161,7 +161,7 @@ def split(start: Path, shape: Path, seed: int, out: Path) -> None:
         for part in ("gate_proj", "up_proj", "down_proj"):
             whole = weights.pop(f"model.layers.{number}.mlp.{part}.weight")
             down = part == "down_proj"
-            parts = mx.stack(mx.split(whole, E, axis=1 if down else 0))
+            parts = mx.stack([*mx.split(whole, E, axis=int(down))])
             home = f"model.layers.{number}.block_sparse_moe"
             scale = (E * K) ** 0.5 if down else 1.0
             weights[f"{home}.switch_mlp.{part}.weight"] = scale * parts
