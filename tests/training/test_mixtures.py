@@ -294,6 +294,18 @@ def test_recovery_brings_a_mask_of_experts_nearer_to_the_dense_model(
         ("qwen3_moe", ("--shared", 5), "shared=5 must be between 0 and the 4 experts"),
         ("qwen3_moe", ("--train", "dora"), "use train: lora"),
         ("qwen3", ("--freeze-router",), "this model has no router"),
+        ("qwen3", ("--balance-weight", 0.1), "balance_weight=0.1 is for mixtures"),
+        ("qwen3_moe", ("--balance-weight", -1), "a number not below 0"),
+        (
+            "qwen3_moe",
+            ("--balance-weight", 0.1, "--freeze-router"),
+            "teaches the routers, which this run leaves as they are",
+        ),
+        (
+            "deepseek_v3",
+            ("--balance-weight", 0.1, "--masker", "dense"),
+            "needs the logits of the routers, and MoEGate multiplies a bare weight",
+        ),
         ("glm4_moe, groups", (), "chooses among 2 groups of experts"),
         ("glm4_moe, groups", ("--target-size", 3), "no multiple of the 2 groups"),
         (
