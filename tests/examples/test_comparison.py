@@ -168,6 +168,28 @@ def test_the_rate_is_chosen_by_a_seed_that_is_in_no_table(tmp_path):
     assert [run["rate"] for run in results["ifp"]] == [0.003]
 
 
+@pytest.mark.parametrize("best", [0.0015, 0.006, 0.012, 0.024])
+def test_a_rate_at_the_end_of_the_grid_is_not_taken_before_the_next_was_tried(
+    best, tmp_path, monkeypatch
+):
+    bench = Bench(Table.read(ROWS, "plain"), tmp_path, tmp_path)
+    tried = []
+
+    def measured(row, rate, seed):
+        tried.append(rate)
+        return {"mean": 1 / (1 + abs(np.log(rate / best)))}
+
+    monkeypatch.setattr(bench, "measured", measured)
+    assert bench.rate("ifp") == best
+    assert min(tried) < best < max(tried)
+
+
+def test_rates_that_are_all_alike_are_not_tried_for_ever(tmp_path, monkeypatch):
+    bench = Bench(Table.read(ROWS, "plain"), tmp_path, tmp_path)
+    monkeypatch.setattr(bench, "measured", lambda *about: {"mean": 0.0})
+    assert bench.rate("ifp") == 0.0015
+
+
 def test_overlap_within_a_fixed_task_mask_is_whole_and_between_is_counted():
     mask = np.zeros((len(TASKS), 1, 4), dtype=np.float32)
     mask[:, :, 0] = 1

@@ -43,6 +43,7 @@ class Scale:
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.heads,
             "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,  # mixtures would have another by default
             "vocab_size": VOCABULARY,
             "tie_word_embeddings": True,
             "max_position_embeddings": 256,

@@ -153,7 +153,6 @@ def split(start: Path, shape: Path, seed: int, out: Path) -> None:
         return
     model, _ = load(start)
     dense, config = model.dense(), read_config(shape / "config.json")
-    config["rope_theta"] = dense.args.rope_theta  # a mixtral's own would be another
     mixture = build(config)
     E, K = config["num_local_experts"], config["num_experts_per_tok"]
     weights = dict(tree_flatten(dense.parameters()))

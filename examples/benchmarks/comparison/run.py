@@ -1,7 +1,8 @@
 """Measure the whole table: every row at every rate on one seed, then on three others.
 
 What is done already is left alone, so that a command that was stopped goes on. The rate
-of a row is the one whose model is right most often on the seed that chooses.
+of a row is the one whose model is right most often on the seed that chooses; no row's is
+the end of what was tried.
 """
 
 import argparse
@@ -185,9 +186,22 @@ class Bench:
         return found
 
     def rate(self, row: str) -> float:
-        """Return the rate of a row that the choosing seed finds best."""
-        seed, rates = self.table.chooses, self.table.rates
-        return max(rates, key=lambda rate: self.measured(row, rate, seed)["mean"])
+        """Return the rate of a row that the choosing seed finds best; where that is the
+        lowest or the highest, the next one is tried too.
+        """
+
+        def worth(rate: float) -> float:
+            return self.measured(row, rate, self.table.chooses)["mean"]
+
+        rates = sorted(self.table.rates)
+        best = max(rates, key=worth)
+        while len(rates) > 1 and best in (rates[0], rates[-1]):
+            ratio = rates[1] / rates[0]
+            beyond = best * ratio if best == rates[-1] else best / ratio
+            if worth(beyond) <= worth(best):
+                break
+            rates, best = sorted([*rates, beyond]), beyond
+        return best
 
 
 def tested(scale: Scale, seed: int, *, described: bool = False) -> list[Any]:
