@@ -94,13 +94,13 @@ def overheard(
     pairs = zip(plan.modules(model), plan.layers, strict=True)
     experts = [at(module, layer.experts) for module, layer in pairs]
     routers = plan.inlets(model)
-    hearing = [partial(_telling_call, logits)] * len(routers)
-    seeing = [partial(_told_call, chosen)] * len(experts)
+    hearing = [partial(_logits_call, logits)] * len(routers)
+    seeing = [partial(_choice_call, chosen)] * len(experts)
     with becoming(routers, "Heard", hearing), becoming(experts, "Heard", seeing):
         yield logits, chosen
 
 
-def _telling_call(logits: list[mx.array], stock: type) -> Any:
+def _logits_call(logits: list[mx.array], stock: type) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
         logits.append(stock.__call__(self, *args, **kwargs))
         return logits[-1]
@@ -108,7 +108,7 @@ def _telling_call(logits: list[mx.array], stock: type) -> Any:
     return call
 
 
-def _told_call(chosen: list[mx.array], stock: type) -> Any:
+def _choice_call(chosen: list[mx.array], stock: type) -> Any:
     def call(self: Any, x: mx.array, indices: mx.array, *more: Any) -> mx.array:
         chosen.append(indices)
         return stock.__call__(self, x, indices, *more)
