@@ -94,7 +94,12 @@ class Decoding:
                     f"logit_bias={bias} of the token {token} must be -{MOST_BIAS} to "
                     f"{MOST_BIAS}; -100 is enough to leave a token out."
                 )
-        if any(not text for text in self.stop_strings):
+        given = self.stop_strings
+        if not isinstance(given, tuple | list) or not all(
+            isinstance(text, str) for text in given
+        ):
+            raise ValueError(f"stop_strings={given!r} must be a list of texts.")
+        if any(not text for text in given):
             raise ValueError("A stop string is empty; leave it out.")
 
     @property
@@ -255,9 +260,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def check_bounds(values: object, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Raise ``ValueError`` if an attribute is not ``None`` and outside its bounds."""
+    """Raise ``ValueError`` if an attribute is not ``None`` and no number in its bounds."""
     for name, (low, high) in bounds.items():
         value = getattr(values, name)
+        if value is not None and not isinstance(value, int | float | np.number):
+            raise ValueError(f"{name}={value!r} must be a number.")
         if value is not None and not low <= value <= high:  # so NaN is outside
             limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
             raise ValueError(f"{name}={value} must be {limit}.")

@@ -19,9 +19,13 @@ def ids_of(prompt: Any) -> list[int] | None:
     sequence or array; ``None`` for a text or messages.
 
     Raises:
-        ValueError: if it holds nothing, or more than one row of ids.
+        ValueError: if it holds nothing, or more than one row of ids, or is none of these.
     """
     items: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(items, Sequence):
+        raise ValueError(
+            f"The prompt {prompt!r} is neither a text, nor messages, nor token ids."
+        )
     if not len(items):
         raise ValueError(f"The prompt {prompt!r} is empty; give some text.")
     if not isinstance(items, str | bytes) and all(

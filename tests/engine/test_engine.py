@@ -523,6 +523,10 @@ def test_rounds_of_loading_and_unloading_keep_memory_flat(folder):
         ({"max_tokens": 0}, InvalidRequest, "max_tokens=0"),
         ({"temp": -1}, InvalidRequest, "temp=-1"),
         ({"stop_strings": ("",)}, InvalidRequest, "empty"),
+        ({"temp": "1"}, InvalidRequest, "temp='1' must be a number"),
+        ({"max_tokens": "3"}, InvalidRequest, "max_tokens='3' must be a number"),
+        ({"stop_strings": 3}, InvalidRequest, "stop_strings=3 must be a list"),
+        ({"stop_strings": "end"}, InvalidRequest, "stop_strings='end' must be a list"),
         ({"max_tokens": 600}, ContextTooLong, "600.*512"),
         ({"colour": "red"}, InvalidRequest, "'colour'"),
     ],
@@ -535,6 +539,12 @@ def test_mistakes_are_sentences_with_the_value(engine, options, error, words):
 def test_an_empty_prompt_is_refused(engine):
     with pytest.raises(InvalidRequest, match="empty"):
         engine.generate("  ")
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"role": "user"}])
+def test_what_is_no_prompt_is_refused(prompt, engine):
+    with pytest.raises(InvalidRequest, match="neither a text, nor messages"):
+        engine.generate(prompt)
 
 
 def test_errors_of_opening_have_their_types(tmp_path):
