@@ -13,6 +13,8 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ifp_mlx import load
+from ifp_mlx.evaluation.rows import Row
+from ifp_mlx.evaluation.tasks import make
 from ifp_mlx.files.atomic import new_file, new_folder
 from ifp_mlx.selection.prompts import tokenize
 
@@ -22,6 +24,7 @@ from .lab import means, overlaps
 from .rows import ROWS, Table, opened
 from .run import CACHE, RESULTS, Bench, tested
 from .tasks import LONGEST, Example, all_tasks, test_examples
+from .tasks import examples as draw_examples
 
 MIX, ROW = "shipped", "shipped"
 SEED, RATE = 300, 3e-3
@@ -57,6 +60,8 @@ Mean over facts {facts:.2f}, over skills {skills:.2f}; over facts in small lette
 ({file}), {paraphrased:.0%} are answered right. The facts are those it was trained on;
 numbers and words of the skills are not. Masks of two questions of one task share
 {within:.0%} of their channels, of different tasks {between:.0%}; chance is {chance:.0%}.
+With one mask for each task, by `ifp_mlx.tasks make`, {described:.2f} of the facts are right
+if it is made from the task's description, and {shown:.2f} if from 16 questions.
 
 | keep | {keeps} |
 |---|{rule}|
@@ -100,19 +105,43 @@ def write(folder: Path, bench: Bench, rate: float) -> None:
 def answered(
     model: Any, tokenizer: Any, asked: Sequence[Example], keep: float | None = None
 ) -> list[bool]:
-    """Answer questions with the checkpoint's own compact models, greedily.
+    """Answer questions with the compact model of each, greedily.
 
     Returns:
         Whether each answer is exactly right.
     """
+    compacts = (model.compact(model.select(e.prompt, keep=keep)) for e in asked)
+    pairs = zip(tqdm(asked, disable=None), compacts, strict=True)
+    return [_right(compact, tokenizer, example) for example, compact in pairs]
+
+
+def _right(compact: Any, tokenizer: Any, example: Example) -> bool:
     from mlx_lm import generate
 
-    right = []
-    for example in tqdm(asked, disable=None):
-        compact = model.compact(model.select(example.prompt, keep=keep))
-        prompt = tokenize(tokenizer, [{"role": "user", "content": example.prompt}])
-        answer = generate(compact, tokenizer, prompt, max_tokens=24)
-        right.append(answer.strip() == example.answer)
+    prompt = tokenize(tokenizer, [{"role": "user", "content": example.prompt}])
+    answer = generate(compact, tokenizer, prompt, max_tokens=24)
+    return answer.strip() == example.answer
+
+
+def by_task(
+    model: Any, tokenizer: Any, asked: Sequence[Example], *, examples: int = 0
+) -> list[bool]:
+    """Answer questions with one compact model a task, as `ifp_mlx.tasks make` chooses it.
+
+    Args:
+        model, tokenizer: of the checkpoint.
+        asked: the questions.
+        examples: from so many questions of training; 0: from the task's description.
+    """
+    right, tasks = [], all_tasks(MIX)
+    for number in tqdm(sorted({e.task for e in asked}), disable=None):
+        texts = [tasks[number].description]
+        if examples:
+            shown = draw_examples([tasks[number]], "train", examples, SEED)
+            texts = [e.prompt for e in shown]
+        rows = [Row(model.instruction_tokens(text), []) for text in texts]
+        compact = model.compact(make(model, "task", rows).selection)
+        right += [_right(compact, tokenizer, e) for e in asked if e.task == number]
     return right
 
 
@@ -147,6 +176,8 @@ def test(folder: Path, per_task: int, seed: int) -> dict[str, Any]:
         "paraphrases": len(written),
         "paraphrased": share(answered(model, tokenizer, written)),
         "keeps": {k: share(answered(model, tokenizer, facts, k)) for k in KEEPS},
+        "described": share(by_task(model, tokenizer, facts)),
+        "shown": share(by_task(model, tokenizer, facts, examples=16)),
     }
 
 
@@ -167,7 +198,8 @@ def card(bench: Bench, folder: Path, found: dict[str, Any], rate: float) -> str:
     shares = overlaps(trained, tested(scale, SEED), len(tasks))
     assert shares is not None
     numbers = {k: shares[k] for k in ("within", "between", "chance")}
-    kinds = ("facts", "skills", "outside", "lower", "paraphrased", "per_task")
+    kinds = ["facts", "skills", "outside", "lower", "paraphrased", "per_task"]
+    kinds += ["described", "shown"]
     sizes = {k: getattr(scale, k) for k in ("layers", "channels", "kept", "batch_size")}
     return CARD.format(
         **(sizes | numbers | {k: found[k] for k in kinds}),
