@@ -71,10 +71,11 @@ TOOLS_TEMPLATE = (
 )
 
 
-def pytest_collection_finish() -> None:
-    """Let garbage collection pass by what stays: a session's modules and tests."""
-    import mlx_lm  # noqa: F401, which brings most of them
-
+@pytest.fixture(scope="module", autouse=True)
+def known_objects_stay() -> None:
+    """Let garbage collection pass by what was there before this file's tests: the
+    session's modules and tests, which an engine would go through at every request.
+    """
     gc.collect()
     gc.freeze()
 
@@ -178,12 +179,13 @@ def thinned(ways: Iterable[Any], every: int) -> list[Any]:
     ]
 
 
-def by_turns(values: Iterable[Any]) -> list[Any]:
+def by_turns(values: Iterable[Any], every: int = 1) -> list[Any]:
     """Return each value beside ``True`` or ``False``, in turns; beside the other it is
-    long.
+    long, and so are all but one in ``every`` values, an odd number.
     """
     pairs = ((_as_tuple(v), n % 2 == 0) for n, v in enumerate(values))
-    return thinned(((*v, way) for v, first in pairs for way in (first, not first)), 2)
+    ways = ((*v, way) for v, first in pairs for way in (first, not first))
+    return thinned(ways, 2 * every)
 
 
 def _as_tuple(way: Any) -> tuple[Any, ...]:
