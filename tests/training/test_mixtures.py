@@ -56,7 +56,7 @@ def command(folder, data, output, capsys, *options):
     return run_command(
         train.main, capsys, "--model", folder, "--data", data, "--output", output,
         "--steps", 3, "--batch-size", 4, "--lr", 0.01, "--json", "--log-every", 1,
-        "--watch", "off", "--no-compile", *options,
+        "--watch", "off", "--no-compile", "--warm-steps", 4, *options,
     )  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def place(tmp_path_factory):
 def arguments(place, model, data, output, *options):
     given = ("--model", model, "--data", place / data, "--output", output)
     given += ("--steps", 4, "--batch-size", 4, "--lr", 0.01, "--log-every", 1)
-    given += ("--watch", "off", "--no-compile", "--chunk", 16, *options)
+    given += ("--watch", "off", "--no-compile", "--warm-steps", 4, "--chunk", 16)
+    given += options
     return [str(part) for part in given]
 
 

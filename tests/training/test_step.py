@@ -34,7 +34,7 @@ def command(tmp_path):
         options = {
             "--model": model, "--data": tmp_path, "--output": tmp_path / output,
             "--steps": steps, "--batch-size": 8, "--lr": 0.01, "--eval-every": 1000,
-            "--log-every": 1, "--save-every": 2,
+            "--log-every": 1, "--save-every": 2, "--warm-steps": 4,
         }  # fmt: skip
         pairs = [str(part) for pair in options.items() for part in pair]
         return ["-m", "ifp_mlx.train", *pairs, "--no-compile", "--watch", "off"]

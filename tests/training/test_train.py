@@ -151,7 +151,7 @@ def test_the_command_writes_a_checkpoint_that_slices_as_it_was_masked(tmp_path, 
     status, out, err = run_command(
         train_module.main, capsys, "--model", model, "--data", tmp_path,
         "--output", tmp_path / "run", "--steps", 2, "--batch-size", 4, "--json",
-        "--watch", "off", "--no-compile",
+        "--watch", "off", "--no-compile", "--warm-steps", 4,
     )  # fmt: skip
     assert status == 0, err
     report = json.loads(out)

@@ -40,7 +40,7 @@ def run(model, tmp_path, capsys, *options, rows=ROWS, data=None):
     status, out, err = run_command(
         train.main, capsys, "--model", model, "--data", data, "--output",
         tmp_path / "run", "--steps", 3, "--batch-size", 4, "--lr", 0.01, "--json",
-        "--log-every", 1, "--watch", "off", "--no-compile", *options,
+        "--log-every", 1, "--watch", "off", "--no-compile", "--warm-steps", 4, *options,
     )  # fmt: skip
     assert status == 0, err
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
@@ -181,6 +181,7 @@ def test_a_plan_says_what_a_run_takes_before_it_is_made(model, tmp_path, capsys)
     config = tmp_path / "run.yaml"
     settings = {"model": str(model), "data": str(data), "output": str(tmp_path / "run")}
     settings |= {"steps": 3, "batch_size": 4, "lr": 0.01, "log_every": 1}
+    settings["warm_steps"] = 4
     config.write_text(json.dumps(settings))
     found = {}
     for way in ("full", "frozen"):
@@ -203,7 +204,8 @@ def test_a_plan_says_what_a_run_takes_before_it_is_made(model, tmp_path, capsys)
 def test_float16_is_refused_for_its_reason(model, tmp_path, capsys):
     data = write_rows(tmp_path / "data", ROWS)
     given = ("--model", model, "--data", data, "--output", tmp_path / "run")
-    status, _, err = run_command(train.main, capsys, *given, "--dtype", "float16")
+    given += ("--warm-steps", 0, "--dtype", "float16")
+    status, _, err = run_command(train.main, capsys, *given)
     assert status == 2 and "squares of gradients" in err and "bfloat16" in err
 
 
