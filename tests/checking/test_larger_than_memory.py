@@ -36,6 +36,7 @@ def child(*command, limit):
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.long  # two processes that each import everything
 @pytest.mark.skipif(sys.platform != "linux", reason="limits what a process allocates")
 def test_it_says_what_the_dense_model_says_where_that_cannot_be_loaded(
     tmp_path, monkeypatch

@@ -43,23 +43,25 @@ def test_the_table_shows_medians_and_leaves_out_what_a_row_does_not_do():
     assert rows["stock"][3:6] == ["", "", ""] and rows["stock"][7] == ""
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_the_command_runs_four_rows_for_every_keep_and_length(tmp_path, capsys, stored):
+@pytest.mark.parametrize(("stored", "keeps"), [(False, (0.5,)), (True, (0.5, 0.25))])
+def test_the_command_runs_four_rows_for_every_keep_and_length(
+    tmp_path, capsys, stored, keeps
+):
     folder = write_folder(tmp_path / "tiny")
     if stored:
         folder = write_store(folder, tmp_path / "store")
-    picture = tmp_path / "speed.svg"
+    picture, turns = tmp_path / "speed.svg", 3 - len(keeps)
     status, out, err = run_command(
-        main, capsys, "--model", folder, "--keep", 0.5, 0.25, "--turns", 2, "--plot",
+        main, capsys, "--model", folder, "--keep", *keeps, "--turns", turns, "--plot",
         picture, "--prompt-tokens", 9, 12, "--max-tokens", 3, "--cold", "--json",
     )  # fmt: skip
     assert status == 0, err
     cases = json.loads(out.splitlines()[-1])["cases"]
     shapes = [(c["target_size"], c["prompt_tokens"]) for c in cases]
-    assert shapes == [(32, 9), (32, 12), (16, 9), (16, 12)]
+    assert shapes == [(round(64 * keep), n) for keep in keeps for n in (9, 12)]
     for found in cases:
-        assert all(len(values) == 2 for values in found["ratios"].values())
-        assert all(len(values) == 2 for values in found["cold_seconds"].values())
+        assert all(len(values) == turns for values in found["ratios"].values())
+        assert all(len(values) == turns for values in found["cold_seconds"].values())
         rows = found["seconds"]
         assert list(rows) == list(ROWS)
         assert rows["compact"]["peak_bytes"][0] < rows["dense"]["peak_bytes"][0]

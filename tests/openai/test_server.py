@@ -502,6 +502,7 @@ def test_malformed_requests_get_4xx_and_the_server_stops_gracefully(tmp_path):
     assert report["failures"] == 0 and report["malformed"] == 150
 
 
+@pytest.mark.long  # a server and a crowd, each a process
 def test_a_crowd_gets_right_answers_and_a_killed_client_frees_its_slot(tmp_path):
     folder = write_able(tmp_path / "able")
     options = "--clients 8 --seconds 1 --tokens 6 --batch 4 --turns 1".split()

@@ -120,7 +120,7 @@ UNTIED = {"llama4_text", "seed_oss", "minicpm"}
 # mlx-lm's own class cannot be quantised.
 FLOAT = ("afm7",)
 WAYS = [(name, False) for name in FLOAT]
-WAYS += by_turns(name for name in CHANNELS if name not in FLOAT)
+WAYS += by_turns((name for name in CHANNELS if name not in FLOAT), 3)
 
 
 def written(folder, name, four_bits):

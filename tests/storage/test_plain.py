@@ -84,7 +84,7 @@ def changed(one, other):
     return new / sum(other.sizes)
 
 
-@pytest.mark.parametrize(("name", "quantised"), by_turns(EXPERTS))
+@pytest.mark.parametrize(("name", "quantised"), by_turns(EXPERTS, 3))
 def test_every_type_is_read_expert_by_expert_and_is_as_if_cut_in_memory(
     name, quantised, tmp_path, exact
 ):
