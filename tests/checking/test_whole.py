@@ -179,12 +179,12 @@ def test_two_layers_of_dropped_channels_are_in_memory_at_most(stored, tmp_path):
 def test_layers_that_there_is_room_for_are_not_read_again(kind, opened):
     model, group = opened(kind)
     selection = kept_of(model, group)
-    expected = greedy(model, 9)
+    expected = greedy(model, 6)
 
     def passes(room):
         whole = beside(model, selection, room)
         run = run_of(whole)
-        assert answer(run, 9) == expected
+        assert answer(run, 6) == expected
         return [*whole.held], run.figures.bytes_read / (2 + run.figures.checks)
 
     rows, down = row_bytes(model, 0, model.plan.layers[0].inlet)

@@ -471,9 +471,9 @@ def test_requests_wait_for_memory_that_checks_need(folder, dense):
 def test_channels_that_follow_one_answer_leave_the_others(tmp_path, source):
     folder = write_kind(tmp_path, source)
     model = load(folder)[0]
-    expected = dense_tokens(model.dense(), templated(folder, "Hello"), 40)
+    expected = dense_tokens(model.dense(), templated(folder, "Hello"), 24)
     with Engine.open(folder) as engine:
-        how = CHOICE | {"check": "exact", "max_tokens": 40}
+        how = CHOICE | {"check": "exact", "max_tokens": 24}
         before = list(engine.stream("Hello", **how))
         engine._call(lambda host: host.prompts.clear()).result()
 
