@@ -1,5 +1,6 @@
 """Completion, tried in the shells themselves."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -29,9 +30,8 @@ def scripts(tmp_path_factory):
     folder, files = tmp_path_factory.mktemp("scripts"), {}
     for shell in ("bash", "zsh", "fish"):
         files[shell] = folder / shell
-        code = f"from ifp_mlx.completion import main; main([{shell!r}])"
-        with files[shell].open("w") as out:
-            subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+        with files[shell].open("w") as out, contextlib.redirect_stdout(out):
+            completion([shell])
     return files
 
 
