@@ -2,6 +2,8 @@
 they are the compact model, with the dropped ones read beside them the dense one.
 """
 
+from itertools import product
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from conftest import (
     family_units,
     randomised,
     relative_error,
+    thinned,
     write_family,
 )
 from mlx_lm.models.cache import make_prompt_cache
@@ -135,9 +138,12 @@ def test_the_whole_model_is_the_dense_one_in_every_type(name, four_bits, tmp_pat
     assert whole.bytes_read > 0
 
 
-@pytest.mark.parametrize("room", [0, 1 << 30])
-@pytest.mark.parametrize("four_bits", [False, True])
-@pytest.mark.parametrize("name", ["llama", "phi3", "starcoder2", "nanbeige, looped"])
+STORED = product(
+    ["llama", "phi3", "starcoder2", "nanbeige, looped"], [False, True], [0, 1 << 30]
+)
+
+
+@pytest.mark.parametrize(("name", "four_bits", "room"), thinned(STORED, 3))
 def test_so_it_is_from_a_channel_store_and_with_room_for_all(
     name, four_bits, room, tmp_path
 ):
