@@ -241,7 +241,8 @@ def test_a_sweep_stays_within_the_memory_it_was_given(
     tmp_path, tokens, megabytes, compensate, fills
 ):
     shape = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 2048}
-    model, _ = load(write_folder(tmp_path / "wide", num_hidden_layers=8, **shape))
+    shape |= {"num_hidden_layers": 8, "max_position_embeddings": 1024}
+    model, _ = load(write_folder(tmp_path / "wide", **shape))
     add_prior(model, sketch=256)
     model, _ = load(model.path)
     instruction, context = [5, 9, 77, 200] * (tokens // 4), tokens + 8
