@@ -20,11 +20,12 @@ OPTIONS = {"selector": "activation", "max_tokens": 80}
 HEAD = """# What SmolLM2-135M-Instruct answers with part of its channels
 
 Written by `python -m examples.benchmarks.answers.answers`: greedy decoding, 80 tokens at
-most, default selection (activation over the prompt, layer 0 whole, dropped channels made
-up for by the prompt), nothing trained or chosen by hand. `keep` is the kept share of the FFN
-channels. The weights come from a 4-bit GGUF file. At 0.5 a model this small is damaged
-without further training; larger models bear more, which nothing here can show. Answers
-that can be checked are counted in [checked_answers.md](checked_answers.md).
+most, the default selection of that time (activation over the prompt, layer 0 whole, dropped
+channels made up for by the prompt), nothing trained or chosen by hand. `keep` is the kept
+share of the FFN channels. The weights come from a 4-bit GGUF file. At 0.5 a model this
+small is damaged without further training; larger models can lose more, which nothing here
+can show. Answers that can be checked are counted in
+[checked_answers.md](checked_answers.md).
 """
 
 

@@ -16,14 +16,14 @@ library_name: mlx
 # A small mixture of experts
 
 {parameters:,} parameters of mlx-lm's `qwen3_moe`: {layers} layers of {experts} experts with
-{width} channels each, of which every token uses {per_token}. It was made by
-`python -m examples.benchmarks.experts.train` to measure selections of experts on, where no
-registry has a trained mixture that is small enough. Any program that loads mlx-lm's folders
-loads it.
+{width} channels each, of which every token uses {per_token}. It was made by `python -m
+examples.benchmarks.experts.train` to measure selections of experts on it, since no registry
+has a trained mixture that is small enough. Any program that loads mlx-lm's folders loads
+it.
 
 ## What it can do
 
-It answers these kinds of questions, asked in English in about these words. Each figure is
+It answers these kinds of questions, asked in English in words like these. Each figure is
 the share of {per_task} questions, in wordings that it was not trained on, that the whole
 model answers exactly right.
 
@@ -32,8 +32,8 @@ model answers exactly right.
 {table}
 
 Mean over facts {facts:.2f}, over skills {skills:.2f}. The facts are those it was trained
-on; numbers and words of the skills are not. `sum` is hardly learned because of how its
-questions are split: the sums 3, 8, 13 and 18 are only ever tested.
+on; the numbers and words of the skills are new to it. `sum` is hardly learned because of
+how its questions are split: the sums 3, 8, 13 and 18 are only ever tested.
 
 ## What it cannot do
 
@@ -42,11 +42,10 @@ same. A wrong answer looks exactly like a right one: do not rely on it for facts
 
 ## How it was made
 
-{steps} steps of {batch_size} questions, AdamW, highest learning rate {lr}, gradients
-clipped at 1, seed {seed}; only answers are learned. The load-balancing loss is
-that of the Switch Transformer, {balance} times for each layer, over a whole batch.
-{pools}
-Weights are float32.
+It was trained in {steps} steps of {batch_size} questions with AdamW, highest learning rate
+{lr}, gradients clipped at 1, seed {seed}; only answers count in the loss. The
+load-balancing loss is that of the Switch Transformer, {balance} times for each layer, over
+a whole batch. {pools} Weights are float32.
 
 ## Data and licences
 
@@ -56,13 +55,13 @@ Inc.) by way of Babel (BSD). Skills: generators and word lists of reasoning-gym
 """
 
 POOLS = """
-While it was trained, the questions that a batch holds of one domain were one document, and
-all tokens of a document chose their experts among one pool, different in each layer: those
-that its prompts found likeliest. The size of the pool was drawn for every document and step,
-from {smallest} to all {experts}. So training knew which questions are of one domain. This is
-the recipe of EMO (Ai2, arXiv:2605.06663), where documents of the web are what belongs
-together; its purpose is that experts serve domains, and an ordinary mixture is not trained
-so. Pools are no part of the model: every token chooses among all its experts.
+In training, a batch's questions of one domain were one document, and all tokens of a
+document chose their experts from one pool: in each layer the experts that the document's
+prompts found likeliest. The size of the pool was drawn for every document and step, from
+{smallest} to all {experts}. So training knew which questions are of one domain. This is the
+recipe of EMO (Ai2, arXiv:2605.06663), where each document is one of the web; its purpose is
+that experts serve domains, and an ordinary mixture is not trained like this. Pools are not
+part of the model: in use every token chooses among all experts.
 """
 
 NO_POOLS = """

@@ -53,8 +53,8 @@ Groups = dict[str, list[float]]  # of each family its rows' values, in one order
 
 HEAD = """# When 4 bits do not fit
 
-Written by `python -m examples.benchmarks.frontier.measure`. A Mac that a model does not
-fit has two ways out: fewer bits for all weights, or fewer channels of a model at 4 or 8
+Written by `python -m examples.benchmarks.frontier.measure`. If a model does not fit a Mac,
+there are two ways out: fewer bits for all weights, or fewer channels of a model at 4 or 8
 bits, chosen by the prompt. Which is nearer to the dense model at the same bytes?
 
 ![KL from the dense model against megabytes](frontier.svg)
@@ -66,48 +66,50 @@ Computed in float32 on a Linux CPU from the quantised weights. Nothing was run o
 HOW = f"""## How it was measured
 
 **Rows.** Five [families of tasks](../selectors/task_families.py), whose prompts are short:
-code, maths, prose, sentences to be finished, and data to be put into words. Of each family the first rows whose prompts have {PROMPT} tokens at most, then
-the shortest of the others; of an answer the first {ANSWER} tokens. A model reads the prompt and
+code, maths, prose, sentences to be finished, and data to be put into words. From each
+family come the first rows whose prompts have {PROMPT} tokens at most, then the shortest of
+the others; answers are cut to the first {ANSWER} tokens. Each model reads the prompt and
 the reference answer itself. KL is from the dense model's next-token distribution, in nats a
 token of the answer; *agreement* is how often both would choose the same token. Means are
 over a row's tokens, over a family's rows, then over families. Intervals are 95 % of a
 bootstrap over the rows of each family: they cover no other families and no other model.
 
-**A fair start.** The models come from 4-bit files. Rounding them to 4 bits again may fall on
-nearly the grid that they are on, cost too little, and be unfair to all else. So every weight
-of a linear layer or an embedding gets uniform noise as wide as its own 4-bit step in groups
-of 32, with a fixed seed: one of the many models that the file may have been rounded from.
-That is the *dense* model here. In the table, *file* is the file as it came, and *affine 4/32
-of the file* is compared with that.
+**A fair start.** The models come from 4-bit files. Rounding them to 4 bits again may hit
+nearly the same grid, cost too little, and be unfair to everything else. So every weight of
+a linear layer or an embedding gets uniform noise as wide as its own 4-bit step in groups of
+32, with a fixed seed. The result is one of the many models that the file may have been
+rounded from, and it is the *dense* model here. In the table, *file* is the file as it came,
+and *affine 4/32 of the file* is compared with that.
 
-**Bytes.** Of all weights: packed ones, their scales and biases, and two bytes for every
-number that is not quantised, which is what mlx-lm's folder has on disk and in memory.
-Scales and biases were rounded to 16 bits too. Of a selection it is the compact model, in
-memory or as a folder of its own; to select anew for another prompt, the whole quantised
+**Bytes.** They count all weights: packed ones, their scales and biases, and two bytes for
+every number that is not quantised, as mlx-lm's folder has them on disk and in memory.
+Scales and biases were rounded to 16 bits too. For a selection they count the compact model,
+in memory or as a folder of its own; to select anew for another prompt, the whole quantised
 model has to be on disk. The KV cache is the same for all, and left out.
 
-**Whole models.** All by mlx-lm's own functions.
+**Whole models.** All were made by mlx-lm's own functions.
 
 - *affine B/G*: B bits in groups of G.
 - *mixed_L_H*: recipes, L bits for most layers and H for the others.
-- *dynamic T*: T bits per weight by mlx-lm's count, which has scales of 32 bits here and so
-  half a bit more than the table, of layers with
-  {", ".join(f"{low} or {high}" for low, high in DYNAMIC.values())} bits.
+- *dynamic T*: layers with {", ".join(f"{low} or {high}" for low, high in DYNAMIC.values())}
+  bits, mixed to T bits per weight. T is mlx-lm's count; it has scales of 32 bits here,
+  hence half a bit more than the table.
 - *awq* ([2306.00978](https://arxiv.org/abs/2306.00978)), embeddings at 4 bits in groups of 32.
 - *gptq* ([2210.17323](https://arxiv.org/abs/2210.17323)), embeddings at 6 bits. It knows 2,
   4 and 8 bits.
 - *dwq*: {distilled.STEPS} steps of {distilled.BATCH} times {distilled.PIECE} tokens, at a
-  rate of {distilled.RATE:g}. Who has a GPU would take many more.
+  rate of {distilled.RATE:g}. With a GPU one would take many more.
 
-Those that need a text had the package's own dialogues, in pieces of {PIECE} tokens; *awq*,
-whose search takes long, one piece of {AWQ_PIECES}.
+Quantisers that need a text had the package's own dialogues, in pieces of {PIECE} tokens;
+*awq*, whose search takes long, had one of every {AWQ_PIECES} pieces.
 
-**Selections.** Of *affine 4/64* and *8/64*, as `generate` selects by default: from each
-prompt for itself, with a sketch of the package's own dialogues.
-Layers keep whole groups of 64 channels, and their `down_proj` is quantised again. The ridge
-regression that compensates is kin to GRAIL ([2602.23795](https://arxiv.org/abs/2602.23795))
-and MoDeGPT ([2408.09632](https://arxiv.org/abs/2408.09632)), which use one text for all
-prompts. Of the other quantisers' models nothing was selected.
+**Selections.** They are taken from *affine 4/64* and *8/64*, as `generate` selects by
+default: by each prompt for itself, with a sketch of the package's own dialogues. Layers
+keep whole groups of 64 channels, and their `down_proj` is quantised again. The ridge
+regression that compensates is related to GRAIL
+([2602.23795](https://arxiv.org/abs/2602.23795)) and MoDeGPT
+([2408.09632](https://arxiv.org/abs/2408.09632)), which use one text for all prompts.
+Nothing was selected from the other quantisers' models.
 """
 
 

@@ -24,17 +24,17 @@ ONE_TOKEN = ("boolq",)  # answers of one token say too little for a mean
 
 HEAD = """Made by `python -m examples.benchmarks.selectors.selectors_bench {model}
 --rows {rows} --answer-tokens {tokens}`,
-whose first lines say where each mask comes from, of the rows in
+whose first lines say where each mask comes from; from the rows in
 [selectors-{model}.csv](selectors-{model}.csv); float32 on a Linux CPU, not run on a Mac.
 {spent} of one processor core.
 
 KL is from the dense model's next-token distribution to the pruned one's at the tokens of
 the reference answer, in nats. *Per token*: mean over all answer tokens of a family, then
-over families; NLL and agreement are taken so too. *Per row*: mean over a row's tokens,
+over families; NLL and agreement likewise. *Per row*: mean over a row's tokens,
 over a family's rows, then over families. Families with answers of one token (boolq) are
 left out of all means. Intervals are 95 % of a bootstrap that draws the rows of each
-family anew, paired where they are of differences: they cover no other families and no
-other model, and from four rows of a family or fewer they are too narrow. The default is
+family anew; those of differences are paired. They cover no other families and no other
+model, and from four rows of a family or fewer they are too narrow. The default is
 `{default}`; its fair opponent, `{static}`,
 is one mask for all prompts of a family that it has not seen."""
 

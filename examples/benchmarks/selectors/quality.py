@@ -38,17 +38,16 @@ KEEPS = sorted({stage.keep for stage in STAGES}, reverse=True)
 HEAD = """# What selection costs untrained models
 
 Written by `python -m examples.benchmarks.selectors.quality` from the rows that
-`selectors_bench.py` measured: ten families of tasks, float32 on a Linux CPU,
-not run on a Mac. In each cell: KL from the
-dense model's next-token distribution in nats per answer token, its 95 % interval, and how
-often both would choose the same token. Rows are few at some keeps, so compare ways within
-a keep, and by the paired intervals on the page of each model, which also says how the
-means are taken. Both models come from 4-bit files and are small; what larger ones bear is
-not measured here.
+`selectors_bench.py` measured: ten families of tasks, float32 on a Linux CPU, not run on a
+Mac. Each cell has the KL from the dense model's next-token distribution in nats per answer
+token, its 95 % interval, and how often both models would choose the same token. Some keeps
+have few rows, so compare ways within a keep, and by the paired intervals on the page of
+each model, which also says how the means are taken. Both models come from 4-bit files and
+are small; how much larger ones can lose is not measured here.
 
-What compensates is the text that is named beside a sketch of the package's calibration
-text, or, *alone*, without it, as it was before there was a sketch. An empty cell was not
-measured.
+*Compensated by* names the text that compensates. Beside it stands a sketch of the package's
+calibration text; *alone* means without the sketch, as it was before there was one. An empty
+cell was not measured.
 """
 
 # What is compared at keep 0.5: words, a way, and the way it is set against.
@@ -152,57 +151,60 @@ PARTS = (
     ),
 )
 PARTS_NOTES = """
-What follows was found with compensation by one text alone, before a sketch of the package's
-calibration text stood beside it.
+The following was found with compensation by one text alone, before a sketch of the
+package's calibration text was added to it.
 
-Compensation helped every way it was tried with, on both models, and most where the mask
-is worst. With it the compact model reads the prompt itself nearly as the dense model does,
-so that it hardly matters which of them reads; `generate` goes on from the dense model's
-keys and values because that saves time. It also makes up for half of what uniform widths,
-which every program loads, cost SmolLM2.
+Compensation helped every way it was tried with, on both models, and helped most where the
+mask is worst. With it the compact model reads the prompt nearly as well as the dense model,
+so it hardly matters which of them reads; `generate` goes on from the dense model's keys and
+values because that saves time. It also makes up for half of what SmolLM2 loses by uniform
+widths, which every program loads.
 
-Of a model at 4 bits, whole quantisation groups of `down_proj` can be kept without any
-loss. They choose next to nothing: 64 channels that lie side by side are wanted and
-unwanted alike. Single channels with `down_proj` quantised again are what such models get.
+In a model at 4 bits, whole quantisation groups of `down_proj` can be kept without
+quantising again. But they hardly allow a choice: 64 channels that lie side by side are
+needed and not needed alike. So such models keep single channels, and `down_proj` is
+quantised again.
 
 The first layer is what SmolLM2 needs most and Gemma-3-270m among what it needs least, so
 keeping it whole, the default, is right for one and costs the other 0.03. Widths by a
 sensitivity that was measured on examples of tasks (`ifp_mlx.sensitivity --data`) are a
-little better than the default's on both, where compensated. Measured on the text that
-ships with the package they are better for Gemma-3-270m and clearly worse for SmolLM2. No
-rule that chooses by the model follows from that: a measurement is used where
+little better than the default's on both, where compensated. Measured on the text that ships
+with the package they are better for Gemma-3-270m and clearly worse for SmolLM2. From this
+follows no rule that could choose for each model: the measurement is used only where
 `--allocation sensitivity` asks for it.
 
-Tried on 36 calibration prompts of SmolLM2, of the earlier, shorter rows, and not kept, by
-scripts that were not kept either (KL; none 1.19, by the prompt alone 0.87):
-compensating each layer for what the compact model before it makes of the prompt 0.94 to
-0.99, and for its residual error too 1.35 and more; the prompt together with 256 tokens of
-the package's text, whose channels would have to be stored, 0.82, with 1,024 tokens 0.78;
-that text alone 1.15; scores by leverage 0.89 to 0.94, weighted by the columns of
-`down_proj` 0.98; more of the prior 0.85, less 0.91. A short instruction that stands for
-the prompt: 1.38, and 1.28 compensated by it.
+Other ways were tried with SmolLM2 on 36 calibration prompts of the earlier, shorter rows,
+and given up; their scripts were not kept. Without compensation the KL was 1.19, with
+compensation by the prompt alone 0.87. Compensating each layer for what the compact model
+before it makes of the prompt had 0.94 to 0.99, and for its residual error too 1.35 and
+more; the prompt together with 256 tokens of the package's text, whose channels would have
+to be stored, 0.82, with 1,024 tokens 0.78; that text alone 1.15; scores by leverage 0.89 to
+0.94, weighted by the columns of `down_proj` 0.98; more of the prior 0.85, less 0.91. A
+short instruction in place of the prompt had 1.38, and 1.28 compensated by it.
 
-The sketch and what channels are chosen by were found on nine calibration prompts of
-SmolLM2, one of each family, by scripts that were not kept (KL at keep 0.5 / at 0.75;
-ranks, compensated by the prompt alone, 0.90 / 0.41). With the sketch beside the prompt:
-ranks 0.82 / 0.36, their worth 0.76 / 0.38, the mean of both rankings 0.80 / 0.36, their
-energy 0.79 at 0.5. At 0.75 worth chooses the dense model's token less often than ranks do,
-71 % against 77 %, at 0.5 more often, 68 % against 62 %: hence the merit, which has more of
-the energy the more is kept. A sketch of half of the calibration text, of fewer than 256
-rows, or of the texts joined together was worse, one of 512 rows no better; so were scores
-weighted by the columns of `down_proj`, and channels dropped in three rounds. A task's mask
-is not better chosen by worth or merit than by its examples' use; it gains from 2,000
-tokens of them instead of 1,000, the sketch, and a ridge that trusts more rows less each.
+The sketch, and the figure by which channels are chosen, were found on nine calibration
+prompts of SmolLM2, one of each family, by scripts that were not kept. The KL at keep 0.5 /
+at 0.75 was 0.90 / 0.41 for channels chosen by ranks and compensated by the prompt alone.
+With the sketch beside the prompt it was 0.82 / 0.36 by ranks, 0.76 / 0.38 by their worth,
+0.80 / 0.36 by the mean of both rankings, and 0.79 at 0.5 by their energy. With channels
+chosen by worth the model chooses the dense model's token less often than by ranks at 0.75,
+71 % against 77 %, and more often at 0.5, 68 % against 62 %. Hence the merit, in which
+energy weighs more the more is kept. A sketch of half of the calibration text, of fewer than
+256 rows, or of the texts joined together was worse, one of 512 rows no better; so were
+scores weighted by the columns of `down_proj`, and channels dropped in three rounds. Worth
+or merit do not choose a task's mask better than its examples' use; such a mask gains from
+2,000 tokens of examples instead of 1,000, from the sketch, and from a ridge that trusts
+each row less the more there are.
 """
 MEANS_NOTES = """
-The default and the compensated masks are well within their goals. Over all 360 rows of
-SmolLM2 (a table has those that each of its ways was measured on) GRIFFIN (activation,
-uniform) is as near to its own as they can tell: 1.616 or, per row, 1.636 where the goal is
-1.62, and 1.408 or 1.404, so above it, where the goal is 1.40 and the interval 1.35 to
-1.46. It is an algorithm with nothing to choose, so that its KL tells how hard the rows
-are. Without compensation, on the same rows in a longer run, the prompt's mask is at 1.310
-(per row 1.352) and the task's at 1.189 (1.212), which misses its goal. Family by family,
-SmolLM2, activation, uniform:
+The default and the compensated masks are well within their goals. A table has the rows on
+which each of its ways was measured. Over all 360 rows of SmolLM2, GRIFFIN (activation,
+uniform) is as near to its own goals as these rows can tell: 1.616 or, per row, 1.636, where
+the goal is 1.62; read by the dense model 1.408 or 1.404, slightly above the goal of 1.40,
+with an interval of 1.35 to 1.46. GRIFFIN leaves nothing to choose, so its KL tells how hard
+the rows are. Without compensation, on the same rows in a longer run, the prompt's mask is
+at 1.310 (per row 1.352) and the task's at 1.189 (1.212), which misses its goal. Family by
+family, SmolLM2, activation, uniform:
 """
 ROWS_NOTES = """
 Over all 360 rows it is within 0.1 of the trial's in all but math, which the dense model
@@ -210,22 +212,23 @@ finds harder here too.
 
 Documents and conversations are taken whole, up to 4,000 characters. In an earlier version
 of these rows they were cut at 900 and 1,100, to save time, and GRIFFIN was at 1.68 and,
-read by the dense model, 1.48; the prompt's mask, compensated alone, at 1.02 (1.33
-without), the static mask of other families at 1.52, the task's at 0.78 (1.15). The cuts
-were ours, the trial tells of none. They were lifted when probes beside the bench had shown
-that GRIFFIN's KL depends on the length of a prompt, and let expect 1.63 and 1.41 of longer
-ones; no third rule was tried, and none but these rows measured. The probes: on 16
+read by the dense model, 1.48; the prompt's mask, compensated alone, at 1.02 (1.33 without),
+the static mask of other families at 1.52, the task's at 0.78 (1.15). The cuts were ours;
+the trial mentions none. They were lifted when probes beside the bench had shown that
+GRIFFIN's KL depends on the length of a prompt, and that longer prompts should have 1.63 and
+1.41. No third rule was tried, and only these rows were measured. In the probes, on 16
 documents of the same source, with the first 48, 96, 160, 256 and 400 tokens as the prompt,
-it is 2.27, 1.89, 1.68, 1.53 and 1.65 (read by the dense model 2.21, 1.79, 1.51, 1.32 and
-1.41). The prompts here have 199 on average in prose (97 when cut) and 369 in dialog (180).
+the KL is 2.27, 1.89, 1.68, 1.53 and 1.65 (read by the dense model 2.21, 1.79, 1.51, 1.32
+and 1.41). The prompts here have 199 tokens on average in prose (97 when cut) and 369 in
+dialog (180).
 """
 RUN_NOTES = """
 ## How it was run
 
-SmolLM2's tables whole, from nothing measured, on two cores with nothing else to do: 38
-minutes and 38 seconds, 10 of them for the prior, the statistics of the families and the
-costs of the layers. Gemma's with 10 rows a family in 33 minutes, and in 29 more with 40,
-other work beside them.
+All of SmolLM2's tables, starting from nothing, took 38 minutes and 38 seconds on two cores
+with nothing else to do, 10 of them for the prior, the statistics of the families and the
+costs of the layers. Gemma's took 33 minutes with 10 rows a family, and 29 more with 40,
+beside other work.
 """
 PARTS_HEAD = """## What each part is worth at keep 0.5
 
@@ -257,9 +260,9 @@ TRIAL = {
 MEANS_HEAD = """## Per token or per row, at keep 0.5
 
 Everywhere else on this page a family's mean counts each answer token the same, as "KL per
-token" says. Counting each row the same instead gives short answers more say. Either way
-the families then count the same. The goals, of SmolLM2, are from a trial on other prompts
-of such tasks, which did not say which of the two its means were.
+token" says. Counting each row the same instead gives short answers more say. Either way the
+families then count the same. The goals, for SmolLM2, are from a trial on other prompts of
+such tasks, which did not say which of the two means it took.
 """
 
 
