@@ -9,8 +9,8 @@ from typing import Any
 
 from . import __version__, cli
 
-# What a person wants to do, and the commands for it, in the order of the help; those whose
-# module is not there are left out.
+# What a person wants to do, and the commands for it, in the order of the help; a
+# command whose module is missing is left out.
 GROUPS = {
     "talk to a model": {
         "chat": "hold a conversation in the terminal",
@@ -19,7 +19,7 @@ GROUPS = {
     "make it small and keep it": {
         "compact": "write a compact model as a plain model folder",
         "tasks": "make, list, merge and compare task masks",
-        "channel-store": "lay a model out so that few channels are read alone",
+        "channel-store": "lay a model out so that only chosen channels are read",
         "convert": "make a model folder from PyTorch or GGUF",
     },
     "see and measure": {
@@ -27,7 +27,7 @@ GROUPS = {
         "visualize": "draw selections",
         "evaluate": "compare selections with the dense model",
         "benchmark": "time dense, compact and stock models in turns",
-        "sensitivity": "measure what each layer bears to lose",
+        "sensitivity": "measure how much each layer can lose",
     },
     "train": {
         "train": "train a model that selects for itself",
@@ -42,7 +42,7 @@ GROUPS = {
         "completion": "write the completion script of a shell",
     },
 }
-# Of those that are not called as their module.
+# The modules of commands that have another name than theirs.
 MODULES = {
     "channel-store": "ifp_mlx.channel_store",
     "convert": "ifp_mlx.convert.from_pytorch",
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _module_of(verb: str, name: str) -> Any:
-    """Import a command's module; what is missing for that is one sentence."""
+    """Import a command's module; a missing package ends with one sentence."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -91,7 +91,7 @@ def _is_there(module: str) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of what stands before the command."""
+    """Return the parser of the options before the command."""
     parser = cli.Parser(
         prog="ifp_mlx",
         usage="ifp_mlx COMMAND [OPTIONS]",

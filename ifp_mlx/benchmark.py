@@ -1,6 +1,6 @@
 """Speed and memory, beside the dense model and a stock one: the command.
 
-With `--check` it is the compact model that the whole one checks which is timed, beside
+With `--check`, a compact model whose drafts the whole model checks is timed, beside
 streaming the dense model from the disk (:mod:`ifp_mlx.evaluation.checked_speed`).
 """
 
@@ -47,7 +47,7 @@ def build_parser() -> cli.Parser:
     many: dict[str, Any] = {"nargs": "+", "metavar": "N"}
     add("--keep", type=float, default=[0.5], **many, help="kept shares; default: 0.5")
     add("--mask-file", help="time this selection of equal widths, instead of a keep")
-    add("--instruction", default=INSTRUCTION, help="what selects for the row compact")
+    add("--instruction", default=INSTRUCTION, help="the text that selects")
     add("--prompt-tokens", type=int, default=[128], **many, help="default: 128")
     add("--max-tokens", "-m", type=int, default=64, help="default: %(default)s")
     add("--turns", type=int, default=5, help="counted turns, default: %(default)s")
@@ -68,14 +68,14 @@ def build_parser() -> cli.Parser:
         type=float,
         default=[],
         **many,
-        help="also with reading limited to so many 10^9 bytes a second",
+        help="also limit reading to this many 10^9 bytes a second",
     )
     add(
         "--draft-tokens",
         type=int,
         default=MOST_DRAFTED,
         metavar="N",
-        help="drafted for one check at most; default: %(default)s",
+        help="most tokens drafted for one check; default: %(default)s",
     )
     return parser
 
@@ -98,7 +98,7 @@ def _command(args: Any) -> None:
         )
     model = open_model(args.model)
     if args.cold:
-        forget_files(model.path)  # or it says now that it cannot
+        forget_files(model.path)  # fails now, not after the first turn
     texts = (model.tokens_of(chat[-2:]) for chat in calibration_chats())
     text = [token for tokens in texts for token in tokens]
     if args.check:
@@ -113,7 +113,7 @@ def _command(args: Any) -> None:
 
 
 def _check(args: Any, model: IFPModel, text: list[int]) -> None:
-    """Time what checks, beside what does not."""
+    """Time the ways of checking, beside models that are not checked."""
     keeps: list[dict[str, Any]] = [{"keep": keep} for keep in args.keep]
     if args.mask_file:
         keeps = [{"mask_file": args.mask_file}]
@@ -125,7 +125,7 @@ def _check(args: Any, model: IFPModel, text: list[int]) -> None:
         )
     checks = [check for check in args.check if check != "off"]  # which is a row anyway
     for check in checks:
-        Request(check=check)  # or it says what it may be, before anything is timed
+        Request(check=check)  # refuses a wrong one before anything is timed
     cases = []
     for keep, length in itertools.product(keeps, args.prompt_tokens):
         about = model, keep, text[:length], args.max_tokens, args.draft_tokens

@@ -1,4 +1,4 @@
-"""Make a bundle that an app can take, verify one, or take a task out: the command."""
+"""Make a bundle for an app, verify one, or take a task out: the command."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument
     many: dict[str, Any] = {"nargs": "+", "default": []}
     add("--output", type=Path, help="the folder to make; its name is the bundle's")
-    add("--force", action="store_true", help="replace a bundle that is there")
+    add("--force", action="store_true", help="replace an existing bundle")
     source = parser.add_argument_group("from a model, as ifp_mlx.compact takes it")
     help = "a model folder or a Hugging Face Hub id; default: the shipped checkpoint"
     source.add_argument("--model", help=help)
@@ -54,7 +54,9 @@ def build_parser() -> cli.Parser:
     help = "a task and what selects for it; may be repeated"
     source.add_argument("--prepare", **pairs, default=[], help=help)
     source.add_argument("--tasks", **many, help="tasks of the library, by their names")
-    source.add_argument("--name", help=f"of a single task; default: {ONLY_TASK}")
+    source.add_argument(
+        "--name", help=f"the name of a single task; default: {ONLY_TASK}"
+    )
     cli.add_adapter_option(parser)
     kinds: dict[str, Any] = {"choices": ("mlx", "coreml"), "default": "mlx"}
     source.add_argument("--format", **kinds, help="of the model; default: %(default)s")
@@ -78,7 +80,7 @@ def build_parser() -> cli.Parser:
     )
     help = "tasks that are fetched with the app; default: none, all on demand"
     said.add_argument("--prefetch", **many, help=help)
-    there = parser.add_argument_group("with a bundle that is there")
+    there = parser.add_argument_group("with an existing bundle")
     there.add_argument("--verify", type=Path, metavar="BUNDLE", help="check all files")
     help = "write one task to --output, as an ordinary model folder"
     there.add_argument("--take", nargs=2, metavar=("BUNDLE", "TASK"), help=help)
@@ -114,7 +116,7 @@ def _command(args: Any) -> None:
 
 
 def _check_sources(args: Any) -> None:
-    """Refuse all but one way to say what the bundle is made of."""
+    """Check that just one option says what the bundle is made of."""
     names = ["instruction", "mask_file", "prepare", "tasks", "folders", "coreml"]
     given = [name for name in [*names, "verify", "take"] if getattr(args, name)]
     flags = [f"--{name.replace('_', '-')}" for name in given]
@@ -150,7 +152,7 @@ def _folders(args: Any, wishes: Wishes) -> Iterator[dict[str, Path]]:
         named = {folder.absolute().name: folder for folder in args.folders}
         if len(named) < len(args.folders):
             raise ValueError(
-                "Two of the --folders have one name, the task's; rename one."
+                "Two of the --folders have the same name, which the task gets; rename one."
             )
         yield named
         return
@@ -192,7 +194,7 @@ def _packages(args: Any, wishes: Wishes) -> Iterator[list[Package]]:
 
 
 def _requests(args: Any) -> dict[str, Request]:
-    """Return by the task's name what is asked for."""
+    """Return the request for each task, by the task's name."""
     if args.prepare:
         texts = dict(map(_pair, args.prepare))
         if len(texts) < len(args.prepare):

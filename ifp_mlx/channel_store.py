@@ -1,4 +1,4 @@
-"""Make a channel store of a model folder, or the folder of a store."""
+"""Make a channel store from a model folder, or a folder from a store: the command."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,7 @@ def build_parser() -> cli.Parser:
 def uses_of(
     model: IFPModel, order_from: list[str] | None
 ) -> tuple[np.ndarray | None, str]:
-    """Return what a store of a model is ordered by, and what to call it.
+    """Return the masks that order the channels of a store, and what to call them.
 
     Args:
         model: an opened folder.
@@ -66,7 +66,8 @@ def uses_of(
             there.
 
     Returns:
-        ``[n, L, F]`` for :func:`order.order_units`, or ``None``: leave the order be.
+        Float32 ``[n, L, F]`` for :func:`order.order_units`, or ``None`` to keep the
+        order; and their name.
 
     Raises:
         FileNotFoundError: if there is no such mask.

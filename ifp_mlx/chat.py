@@ -13,7 +13,7 @@ from .terminal.reading import reader_of
 from .terminal.talk import hold
 from .terminal.visible import say
 
-# Of what the options ask for, what an engine selects by; None is not asked for.
+# The options by which an engine selects; None means that one was not given.
 CHOOSING = (
     "keep",
     "target_size",
@@ -36,7 +36,7 @@ def build_parser() -> cli.Parser:
     """Return the command's parser; names are those of ``ifp_mlx.generate``."""
     parser = cli.Parser(
         prog="ifp_mlx.chat",
-        description="Hold a conversation with what an instruction needs of a model.",
+        description="Talk to the part of a model that an instruction needs.",
         epilog=EPILOG,
     )
     cli.add_model_option(parser, shipped=True)
@@ -44,11 +44,11 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument
     add("--system-prompt", help="the system message")
     cli.add_selection_options(parser)
-    cli.add_compensate_option(parser, "where that is read anyway, to select by it")
+    cli.add_compensate_option(parser, "where it is read anyway, to select")
     add(
         "--memory-gb",
         type=float,
-        help="refuse what takes more memory, in 10^9 bytes; default: no limit",
+        help="refuse what needs more memory, in 10^9 bytes; default: no limit",
     )
     turn = "turn: each message selects anew, as if it were the first; "
     cli.add_check_options(parser, turn)
@@ -101,7 +101,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _source(args: argparse.Namespace) -> Source | None:
-    """Return what the options say that selects beforehand."""
+    """Return what selects before the first message, if an option names it."""
     if args.mask_file is not None:
         words = f"the task {args.task}" if args.task else f"the mask {args.mask_file}"
         return Source(words, mask_file=args.mask_file)

@@ -101,7 +101,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
 
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--instruction", help="what selects; default: the first user message"
+        "--instruction", help="the text that selects; default: the first user message"
     )
     what.add_argument("--mask-file", help="use the selection in this mask file")
     what.add_argument("--task", help="use this task of the library, see --tasks-folder")
@@ -111,7 +111,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
         "--keep",
         type=keep_of,
         metavar="SHARE|auto",
-        help="kept share of a layer's units, 0 to 1; a unit is an FFN channel, or of a "
+        help="kept share of a layer's units, 0 to 1; a unit is an FFN channel, or in a "
         "mixture an expert; auto: the smallest share for which the model's card, made by "
         "its first request, promises --min-agreement; default: a trained checkpoint's "
         "own, else auto",
@@ -159,7 +159,7 @@ LASTING = "for task masks, and where the instruction is read to select by it"
 
 
 def keep_of(text: str) -> "Keep":
-    """Return what ``--keep`` asks for; a :class:`Request` knows it, or refuses it."""
+    """Return what ``--keep`` asks for; :class:`Request` checks it."""
     try:
         return float(text)
     except ValueError:
@@ -167,7 +167,7 @@ def keep_of(text: str) -> "Keep":
 
 
 def check_of(text: str) -> "Check":
-    """Return what ``--check`` asks for; a :class:`Request` knows it, or refuses it."""
+    """Return what ``--check`` asks for; :class:`Request` checks it."""
     try:
         return float(text)
     except ValueError:
@@ -189,8 +189,8 @@ def add_check_options(parser: argparse.ArgumentParser, turn: str = "") -> None:
         default="off",
         metavar="exact|T|off",
         help="the whole model checks what the compact one drafts, its dropped channels "
-        "read layer by layer: exact says what the whole model says, T from 0 to 1 lets a "
-        "token stand that has so much of the probability of the whole model's best; "
+        "read layer by layer; exact: the answer is the whole model's; T from 0 to 1: a "
+        "token stands if the whole model gives it at least T of its best's probability; "
         "default: %(default)s",
     )
     add(
@@ -198,7 +198,7 @@ def add_check_options(parser: argparse.ArgumentParser, turn: str = "") -> None:
         type=int,
         default=MOST_DRAFTED,
         metavar="N",
-        help="drafted for one check at most; default: %(default)s",
+        help="most tokens drafted for one check; default: %(default)s",
     )
     add(
         "--reselect",
@@ -243,7 +243,7 @@ def add_decoding_options(
 
     Args:
         parser: takes the options.
-        when: they hold; default: always.
+        when: they apply, in words for the help; default: always.
         prefill_step: tokens of the prompt that are read at once, by default; ``None`` is
             what ``stream_generate`` reads.
     """
@@ -313,7 +313,7 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         "--kv-bits",
         type=int,
         metavar="N",
-        help=f"quantise it to so many bits: {', '.join(map(str, BITS))}; not with --check",
+        help=f"quantise it to this many bits: {', '.join(map(str, BITS))}; not with --check",
     )
     add(
         "--kv-group-size",
@@ -327,13 +327,13 @@ def add_kv_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=kept.quantized_kv_start,
         metavar="N",
-        help="quantise it when it has so many tokens; default: %(default)s",
+        help="quantise it once it has this many tokens; default: %(default)s",
     )
     add(
         "--max-kv-size",
         type=int,
         metavar="N",
-        help="keep no more tokens in it, the first four and the latest; not with "
+        help="keep this many tokens in it, the first four and the latest; not with "
         "--check or --kv-bits",
     )
 
@@ -375,7 +375,7 @@ def bias_of(text: str) -> dict[int, float]:
 
 
 def whole_of(text: str) -> int:
-    """Return a number of things, of which there is at least one."""
+    """Return a whole number, at least 1."""
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1.")
     return int(text)
@@ -391,12 +391,12 @@ def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
 
 
 def tasks_folders(args: argparse.Namespace) -> list[Path]:
-    """Return where task masks are looked for, first come first served."""
+    """Return the folders that are searched for task masks, in this order."""
     if args.tasks_folder is not None:
         return [args.tasks_folder]
     model = Path(args.model) / "tasks" if getattr(args, "model", None) else None
     here = Path("tasks")
-    # A hub id is no folder of the user's.
+    # With a hub id there is no folder of the user's own.
     return [model, here] if model and model.parent.is_dir() else [here]
 
 
@@ -415,7 +415,7 @@ def say_quality(
     Args:
         selection: how it was made and what was measured of it.
         card: of the model.
-        request: that it was made for.
+        request: the one it was made for.
     """
     if min(selection.sizes) < selection.channels:
         lines = [*_self_check(selection), *_measured_before(selection, card)]
@@ -452,8 +452,8 @@ def _self_check(selection: "Selection") -> Iterator[str]:
     )
     if origin.agreement < MIN_AGREEMENT - 1e-6:  # float32
         yield (
-            f"Warning: below {MIN_AGREEMENT:.0%} the compact model is another than the "
-            f"dense one on the very text that selected; keep more {selection.unit}s, "
+            f"Warning: below {MIN_AGREEMENT:.0%} the compact model differs from the dense "
+            f"one even on the text that selected; keep more {selection.unit}s, "
             "or measure a task mask on examples."
         )
 
@@ -508,7 +508,7 @@ def say_slicing(slicing: str, selection: "Selection") -> None:
 
 
 def writable(request: "Request", model: "IFPModel") -> "Request":
-    """Return what a plain folder can hold of a request, and say what that costs."""
+    """Return a request that a plain folder can hold, and say what that costs."""
     from .model.export import can_be_ragged
 
     if request.given:

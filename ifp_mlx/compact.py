@@ -22,8 +22,8 @@ def build_parser() -> cli.Parser:
     """Return the command's parser; names are mlx_lm's wherever it has one."""
     parser = cli.Parser(
         prog="ifp_mlx.compact",
-        description="Write what an instruction needs as a plain model folder: FFN channels, "
-        "or experts of a mixture, and all else.",
+        description="Write a plain model folder with only the FFN channels, or experts of a "
+        "mixture, that an instruction needs.",
     )
     cli.add_model_option(parser, shipped=True)
     cli.add_adapter_option(parser)

@@ -50,7 +50,7 @@ from .selection.widths import Allocation
 PAGE, DATA, PICTURE = "report.md", "results.json", "quality.png"
 SPEED_TOKENS = 16
 KEEP_HELP = "default: 0.75 0.5; --harness, --answers: 0.5; --card: 0.9 down to 1/3"
-# What a card decides itself: one card is to be comparable with another.
+# Options that a card fixes itself, so that cards can be compared.
 NOT_FOR_CARDS = ("selector", "allocation", "limit", "compensate", "max_tokens", "check")
 MANY: dict[str, Any] = {"nargs": "+", "metavar": "X"}
 
@@ -77,16 +77,21 @@ def build_parser() -> cli.Parser:
     add(
         "--card",
         action="store_true",
-        help="measure on the package's own prompts how far less of the model says what "
-        "all of it says, and keep that with the model; some minutes, the whole model in "
-        "memory",
+        help="measure on the package's own prompts how far compact models agree with the "
+        "dense one, and keep that with the model; takes minutes, with the dense model "
+        "in memory",
     )
     add = parser.add_argument
     add("--keep", type=float, **MANY, help=KEEP_HELP)
     add("--selector", **MANY, help="default: activation, and random with --data")
     add("--allocation", **MANY, help="default: first-layer, and uniform with --data")
     add("--limit", type=int, help="rows per file, documents or questions; default: all")
-    add("--output", type=Path, metavar="FOLDER", help="keep results here, and go on")
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="keep results here; go on with them",
+    )
     add("--seed", type=int, default=0, help="of the selector random")
     cli.add_compensate_option(
         parser,
@@ -100,7 +105,7 @@ def build_parser() -> cli.Parser:
 
 def _add_data_options(parser: cli.Parser) -> None:
     add = parser.add_argument_group("with --data").add_argument
-    add("--answer-tokens", type=int, help="compare so many of an answer at most")
+    add("--answer-tokens", type=int, help="compare at most this many")
     add(
         "--prefill",
         choices=("compact", "dense"),
@@ -121,7 +126,7 @@ def _add_data_options(parser: cli.Parser) -> None:
         "--speed-tokens",
         type=int,
         default=SPEED_TOKENS,
-        help="with --output: decode so many to time it, 0 for none; default %(default)s",
+        help="with --output: decode this many to time it, 0 for none; default %(default)s",
     )
 
 
@@ -169,7 +174,7 @@ def _command(args: Any) -> None:
             "questions."
         )
     for check in args.check or ():
-        Request(check=check)  # or it says what it may be, before anything is loaded
+        Request(check=check)  # refuses a wrong one before anything is loaded
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit} leaves nothing; give at least 1.")
     if args.card:
@@ -238,7 +243,7 @@ def _files(args: Any, tokenizer: Any) -> dict[str, list[Row]]:
 
 
 def _allocations(model: IFPModel) -> list[Allocation]:
-    """Return what a model of its kind can have: a mixture has one number of experts."""
+    """Return the allocations to compare: a mixture has one width for all."""
     return ["uniform"] if model.plan.unit == "expert" else ["uniform", "first-layer"]
 
 
@@ -263,7 +268,7 @@ def _task_settings(args: Any, model: IFPModel) -> list[Setting]:
 
 
 def _compensates(args: Any, model: IFPModel, selector: str) -> bool:
-    """Whether a setting is compensated: unless asked otherwise, as generate does."""
+    """Whether a setting is compensated; by default as in generate."""
     request, reads = Request(compensate=args.compensate), selector in READING
     return can_compensate(request, model, None, reads=reads, lasting=False)
 
@@ -320,7 +325,7 @@ def _answers(args: Any) -> None:
     parts = [
         f"{model.name}; questions: {counts}; greedy, at most {max_tokens} tokens, each "
         f"question selects and is read by the {'dense' if compared else 'compact'} model. "
-        "An answer in which none can be found is wrong.",
+        "Where no result can be found in an answer, it is wrong.",
         shares.table(found, extra=("found",)),
         *([checked.table(found)] if compared else []),
         *_chance_notes(found, answers.chances(sets)),

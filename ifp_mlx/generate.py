@@ -1,4 +1,4 @@
-"""The main job: the command."""
+"""Select, load and answer: the command."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def build_parser() -> cli.Parser:
     add("--prompt", "-p", required=True, help="the user's message; - reads stdin")
     add("--system-prompt", help="system message, put before the prompt")
     cli.add_selection_options(parser)
-    cli.add_compensate_option(parser, "where that is read anyway, to select by it")
+    cli.add_compensate_option(parser, "where it is read anyway, to select")
     add(
         "--memory-gb",
         type=float,
@@ -48,11 +48,13 @@ def build_parser() -> cli.Parser:
         choices=("auto", "compact", "dense"),
         default="auto",
         help="which model reads the prompt; dense has the whole model in memory "
-        "meanwhile, unless it reads the prompt to select; auto is dense as far as that "
-        "goes, else compact; default: %(default)s",
+        "meanwhile, unless it reads the prompt to select; auto: dense where that reads "
+        "it to select, else compact; default: %(default)s",
     )
     cli.add_check_options(parser)
-    add("--cache-folder", type=Path, help="where that is; default: ~/.cache/ifp_mlx")
+    add(
+        "--cache-folder", type=Path, help="for these results; default: ~/.cache/ifp_mlx"
+    )
     add("--save-mask", metavar="FILE", help="write the selection as a mask file")
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     cli.add_decoding_options(parser)
@@ -107,7 +109,7 @@ def _command(args: Any) -> None:
         promise = model.card and model.card.promise(last.selection.share)
         more = {"down_proj": slicing, "promise": promise}
         print(json.dumps({"text": text} | report(last) | more))
-    if args.save_mask:  # last: if that fails, all else has been said
+    if args.save_mask:  # last: if that fails, the answer has been given
         last.selection.save(args.save_mask)
 
 

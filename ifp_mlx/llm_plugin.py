@@ -34,7 +34,7 @@ class Options(llm.Options):
         union_mode="left_to_right",
         description="kept share of FFN channels, or experts; or auto",
     )
-    target_size: int | None = Field(None, description="how many of them a layer keeps")
+    target_size: int | None = Field(None, description="kept units of each layer")
     selector: str = Field("auto", description="where the scores come from")
     allocation: str | None = Field(None, description="how layers share the budget")
     min_agreement: float | None = Field(
@@ -45,7 +45,9 @@ class Options(llm.Options):
         union_mode="left_to_right",
         description="exact, or T from 0 to 1: the whole model checks",
     )
-    draft_tokens: int | None = Field(None, description="of one check, at most")
+    draft_tokens: int | None = Field(
+        None, description="most tokens drafted for one check"
+    )
     max_tokens: int | None = Field(None, description="longest answer, in tokens")
     temp: float = Field(0.0, description="sampling temperature; 0 is greedy")
     top_p: float = Field(1.0, description="sampling top-p")

@@ -58,7 +58,11 @@ def build_parser() -> cli.Parser:
     )
     cli.add_kv_options(parser)
     add("--prompt-tokens", type=int, default=512, help="default: %(default)s")
-    add("--instruction-tokens", type=int, help="that select; default: the prompt's")
+    add(
+        "--instruction-tokens",
+        type=int,
+        help="of the instruction; default: the prompt's",
+    )
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     add(
         "--channel-store",

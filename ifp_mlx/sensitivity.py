@@ -1,4 +1,4 @@
-"""How much each layer minds being pruned: the command."""
+"""Measure what pruning each layer costs: the command."""
 
 import json
 from pathlib import Path
@@ -50,8 +50,8 @@ def build_parser() -> cli.Parser:
         type=Path,
         nargs="+",
         metavar="X",
-        help="JSONL files as of evaluate, one per family of tasks: measured on examples "
-        f"of theirs, {DATA_TEXTS} in all; default: the package's calibration text",
+        help="JSONL files as for evaluate, one per family of tasks: measure on their "
+        f"examples, {DATA_TEXTS} in all; default: the package's calibration text",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     return parser

@@ -32,7 +32,7 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to bind; default: %(default)s")
     add("--port", type=int, default=8080, help="0 takes a free one; default: 8080")
-    add("--model-name", help="what requests call it; default: its own name")
+    add("--model-name", help="the name that requests use; default: its own")
     add(
         "--prepare",
         metavar="NAME=INSTRUCTION",
@@ -43,9 +43,9 @@ def build_parser() -> cli.Parser:
     add(
         "--keep",
         type=cli.keep_of,
-        help="kept share, or auto, where a request says none",
+        help="kept share, or auto, for requests that have none",
     )
-    add("--api-key", help="ask for this key; better in $IFP_MLX_API_KEY")
+    add("--api-key", help="require this key; better in $IFP_MLX_API_KEY")
     add(
         "--allow-host",
         metavar="NAME",
@@ -62,7 +62,7 @@ def build_parser() -> cli.Parser:
     add("--prompt-cache-bytes", type=int, default=256 << 20, help="default: 256 MiB")
     cli.add_decoding_options(parser, "where a request says nothing", prefill_step=256)
     cli.add_kv_options(parser)
-    add("--grace", type=int, default=10, help="seconds for answers when stopped")
+    add("--grace", type=int, default=10, help="seconds that answers get when stopped")
     return parser
 
 
@@ -142,7 +142,7 @@ def _serve(server: Any, name: str) -> None:
     url = f"http://{host}:{port}"
     line = f"{name} is served at {url}/v1, with a chat page at {url}/"
     print(line, file=sys.stderr, flush=True)
-    # uvicorn raises the signal again once it has stopped: it has done its work then.
+    # uvicorn raises the signal again once it has stopped; nothing is left to do then.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

@@ -50,7 +50,7 @@ def build_parser() -> cli.Parser:
         "make", help="make a mask from examples; by the predictor where there is one"
     )
     what = making.add_mutually_exclusive_group(required=True)
-    what.add_argument("--examples", type=Path, help="a JSONL file, as of evaluate")
+    what.add_argument("--examples", type=Path, help="a JSONL file, as for evaluate")
     what.add_argument("--instruction", help="a text, in place of examples")
     what.add_argument("--instruction-file", type=Path, help="the same, in a file")
     merging = verbs.add_parser("merge", help="make one mask for several tasks")
@@ -69,7 +69,7 @@ def build_parser() -> cli.Parser:
         verb.set_defaults(verb=command)
         cli.add_model_option(verb)
         cli.add_adapter_option(verb)
-        verb.add_argument("--name", required=True, help="of the task")
+        verb.add_argument("--name", required=True, help="the task's name")
     for verb, _ in masks:
         size = verb.add_mutually_exclusive_group()
         size.add_argument(
@@ -85,7 +85,7 @@ def build_parser() -> cli.Parser:
     comparing = verbs.add_parser("overlap", help="how much tasks share, by depth")
     for verb, command in ((listing, _list), (comparing, _overlap)):
         verb.set_defaults(verb=command)
-        verb.add_argument("--model", help="whose library, if it is in its folder")
+        verb.add_argument("--model", help="its folder has the library")
     for verb in (making, merging, importing, exporting, listing, comparing):
         cli.add_tasks_folder_option(verb)
         verb.add_argument("--json", action="store_true", help="one line of JSON")
@@ -140,7 +140,7 @@ def _import(args: Any) -> None:
     task = adopt(model, args.name, text, keep=args.keep, target_size=args.target_size)
     made, size = task.selection.origin.made or {}, task.selection.target_size
     print(
-        f"{args.profile} is a profile of the form {made['form']}: kept are {size} of "
+        f"{args.profile} is a profile of the form {made['form']}: it keeps {size} of "
         f"{model.channels} experts in each of {model.layers} layers.",
         file=sys.stderr,
     )

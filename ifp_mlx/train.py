@@ -1,4 +1,4 @@
-"""Predictor and model together: the command."""
+"""Train a predictor and a model together: the command."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ def build_parser() -> cli.Parser:
         description="Train a model whose instructions choose its channels, or experts.",
     )
     add_options(parser)
-    parser.add_argument("--task", help="recover: this task's mask, for --mask-file")
+    parser.add_argument("--task", help="recover: use this task's mask")
     cli.add_tasks_folder_option(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON document")
     return parser

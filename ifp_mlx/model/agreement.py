@@ -19,13 +19,13 @@ from ..selection.masks import Selection
 from ..slicing.stock import log_softmax, logits_at, prefill, steps_of
 
 PLACES = 64  # tokens at which they are compared, at most
-SHARE = 8  # one token of so many is compared: the check may take a small part of select
+SHARE = 8  # one token in eight is compared, to take only a small part of select
 FEWEST = 8
 
 
 def places_of(tokens: Sequence[int]) -> mx.array:
-    """Return where in the last step of a text both are compared, int32 ``[n]``: at its
-    last tokens, of which the very last begins the answer.
+    """Return where both models are compared in the last step of a text, int32
+    ``[n]``: at its last tokens, the very last of which begins the answer.
     """
     count = len(steps_of(tokens)[-1])
     some = min(count, PLACES, max(FEWEST, len(tokens) // SHARE))

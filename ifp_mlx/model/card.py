@@ -1,8 +1,9 @@
 """A model's card: how far its compact models say what it says, measured once.
 
-How much a model bears to lose differs from model to model, so each has figures of its own:
-`evaluate --card` measures them (:mod:`ifp_mlx.evaluation.card`), and whoever is asked to keep
-less quotes them. A card belongs to weights, not to a folder: it is never used for others.
+How much a model can lose differs from model to model, so each has figures of its own:
+`evaluate --card` measures them (:mod:`ifp_mlx.evaluation.card`), and commands that are
+asked to keep less quote them. A card belongs to weights, not to a folder: it is never
+used for others.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from ..storage.layout import CHANNEL_FILE
 
 CARD_FILE = "ifp_card.json"
 VERSION = 1
-NEAR = 0.005  # by which a keep may miss a measured one: layers have whole units
+NEAR = 0.005  # how far a keep may be from a measured one: layers have whole units
 WEIGHTS = ("model*.safetensors", CHANNEL_FILE, "predictor/*.safetensors")
 SAMPLES, SAMPLE_BYTES = 256, 1024  # of each file of weights
 # On what both were compared: the dense model's own greedy answers, or given ones

@@ -68,10 +68,12 @@ class Compact(NamedTuple):
         model: an ordinary mlx-lm model, its weights in memory.
         whole: the dense model beside it, where that checks it; ``model`` then has its
             parts apart (:mod:`ifp_mlx.slicing.apart`).
-        kv: the instruction's KV cache of the dense model, if that read it.
-        select: seconds to the selection; of a sweep, which loads too.
+        kv: the dense model's KV cache of the instruction, if it read that.
+        select: seconds to the selection; in a sweep, which loads too, seconds of all of
+            it.
         load: seconds of reading and slicing.
-        cache: ``hit`` if it was kept on disk, ``miss`` if it was swept and kept.
+        cache: ``hit`` if it was on disk already, ``miss`` if it was swept and kept
+            there.
     """
 
     selection: Selection
@@ -96,14 +98,14 @@ class IFPModel:
         config: its config.json.
         ifp: its ifp_config.json, or the defaults.
         source: where the weights are read from.
-        plan: what is sliced of it.
+        plan: which parts of it are sliced.
         layers: ``L``.
         channels: ``F``, the width of the dense FFN; of experts, how many there are.
         groups: every layer's quantisation group along ``F``, 1 where there is none.
-        granularity: what widths are multiples of, so that they are whole groups.
-        fingerprint: float16 ``[D]``, the final norm's weights, to know it by.
-        adapter: what tells the adapter that is fused into it from others, or ``None``.
-        notes: the folder where what is measured of it is kept: its own, or the adapter's.
+        granularity: widths that are multiples of it are whole groups.
+        fingerprint: float16 ``[D]``, the final norm's weights, which identify it.
+        adapter: the digest of the adapter that is fused into it, or ``None``.
+        notes: the folder for measurements of it: its own, or the adapter's.
     """
 
     def __init__(self, source: Folder, name: str) -> None:
@@ -173,11 +175,11 @@ class IFPModel:
         return load_card(self)
 
     def keep_card(self, card: Card) -> None:
-        """Know a card from now on, and keep it for later: with the model, or in the
+        """Use a card from now on, and keep it for later: with the model, or in the
         user's cache.
         """
         self.__dict__["card"] = card
-        with suppress(OSError):  # a machine on which nothing can be written
+        with suppress(OSError):  # nothing can be written on this machine
             save_card(self, card)
 
     @cached_property
@@ -189,10 +191,10 @@ class IFPModel:
         return self._stored(SENSITIVITY_FILE, "kl", self.layers, shares)
 
     def sketch(self, progress: ProgressBar = iter) -> list[mx.array]:
-        """Return the sketch of the calibration text that is kept with the prior, of every
-        layer ``[r, F]`` float16, computed now if it is not there yet.
+        """Return the sketch of the calibration text, kept with the prior: ``[r, F]``
+        float16 for each layer, computed now if it is missing.
 
-        It is read anew each time, when it is used: all layers' together are large.
+        It is read anew each time it is used: the sketches of all layers are large.
         """
         if (made := self._sketch) is not None:  # where the folder cannot be written
             return list(made)
@@ -207,9 +209,7 @@ class IFPModel:
         return [found[name] for name in names]
 
     def _sketched(self, progress: ProgressBar) -> sweep.Sketch:
-        """Return what reads the sketch of a layer, which is computed now if it is not
-        there yet.
-        """
+        """Return a function that reads the sketch of a layer; computed now if missing."""
         _ = self.sketch(progress)
         return lambda layer: self.sketch()[layer]
 
@@ -240,7 +240,7 @@ class IFPModel:
 
         Args:
             instruction: what selects; see :class:`Request`.
-            scores: ``[L, F]``, the selector's own if they are known already.
+            scores: ``[L, F]``, the selector's scores if they are known already.
             progress: wraps the iterations over calibration texts and over layers.
             options: the fields of :class:`Request` (``keep``, ``target_size``,
                 ``selector``, ``allocation``, ``granularity``, ``seed``, ...). Nothing
@@ -314,9 +314,9 @@ class IFPModel:
     def prepare(self, decision: Decision, *, progress: ProgressBar = iter) -> Compact:
         """Select and load what was decided on.
 
-        With the selectors activation and blend both are one pass over the layers, in
-        which about one dense layer is in memory above the compact model. The others
-        need no dense model, and are :meth:`selected`, then :meth:`compact`.
+        With the selectors activation and blend, one pass over the layers does both;
+        about one dense layer is then in memory above the compact model. The other
+        selectors need no dense model: they are :meth:`selected`, then :meth:`compact`.
 
         Args:
             decision: from :func:`ifp_mlx.model.decide.decide`.
@@ -336,7 +336,9 @@ class IFPModel:
         from mlx_lm.models.cache import make_prompt_cache
 
         if decision.checks:
-            _ = Rollback(make_prompt_cache(self.source.skeleton))  # or it says why not
+            _ = Rollback(
+                make_prompt_cache(self.source.skeleton)
+            )  # refuses a cache that cannot go back
         if not decision.reads:
             selection = self.selected(decision, progress=progress)
             chosen = time.perf_counter()
@@ -376,7 +378,9 @@ class IFPModel:
     def _chooser(
         self, decision: Decision, rows: list[mx.array], progress: ProgressBar
     ) -> Choose:
-        """Return what chooses a layer's units, and keeps its scores in ``rows``."""
+        """Return a function that chooses a layer's units and keeps its scores in
+        ``rows``.
+        """
         blend = decision.selector == "blend"
         prior = self.known_prior(progress) if blend else None
 
@@ -467,8 +471,8 @@ class IFPModel:
         return sweep.compensated_model(self.source, selection, **how)
 
     def _donors(self, other: nn.Module, its: Selection) -> list[Donor] | None:
-        """Return the layers to take units from; none if they are not as they were
-        read.
+        """Return the layers to copy units from; none if they were changed since
+        reading.
         """
         if its.gates is not None or its.compensates:
             return None
@@ -619,8 +623,8 @@ class IFPModel:
 
     def compute_prior(self, *, progress: ProgressBar = iter) -> mx.array:
         """Compute the prior over the package's calibration text and keep it with the
-        checkpoint (in memory alone where the folder cannot be written); of channels with
-        a sketch of them, see :meth:`sketch`.
+        checkpoint (only in memory where the folder cannot be written); for channels
+        with a sketch of them, see :meth:`sketch`.
 
         Returns:
             float32 ``[L, F]``.
@@ -696,14 +700,14 @@ def open_model(
     path = resolve(model)
     adapter = None if adapter_path is None else Adapter(path_of(adapter_path))
     source = source_of(path, adapter)
-    _ = source.plan  # or it says why nothing can be selected
+    _ = source.plan  # refuses a model of which nothing can be selected
     name = path.resolve().name if Path(model).exists() else str(model)
     return IFPModel(source, name)
 
 
 def _fingerprint(model: nn.Module) -> mx.array:
-    """Return the final norm's weights, float16 ``[D]``; where a type has no such weights
-    (nanochat) the last others of its kind, or none.
+    """Return the final norm's weights, float16 ``[D]``; for a type without them
+    (nanochat) the weights of its last other norm, or none.
     """
     weights = tree_flatten(model.parameters(), destination={})
     others = [
@@ -715,5 +719,5 @@ def _fingerprint(model: nn.Module) -> mx.array:
     names = others[-1:] if norm is None else [f"{norm}.weight"]
     found = weights[names[0]] if names else mx.zeros(0)
     fingerprint = found.astype(mx.float16)
-    mx.eval(fingerprint)  # or it would be read from the file much later
+    mx.eval(fingerprint)  # now, or the file would be read much later
     return fingerprint

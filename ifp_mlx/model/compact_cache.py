@@ -1,8 +1,8 @@
-"""Compact models kept on disk, so that a task that comes again is not swept again.
+"""Compact models kept on disk, so that a task that recurs is not swept again.
 
 An entry is a folder with the mask and the FFN channels of a compact model; everything
-else of it is read from the large model's own folder. Entries that were not used for
-longest are deleted when all together are larger than they may be.
+else of it is read from the large model's own folder. When all entries together are too
+large, those unused for longest are deleted.
 """
 
 import hashlib
@@ -77,11 +77,11 @@ class CompactCache:
         self.limit_bytes = limit_bytes
 
     def key(self, model: IFPModel, decision: Decision) -> str:
-        """Return what tells a selection from all others: the model's files, the tokens
-        that select, and what was decided.
+        """Return a selection's key: a hash of the model's files, the tokens that
+        select, and what was decided.
 
-        A model that was copied elsewhere with new times is another one: that costs a
-        sweep, where a mix of two models would answer nonsense.
+        A model that was copied elsewhere, and so has new file times, counts as another
+        one: that costs a sweep, but a mix of two models would answer nonsense.
         """
         seed = decision.request.seed
         about = {
@@ -127,7 +127,7 @@ class CompactCache:
     ) -> None:
         """Keep a compact model; where the folder cannot be written, nothing is kept.
 
-        Entries that were not used for longest go, until the rest is small enough.
+        Entries unused for longest are deleted until the rest is small enough.
         """
         arrays = tree_flatten(compact.parameters(), destination={})
         names = sum(sliced_names(compact, model.plan), [])

@@ -1,4 +1,4 @@
-"""Decide on a request what only the model can say."""
+"""Decide what a request leaves open, which only the model can say."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -40,11 +40,11 @@ def decide(
 
     Args:
         request: what was asked for.
-        model: that it is asked of.
-        limits: memory to fit into; ``None`` does not look at it.
+        model: the one that it is for.
+        limits: memory to fit into; ``None`` for no limit.
         lasting: whether the compact model is written for good.
-        multiple: of which sizes that are to be found are multiples: of channels that
-            will be quantised, their group.
+        multiple: sizes to be found are multiples of it: for channels that will be
+            quantised, of their group.
         progress: wraps the iteration over the dialogues of a model's first card.
 
     Raises:
@@ -94,7 +94,9 @@ def _checked(decision: Decision, model: Checkpoint) -> Decision:
 
 
 def _fitting(decision: Decision, model: Checkpoint, limits: Limits | None) -> Decision:
-    """Return a decision with the room that it leaves, or refuse it if it does not fit."""
+    """Return a decision with the memory that it leaves, or refuse it if it does not
+    fit.
+    """
     if limits is None:
         return decision
     check_fits(model, decision, limits)
@@ -112,9 +114,10 @@ def _found(
     """Decide on the smallest size for which the model's card promises enough, which is
     measured now if there is none.
 
-    Where the dense model does not read what selects, a card says nothing of it, and where
-    it checks the answer, it need not: then it is the size that untrained models bear in
-    general, or as much as fits into a limit of memory.
+    A card says nothing of selections for which the dense model does not read the
+    instruction, and is not needed where the whole model checks the answer: then it is
+    the size that is safe for most untrained models, or as much as fits into a limit of
+    memory.
     """
     units = model.plan.units
     safe = target_size(units, SAFE_KEEP, step)
@@ -138,7 +141,8 @@ def first_card(
     ``None`` if it has too few units for that.
 
     Args:
-        model: whose card it is, which keeps it, unless there is no room for all of it.
+        model: the card is of this model, and kept with it, unless memory is too small
+            for all the shares of a card.
         progress: wraps the iteration over dialogues.
         most: units that fit into memory.
     """
@@ -153,7 +157,7 @@ def first_card(
     if not shares:
         return None
     card = tried(model, shares, decided, progress=progress)
-    if most >= max(sizes):  # else others, who have more memory, want to know more
+    if most >= max(sizes):  # else a user with more memory would lack the larger shares
         model.keep_card(card)
     return card
 
@@ -267,8 +271,8 @@ def check_checkable(request: Request, model: Checkpoint) -> None:
 
 def _granularity(model: Checkpoint, wanted: int | None) -> int:
     if wanted is None and model.granularity == math.lcm(*model.groups):
-        # Whole quantisation groups would lose nothing, and choose next to nothing:
-        # 64 channels that happen to lie side by side are wanted and unwanted alike.
+        # Whole quantisation groups would lose nothing, but hardly allow a choice: of 64
+        # channels that happen to lie side by side some are needed and some not.
         return model.ifp.granularity
     if wanted is None:
         return model.granularity
@@ -305,7 +309,7 @@ def _selector(model: Checkpoint, selector: str) -> str:
         return selector
     if model.predictor is not None:
         return "predictor"
-    # Experts: where both were measured, the calibration text made the choice worse.
+    # Experts: where both were measured, blending in the calibration text was worse.
     return "activation" if model.plan.unit == "expert" else "blend"
 
 
@@ -331,7 +335,7 @@ def _sizes(
 
 
 def with_instruction(request: Request, instruction: Prompt) -> Request:
-    """Return a request that has something to select by, if it has nothing yet."""
+    """Return a request with this instruction, unless it has something to select by."""
     named = request.mask_file is not None or request.task is not None
     if request.instruction is not None or named:
         return request

@@ -69,13 +69,15 @@ class Decision:
         size: ``k``, kept units per layer on average.
         allocation: what the sizes follow.
         granularity: units that are selected together.
-        tokens: of what selects, or shows how to compensate; none if nothing reads it.
+        tokens: of the text that selects, or from which compensation learns; none if
+            nothing reads it.
         compensate: whether kept channels make up for dropped ones.
         unit: what is kept.
         channels: how many there are in a layer.
-        groups: equal parts of a layer, of each of which equally many units are kept.
+        groups: equal parts of a layer, each of which keeps equally many units.
         selection: the one that was given, compensated as decided.
-        room: bytes left for dropped channels to stay in memory, where they are needed.
+        room: bytes left for dropped channels that checks need, so that they can stay in
+            memory.
         least: the share of the instruction's last tokens at which compact and dense model
             must choose alike; ``None`` asks for nothing.
     """
@@ -102,8 +104,8 @@ class Decision:
 
     @property
     def compares(self) -> bool:
-        """Whether what the compact model says of the instruction is compared with what
-        the dense one says, which is known where that reads it to select by it.
+        """Whether the compact model is compared with the dense one on the instruction,
+        which is possible where the dense one reads it to select.
         """
         return self.reads
 

@@ -1,8 +1,9 @@
 """A prompt read by the dense model, for a compact one to go on from.
 
-The answer then starts from keys and values that lack nothing, as in GRIFFIN (Dong et al.
-2024, arXiv:2404.01365): closer to the dense model. It costs nothing where the dense model
-reads the prompt to select by it, else its time, and its weights in memory meanwhile.
+The answer then starts from the dense model's own keys and values, as in GRIFFIN (Dong
+et al. 2024, arXiv:2404.01365), and is closer to the dense model's. That costs nothing
+where the dense model reads the prompt to select anyway; else it costs the time, and
+memory for its weights meanwhile.
 """
 
 import time
@@ -36,7 +37,7 @@ def read_densely(
 
     Args:
         kv: a KV cache of the dense model, or ``None``; it may be changed.
-        read: the tokens that this one has read.
+        read: the tokens that this cache has read.
         tokens: of the prompt.
         model: whose dense model reads all but the last token if ``kv`` has not, or
             ``None`` to leave it at that.
@@ -50,7 +51,7 @@ def read_densely(
 
 
 def _common_start(cache: list[Any], read: list[int], tokens: list[int]) -> int:
-    """Return how many tokens of a prompt a KV cache has that has read something.
+    """Return how many of a prompt's first tokens a KV cache has.
 
     Since at least one must follow, it is shortened in place if it has all; where it
     cannot be, or has read anything else, the number is 0.

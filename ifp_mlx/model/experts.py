@@ -1,4 +1,4 @@
-"""What a mixture asks of a selection of its experts, so that it stays a stock model."""
+"""Which selections of experts leave a mixture a stock model."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def groups_of(config: dict[str, Any]) -> int:
 
 
 def check_number(plan: Plan, config: dict[str, Any], count: int) -> None:
-    """Raise ``ValueError`` unless the stock class runs with so many experts a layer.
+    """Raise ``ValueError`` unless the stock class runs with this many experts a layer.
 
     Args:
         plan: of the model, of experts.
@@ -68,7 +68,7 @@ def fewest(plan: Plan, config: dict[str, Any], start: int) -> int:
 
 
 def check_selection(selection: Selection, plan: Plan, config: dict[str, Any]) -> None:
-    """Raise ``ValueError`` unless a stock model can have just these experts."""
+    """Raise ``ValueError`` unless a stock model can have exactly these experts."""
     if selection.gates is not None:
         raise ValueError(
             f"The mask {selection.mask_id} has gates, which a router cannot take; make a "

@@ -25,14 +25,15 @@ from .checkpoint import IFPModel
 from .decide import decide
 from .requantisation import requantisation_cost
 
-# Safetensors inside; not in name, for some loaders take every such file for weights,
-# those of subfolders too (mlx-swift-lm 3.31.4).
+# The mask is a safetensors file without that ending, since some loaders take every file
+# with it for weights, also in subfolders (mlx-swift-lm 3.31.4).
 MASK_FILE = "ifp.mask"
 UNTRAINED = (
     "They were selected without training the model further, unless the selector\n"
     "above is a trained predictor. The quality of this folder was not measured."
 )
-# Of the dense model; a file like its own would look as if it were this folder's.
+# What the dense model's card says goes into the README: a card file of its own would
+# look like a measurement of this folder.
 CURVE = """
 
 The dense model has a card: {sample}, in which
@@ -67,9 +68,9 @@ def write_compact(
     """Write the selected units as an ordinary mlx-lm (and HF) folder.
 
     With the same number of units in every layer it is the source's own architecture
-    with a smaller number in its config.json. Unequal widths need a stock architecture that can
-    say them: llama-like models become ``nemotron-nas``, each layer padded with zero
-    channels to a multiple of 256.
+    with a smaller number in its config.json. Unequal widths need a stock architecture
+    whose config can state them: llama-like models become ``nemotron-nas``, each layer
+    padded with zero channels to a multiple of 256.
 
     Args:
         model: where the weights come from.
@@ -144,7 +145,7 @@ def write_plain(
         selection: what it keeps.
         out: the folder to make.
         quantisation: quantise the result, or leave it as it is.
-        said: what the card ends with: how good it is.
+        said: the end of the card, which says how good the folder is.
 
     Raises:
         FileExistsError, ValueError: as :func:`write_compact`.
@@ -161,7 +162,7 @@ def _written(
     quantisation: Quantisation | None,
     said: str,
 ) -> Path:
-    """Do what :func:`write_plain` does, once all has been checked."""
+    """Do what :func:`write_plain` does, after its checks."""
     config = dict(model.config)
     if selection.target_size is not None:
         config = model.plan.resized(config, selection.target_size)
@@ -173,7 +174,7 @@ def _written(
         compact, config = _quantise(compact, config, quantisation)
     with new_folder(out) as scratch:
         _write(compact, config, model.path, scratch)
-        # The examples of a task stay with its maker: folders are passed on.
+        # The examples of a task stay with its maker, since folders are passed on.
         replace(selection, text=None).save(scratch / MASK_FILE)
         card = _card(model, selection, quantisation, config, said)
         (scratch / "README.md").write_text(card, encoding="utf-8")
@@ -181,9 +182,7 @@ def _written(
 
 
 def _curve(card: Card | None, selection: Selection) -> str:
-    """Return what the dense model's card says, for the compact folder's; nothing without
-    one.
-    """
+    """Return the dense model's curve for the compact folder's card; empty without one."""
     if card is None:
         return ""
     rows = []
@@ -256,7 +255,9 @@ def check_can_write(
 
 
 def _as_nemotron_nas(compact: nn.Module, model: IFPModel) -> dict[str, Any]:
-    """Pad the widths of ``compact`` in place; return the config keys that say them."""
+    """Pad the widths of ``compact`` in place; return the config keys that state
+    them.
+    """
     source, plan = model.config, model.plan
     hidden, heads = source["hidden_size"], source["num_attention_heads"]
     kv_heads = source.get("num_key_value_heads") or heads
@@ -286,8 +287,8 @@ def _quantise(
 
 
 def _check_stock_width(model: IFPModel, units: int) -> None:
-    """Raise ``ValueError`` unless a config.json can say the number of units: some classes
-    round it, or compute it from other keys.
+    """Raise ``ValueError`` unless a config.json can state the number of units: some
+    classes round it, or compute it from other keys.
     """
     config = model.plan.resized(model.config, units)
     shapes, dense = dense_shapes(build(config)), dense_shapes(model.source.skeleton)

@@ -20,9 +20,9 @@ from .agreement import PLACES
 from .decision import Decision
 from .footprint import Footprint
 
-ROW_FLOATS = 5  # arrays [m, F] of what is known of a layer while it is judged
-GRAM_FLOATS = 4  # arrays [m, m] of it
-DOWN_FLOATS = 2  # arrays [D, F], in float32 too, while one is compensated
+ROW_FLOATS = 5  # arrays [m, F] in memory while a layer's channels are judged
+GRAM_FLOATS = 4  # arrays [m, m] besides
+DOWN_FLOATS = 2  # arrays [D, F] in float32 while a down_proj is compensated
 SAID_FLOATS = 2  # arrays [2n, V] while dense and compact model are compared
 CACHE_STEP = 256  # tokens by which mlx-lm lengthens its caches
 
@@ -78,7 +78,7 @@ def fitting_size(
         decision: what is asked for, of any size.
         limits: what it may take.
         sizes: the units of every layer for a ``k``.
-        step: of which ``k`` is to be a multiple.
+        step: ``k`` is a multiple of it.
 
     Raises:
         ValueError: if nothing fits.
@@ -105,14 +105,14 @@ def room_beside(model: Any, decision: Decision, limits: Limits) -> int:
 
 
 def _in_passing(model: Any, decision: Decision, limits: Limits) -> Footprint:
-    """Return the model's footprint with what it has in memory for a while."""
+    """Return the model's footprint, including what is in memory only for a while."""
     swept = _in_sweep(model, decision, limits)
     return in_checks(model, decision, swept) if decision.request.checks else swept
 
 
 def in_checks(model: Any, decision: Decision, swept: Footprint) -> Footprint:
-    """Return a footprint with what checking has in memory: dropped channels of the layer
-    that is computed and of the next, corrections, inlets that stay whole.
+    """Return a footprint that includes what checking needs: dropped channels of the
+    layer being computed and of the next, corrections, inlets that stay whole.
     """
     units, width = swept.channels, swept.hidden_size
     floats = swept.reading_floats * FFN_STEP
@@ -141,7 +141,9 @@ def cuts_inlets(model: Any, decision: Decision) -> bool:
 
 
 def _in_sweep(model: Any, decision: Decision, limits: Limits) -> Footprint:
-    """Return the model's footprint with what a sweep has in memory for a while."""
+    """Return the model's footprint, including what a sweep has in memory for a
+    while.
+    """
     footprint = limits.weigh(model)
     reading, channels = len(decision.tokens), footprint.channels
     condensing = 0

@@ -28,8 +28,8 @@ from .experts import fewest, groups_of
 
 Sizes = Sequence[int]
 
-# Arrays [T, F] that are in memory at once while an FFN is read in float32; those of each
-# chosen expert while a mixture is.
+# Arrays [T, F] in memory at once while an FFN reads in float32; for a mixture, arrays
+# of each chosen expert.
 CHANNEL_FLOATS, EXPERT_FLOATS = 5, 2
 
 
@@ -54,7 +54,7 @@ class LayerCache:
         state_bytes: of what is kept however many tokens there are (state spaces).
         item_bytes: of one number in it.
         packed_bytes: of a token's key and value once the cache is quantised.
-        packed_from: tokens from which on it is; ``None`` is never.
+        packed_from: it is quantised from this many tokens on; ``None`` is never.
     """
 
     token_bytes: int
@@ -93,18 +93,18 @@ class Footprint:
     Attributes:
         channels: ``F``; of experts, how many there are.
         hidden_size: ``D``.
-        granularity: of what the units of a layer are a multiple.
+        granularity: the units of a layer are a multiple of it.
         shared: channels per layer that every selection keeps.
-        core_bytes: all but the units: attention, embeddings, norms; beside experts,
-            those that are shared and the FFNs of layers that are dense.
+        core_bytes: everything except the units: attention, embeddings, norms; in a
+            mixture also shared experts and the FFNs of dense layers.
         layer_bytes: of one channel (gate, up and down) or expert, in each of the ``L``
             layers; a fraction where quantisation groups lie across channels.
         caches: of the layers that have a KV cache.
         predictor_bytes: of the predictor and its head; 0 without one.
-        reading_floats: numbers that are in memory for each token while a layer is read
-            to select; in 16 bits it is a little less than their half.
-        passing_bytes: of what is in memory above that for a while: the dense layer
-            that a sweep reads, and what it computes with it; 0 without one.
+        reading_floats: float32 numbers in memory for each token while a layer reads to
+            select; in 16 bits it takes a little less than half of that.
+        passing_bytes: of what else is in memory for a while: the dense layer that a
+            sweep reads, and what it computes with it; 0 without a sweep.
         least: the fewest units per layer that the stock class runs with.
         unit: what is kept or dropped.
     """
@@ -140,7 +140,8 @@ class Footprint:
 
         Args:
             config: its content; quantisation and dtype as mlx-lm and HF note them.
-            about: ``granularity``, ``shared``, ``predictor_bytes``, where not none.
+            about: ``granularity``, ``shared`` and ``predictor_bytes``, unless they are
+                the defaults.
 
         Raises:
             ValueError: if mlx-lm has no such model, or it cannot be sliced.
@@ -211,7 +212,7 @@ class Footprint:
         return blocks * self.granularity
 
     def channel_bytes(self, sizes: Selection | Sizes) -> int:
-        """Return the bytes of a selection's units, or of so many in each layer."""
+        """Return the bytes of a selection's units, or of this many in each layer."""
         sizes = sizes.sizes if isinstance(sizes, Selection) else sizes
         each = zip(sizes, self.layer_bytes, strict=True)
         return round(sum(size * channel for size, channel in each))
@@ -229,7 +230,7 @@ class Footprint:
         return sum(cache.bytes(tokens) for cache in self.caches)
 
     def keeping(self, kv: KVOptions) -> "Footprint":
-        """Return it for a KV cache that is kept in another way."""
+        """Return the footprint with a KV cache that is kept in another way."""
         return replace(self, caches=tuple(cache.keeping(kv) for cache in self.caches))
 
     def total_bytes(self, sizes: Selection | Sizes, tokens: int) -> int:
@@ -350,8 +351,8 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
     from mlx_lm.models.bitlinear_layers import bitnet_quantize
 
     model = build(config)
-    # Gemma 3's class has an output layer until it is given weights without one, and its
-    # config.json seldom says that there is none: Hugging Face takes that for granted.
+    # Gemma 3's class has an output layer until it is given weights without one. Its
+    # config.json seldom says that there is none: for Hugging Face that is the default.
     gemma = str(config.get("model_type")).startswith("gemma3")
     tied = config.get("tie_word_embeddings")
     if gemma if tied is None else tied:
@@ -372,7 +373,7 @@ def model_of_config(config: dict[str, Any]) -> nn.Module:
 
 
 def _packed(model: nn.Module, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return how another program has quantised a model, as MLX would note it."""
+    """Return in MLX's form how another program has quantised a model."""
     how = packing(config)
     left = {
         path: False
@@ -411,8 +412,8 @@ def _reading_floats(dense: nn.Module, plan: Plan) -> int:
 
 
 def _caches(dense: nn.Module) -> list[LayerCache]:
-    """Return what each layer keeps, from what mlx-lm's caches hold after one token:
-    arrays have a shape before they are computed.
+    """Return what each layer keeps of a token, read off mlx-lm's caches after one
+    token: their arrays have a shape before they are computed.
     """
     from mlx_lm.models.cache import make_prompt_cache
 

@@ -32,7 +32,7 @@ from .fit import Limits
 from .prompt_cache import PromptFile, continuation, open_length, write_prompt_cache
 from .responses import GenerationResponse, Seconds
 
-STOCK_MAX_TOKENS = 256  # mlx-lm's, where the caller names none
+STOCK_MAX_TOKENS = 256  # mlx-lm's default
 STOCK_OPTIONS = {
     "max_tokens",
     "prefill_step_size",
@@ -63,10 +63,10 @@ def stream_generate(
         request: what to select; default: what ``options`` say.
         system_prompt: put before the prompt, and so part of the default instruction.
         chat_template: ``False`` leaves the chat template out.
-        cache: where a compact model that had to fit is kept for the next time.
+        cache: keeps compact models made under a memory limit for the next time.
         prompt_cache_file: a ``.safetensors`` file of mlx-lm's form, whose text the
             compact model does not read again: the prompt goes on where it ends, inside
-            the user's message. One that is not there yet is written.
+            the user's message. If there is no such file, it is written.
         progress: wraps iterations over calibration texts and over layers.
         options: the fields of :class:`ifp_mlx.selection.request.Request`
             (``instruction``, ``keep``, ``selector``, ``check``, ...; by default the
@@ -74,11 +74,11 @@ def stream_generate(
             :class:`ifp_mlx.decoding.options.Decoding` (``temp``, ``top_p``,
             ``repetition_penalty``, ``stop_strings``, ...; the seed is the request's),
             and of :class:`ifp_mlx.decoding.kv.KVOptions` (``kv_bits``, ...). The others
-            go to ``mlx_lm.stream_generate`` (``max_tokens``, ``prefill_step_size``, ...);
-            with ``check`` there are only these two.
+            go to ``mlx_lm.stream_generate`` (``max_tokens``, ``prefill_step_size``,
+            ...); with ``check`` only these two are allowed.
 
     Yields:
-        The text as it comes, with what it took.
+        The text as it comes, with its cost so far.
 
     Raises:
         ValueError: on an empty prompt or a choice that cannot be had.
@@ -133,7 +133,7 @@ def _prepared(
 def _checked_options(
     request: Request, kv: KVOptions, path: Path | None, options: Iterable[str]
 ) -> Request:
-    """Return the request, of which a prompt cache file says who reads the prompt.
+    """Return the request; with a prompt cache file the compact model reads the prompt.
 
     Raises:
         ValueError: on options that do not go together.
@@ -232,7 +232,7 @@ def stream_checked(
         request: says how to check.
         reading: what the dense model has read of the prompt.
         decoding: says how tokens are chosen.
-        kv: asks for nothing.
+        kv: the defaults; a check needs the plain cache.
         max_tokens: of the answer, at most.
         prefill_step_size: tokens of the prompt that are read at once; default: mlx-lm's.
 

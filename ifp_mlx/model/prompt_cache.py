@@ -26,13 +26,13 @@ from .dense_prefill import Reading
 
 # What mlx-lm's own command takes for the model's path; no folder has this name.
 FOR_MLX_LM = "a compact model of {name}, made by ifp_mlx"
-MADE_BY = "ifp_identity", "ifp_weights"  # mlx-lm takes a dot for a branch
+MADE_BY = "ifp_identity", "ifp_weights"  # no dots: mlx-lm would nest the keys
 TOKENS = "ifp_tokens"
 
 
 @dataclass
 class PromptFile:
-    """A prompt cache file that is there.
+    """An existing prompt cache file.
 
     Attributes:
         path: of it.
@@ -68,7 +68,7 @@ class PromptFile:
             made_by = about[MADE_BY[0]], about[MADE_BY[1]]
             if not (isinstance(tokens, list) and {*map(type, tokens)} == {int}):
                 raise TypeError("its tokens are none")
-        except Exception as error:  # whatever reading some other file trips over
+        except Exception as error:  # whatever a file of another kind causes
             raise ValueError(
                 f"{path} is no prompt cache that ifp_mlx wrote ({type(error).__name__}); "
                 "give a new name, and it is written after the prompt was read."
@@ -115,7 +115,7 @@ def write_prompt_cache(
         tokens: of the prompt.
         count: how many of them go into the file.
         kv: how the cache is kept.
-        options: of ``mlx_lm.stream_generate``; that of reading holds here too.
+        options: of ``mlx_lm.stream_generate``; ``prefill_step_size`` holds here too.
 
     Returns:
         What has been read for the answer, which needs at least one token more.
@@ -164,15 +164,15 @@ def open_length(
     chat_template: bool,
     **how: Any,
 ) -> int:
-    """Return how many tokens of a prompt can be gone on from: all but what ends the
-    user's message and begins the answer.
+    """Return after how many of its tokens a prompt can be continued: all except those
+    that end the user's message and begin the answer.
 
     Args:
         tokenizer: mlx-lm's.
         prompt: as the caller gave it.
         tokens: of it.
         chat_template: whether it went through the template.
-        how: ``system`` and ``config`` that it went through with.
+        how: the ``system`` prompt and the template's ``config``.
     """
     if ids_of(prompt) is not None or not (
         chat_template and tokenizer.has_chat_template

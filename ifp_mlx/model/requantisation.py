@@ -19,11 +19,11 @@ def requantisation_cost(
     *,
     progress: ProgressBar = iter,
 ) -> float:
-    """Compare a compact model with itself, its ``down_proj`` left dequantised.
+    """Return what a compact model loses because its ``down_proj`` is quantised again.
 
     Args:
         model: what ``compact`` was made from.
-        compact: from :meth:`IFPModel.compact`; as it was, afterwards.
+        compact: from :meth:`IFPModel.compact`; unchanged afterwards.
         selection: what it keeps; cuts quantisation groups.
         progress: wraps the iteration over layers whose groups are cut.
 

@@ -12,10 +12,10 @@ class Seconds:
     """Where the time of one generation went, in seconds (the paper's Table 3).
 
     Attributes:
-        select: from the instruction to the selection; of a sweep, which loads too, and
-            may have read the prompt.
+        select: from the instruction to the selection; in a sweep it includes loading,
+            and reading the prompt if that selects.
         load: reading and slicing the selected units.
-        prefill: reading of the prompt what is not read yet.
+        prefill: reading the part of the prompt that is not read yet.
         decode: from the first token to now.
         ttft: select + load + prefill, the time to the first token.
     """

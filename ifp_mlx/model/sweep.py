@@ -1,10 +1,10 @@
 """Read a dense model layer by layer: one dense FFN, or mixture, is in memory at a time.
 
-The forward pass is mlx-lm's own, layer after layer. Where it comes to an FFN, the
-weights are read, the instruction's tokens go through them, and they are let go again:
-all of them, or all but the units that the instruction turned out to need. Channels can
-learn on the spot to make up for the others. What the dense model's attention made of the
-text is there at the end too, for an answer to go on from.
+The forward pass is mlx-lm's own, layer after layer. At an FFN the weights are read, the
+instruction's tokens go through them, and they are let go again: all of them, or all
+except the units that the instruction turned out to need. Channels can learn on the spot
+to make up for the others. At the end the dense model's KV cache of the text is there
+too, for an answer to go on from.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +34,10 @@ from ..slicing.sliced import cut, note_units, settle, sliced_names
 from ..slicing.stock import noted_at, steps_of
 from ..storage.folder import Folder
 
-# Returns the units of a layer to keep, int32 [k], sorted, for its number, its scores [F],
-# and what is known of its channels, where they are compensated.
+# Chooses the units of a layer to keep, int32 [k], sorted, by its number, its scores
+# [F], and, where it is compensated, what is known of its channels.
 Choose = Callable[[int, mx.array, Evidence | None], mx.array]
-# Returns the sketch of a layer, [r, F], read only now: all layers' together are large.
+# Returns the sketch of a layer, [r, F], read when called: all together are large.
 Sketch = Callable[[int], mx.array]
 
 
@@ -47,7 +47,8 @@ class Swept(NamedTuple):
     Attributes:
         model: an ordinary mlx-lm model, with the units that were chosen.
         kv: the text's KV cache, as the dense model made it.
-        uses: of each layer's units, from :func:`ifp_mlx.slicing.reading.read_layer`.
+        uses: how strongly each layer's units were used, from
+            :func:`ifp_mlx.slicing.reading.read_layer`.
         noted: what the dense model's output layer gets at the places of the text that
             were asked for, from :func:`ifp_mlx.slicing.stock.noted_at`, ``[1, n, D]``.
     """
@@ -61,7 +62,8 @@ class Swept(NamedTuple):
 def scores(
     source: Folder, examples: Sequence[Example], *, progress: ProgressBar = iter
 ) -> mx.array:
-    """Return :func:`ifp_mlx.slicing.reading.scores` of a model that stays on disk.
+    """Do what :func:`ifp_mlx.slicing.reading.scores` does with a model that stays on
+    disk.
 
     Args:
         source: where the weights are.
@@ -90,8 +92,8 @@ def calibration(
 
     Args:
         source: where the weights are.
-        texts: token ids of each. They are read all at once: each layer comes by once, and
-            what was seen of it is let go when it is condensed.
+        texts: token ids of each. All are read together: each layer is read once, and
+            what was seen of its channels is let go once it is condensed.
         progress: wraps the iteration over layers.
 
     Returns:
@@ -111,12 +113,12 @@ def calibration(
 def read(
     source: Folder, tokens: Sequence[int], places: int
 ) -> tuple[list[Any], mx.array]:
-    """Read a text as the dense model.
+    """Let the dense model read a text, layer by layer.
 
     Args:
         source: where the weights are.
         tokens: ``T`` ids.
-        places: at how many of the last tokens, of its last step, the dense model is noted.
+        places: for how many of the last tokens the dense model's result is noted.
 
     Returns:
         Its KV cache, and :attr:`Swept.noted`.
@@ -155,9 +157,10 @@ def compact_model(
         sketch: of a calibration text, which shows it too.
         apart: leave the kept channels' weights as they are, and what makes up for
             others apart (:mod:`ifp_mlx.slicing.apart`).
-        remember: of how many of the last tokens the channels are remembered, where they
-            are apart and compensated.
-        places: int32 ``[n]``, of the text's last step, where the dense model is noted.
+        remember: of this many last tokens the channels are remembered, where they are
+            apart and compensated.
+        places: int32 ``[n]``, tokens of the text's last step for which the dense
+            model's result is noted.
         progress: wraps the iteration over layers.
     """
     texts = batches_of([(tokens,)])[0]
@@ -205,7 +208,7 @@ class _Sweep:
     """What is left of a model, layer by layer, while texts go through it.
 
     A long text goes through in several steps, and some model types loop over their
-    layers: all but the last visit read a layer and let it go.
+    layers: every visit of a layer except the last reads it and lets it go.
     """
 
     def __init__(
@@ -249,7 +252,7 @@ class _Sweep:
     def _visit(self, layer: int, weights: mx.array, *args: Any, **kwargs: Any) -> Any:
         """Compute a layer's module, and let go of its weights."""
         next(self._ticks, None)
-        mx.eval(args[0])  # attention's arrays go before the FFN's come
+        mx.eval(args[0])  # frees attention's arrays before the FFN's are made
         self._visits[layer] -= 1
         last = self._visits[layer] == 0
         module = self.modules[layer] if last else self._passing_module(layer)

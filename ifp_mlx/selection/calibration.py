@@ -4,10 +4,10 @@ import json
 from importlib.resources import files
 
 CHATS = 41  # how many there are
-MOST_TOKENS = 400  # of each; only a tokenizer without words makes more
+MOST_TOKENS = 400  # of each; only a tokenizer that knows no words makes more
 
-# Of the dialogues, and of how they are condensed (ifp_mlx.slicing.sketch): what a compact
-# model was compensated by can only be made again with the same.
+# The version of the dialogues and of how they are condensed (ifp_mlx.slicing.sketch): a
+# compensated model can only be made again with the same one.
 SKETCH_VERSION = "1"
 
 

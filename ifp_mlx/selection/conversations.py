@@ -1,4 +1,4 @@
-"""What a row of data says: a conversation, or plain text."""
+"""What a row of data holds: a conversation, or plain text."""
 
 from typing import Any
 

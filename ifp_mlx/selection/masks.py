@@ -25,7 +25,7 @@ ADAPTER = "adapter"
 
 @dataclass(frozen=True)
 class Compensation:
-    """By which text kept channels make up for dropped ones.
+    """The text from which kept channels learned to make up for dropped ones.
 
     Attributes:
         source: what the text is, in words.
@@ -50,8 +50,7 @@ class Origin:
         instruction: the text that selected.
         task: the name of the task it is for.
         model: the name of the model it was made with.
-        made: of a task: whose scores they are (``selector``), examples, tokens, date,
-            versions.
+        made: of a task: who scored (``selector``), examples, tokens, date, versions.
         evaluation: of a task: what it cost when it was measured.
         slicing: how a quantised model was sliced: ``whole groups``, ``requantised``.
         requantised_layers: how many layers were quantised again.
@@ -379,7 +378,7 @@ class Selection:
 
 
 def digest_of_text(tokens: Sequence[int]) -> str:
-    """Return what the token ids of a text are known by, 16 hex digits."""
+    """Return a hash of a text's token ids, 16 hex digits."""
     ids = np.array(tokens, dtype="<i4").tobytes()
     return hashlib.sha256(ids).hexdigest()[:16]
 
@@ -392,7 +391,9 @@ def find_mask(name: str, folders: Sequence[Path]) -> Path:
     """
     for folder in folders:
         path = folder / f"{name}.safetensors"
-        if os.path.isfile(path):  # also of names that no file can have
+        if os.path.isfile(
+            path
+        ):  # False, and no error, for a name that no file can have
             return path
     known = {file.stem for folder in folders for file in folder.glob("*.safetensors")}
     where = " or ".join(map(str, folders))

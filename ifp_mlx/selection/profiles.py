@@ -39,7 +39,7 @@ from .masks import Selection
 from .top_k import select
 
 REMEDY = "use a profile of this model"
-HUGE = 1e30  # what no saliency and no count is
+HUGE = 1e30  # larger than any saliency or count
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _write_dropped(kept: list[list[int]], layers: _Layers) -> dict[str, Any]:
 
 
 def _write_counts(kept: list[list[int]], layers: _Layers) -> dict[str, Any]:
-    """As if one prompt had used those that are kept."""
+    """Return counts as if one prompt had used the kept experts."""
     said = {
         str(number): {
             "universal": ids,
@@ -326,7 +326,7 @@ def _write_counts(kept: list[list[int]], layers: _Layers) -> dict[str, Any]:
 
 
 def _number(name: str) -> int:
-    """Return the number of a layer, of which its name has one, else -1."""
+    """Return the number in a layer's name, -1 unless there is just one."""
     found = [s for s in name.split(".") if s.isascii() and s.isdecimal()]
     return int(found[0]) if len(found) == 1 else -1
 

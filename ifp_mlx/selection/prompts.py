@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-# What a chat template is told by us, or what is done with its text: no option of its own.
+# What we tell a chat template ourselves, or do with its text: not its own options.
 NOT_ASKED = {"tokenize", "add_generation_prompt", "continue_final_message"}
 NOT_ASKED |= {"return_dict", "return_tensors", "padding", "truncation", "max_length"}
 NOT_ASKED |= {"conversation", "chat_template", "return_assistant_tokens_mask", "tools"}
@@ -43,7 +43,7 @@ def ids_of(prompt: Any) -> list[int] | None:
 def known_tokens(
     tokens: Sequence[int], vocabulary: int, context: int | None = None
 ) -> list[int]:
-    """Return token ids, all of which a model has a row of its embedding for.
+    """Return token ids, checked to have a row each in a model's embedding.
 
     Args:
         tokens: of a prompt, or of an example.
@@ -135,8 +135,8 @@ def tokenize(
     config: Mapping[str, Any] | None = None,
     tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
-    """Return the token ids of a conversation, with what begins an answer after all but
-    the assistant's messages.
+    """Return the token ids of a conversation; unless the assistant speaks last, they end
+    with what begins an answer.
 
     As mlx_lm.generate does it: through the chat template where there is one, else
     the plain text with the tokenizer's own special tokens.
@@ -178,8 +178,7 @@ def render(
 
     Args:
         tokenizer, messages, open_end, config, tools: see there.
-        continued: whoever says the last message, what would close it is left out, and
-            what would begin an answer.
+        continued: leave the last message open, whoever says it, and begin no answer.
 
     Raises:
         ValueError: if the template refuses the conversation.

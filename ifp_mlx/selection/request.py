@@ -1,4 +1,4 @@
-"""What a user asks of a selection: one type, made by every door."""
+"""What a user asks of a selection: one type for all commands and calls."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -14,17 +14,17 @@ Check = Literal["off", "exact"] | float
 Reselect = Literal["off", "drift"]
 Keep = float | Literal["auto"]
 RESELECTS: tuple[Reselect, ...] = ("off", "drift")
-# Share of the units that untrained models bear to keep alone in general:
-# examples/guides/keep.md has the figures.
+# The kept share that is safe for most untrained models: examples/guides/keep.md has the
+# figures.
 SAFE_KEEP = 0.75
 WITHOUT_CARD = (
     "without a card of this model (python -m ifp_mlx.evaluate --card) keep no less than "
     f"{SAFE_KEEP:.0%} for maths and code, unless the whole model checks (--check) or the "
     "mask's weights are recovered by training"
 )
-# What auto asks of a model's card. Of everyday questions, answers that agree at 84 % name
-# one dish three times where three are asked for; those at 74 % go round in circles
-# (examples/benchmarks/auto).
+# The agreement that auto asks of a model's card. On everyday questions, answers at 84 %
+# name one dish three times where three are asked for; answers at 74 % go round in
+# circles (examples/benchmarks/auto).
 MIN_AGREEMENT = 0.9
 MOST_DRAFTED = 16  # tokens a check, where nothing else is said
 PREFILLS: tuple[Prefill, ...] = ("auto", "compact", "dense")
@@ -41,8 +41,8 @@ class Request:
             message count; or token ids, taken as they are. The model does not see it.
         selection: use this one and select nothing.
         mask_file: use the one in this file.
-        task: use that of a named task; who knows its library puts a selection or a
-            mask file in its place.
+        task: use that of a named task; a caller that knows the library replaces it by a
+            selection or a mask file.
         keep: kept share of the units (channels, or experts), rounded to the
             granularity; or ``auto``: the smallest for which the model's card promises
             ``min_agreement``. Default: the checkpoint's own target size, else ``auto``.
@@ -61,7 +61,7 @@ class Request:
             text, else the instruction shows. Default: see :func:`compensates`.
         seed: of the selector ``random``.
         prefill: which model reads the prompt: ``compact``, the whole ``dense`` one, or
-            ``auto``: dense as far as that has read it to select, else compact.
+            ``auto``: dense where that has read it to select, else compact.
         min_agreement: at which share of tokens the compact model is to choose the dense
             model's next token: what ``auto`` asks of the model's card, by default
             ``MIN_AGREEMENT``. Of a size that is given it is asked on the instruction's
@@ -102,7 +102,7 @@ class Request:
     memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if hasattr(self.instruction, "tolist"):  # an array, of which there is no truth
+        if hasattr(self.instruction, "tolist"):  # an array, which has no truth value
             object.__setattr__(self, "instruction", ids_of(self.instruction))
         self._check_sizes()
         self._check_names()
@@ -226,9 +226,10 @@ def compensates(
 ) -> bool:
     """Return whether kept channels are to make up for dropped ones.
 
-    As the request says. Else, of what is selected now, where the dense model reads the
-    instruction anyway, to select by it; a given selection as it says itself; and what
-    is written for good also where a given selection has a text that shows how.
+    The request decides. If it does not: what is selected now is compensated where the
+    dense model reads the instruction anyway, to select; a given selection as it says
+    itself; and a model that is written for good also where a given selection has a text
+    to learn from.
 
     Args:
         request: what was asked for.

@@ -23,8 +23,8 @@ def blend_scores(
         unit: what is scored.
 
     Returns:
-        ``[L, F]`` float32 in [0, 1]: the weighted mean of the two ranks, or the root
-        of that of the two shares.
+        ``[L, F]`` float32 in [0, 1]: the weighted mean of the two ranks; for experts
+        the square root of the weighted mean of the two shares.
 
     Source: GLASS (arXiv:2508.14302), for ranks.
     """

@@ -24,7 +24,7 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
     """
     from mlx_lm.utils import load_tokenizer
 
-    # Not said at all, transformers would ask on stdin whether to run it.
+    # Without this, transformers would ask on stdin whether to run it.
     options: dict[str, Any] = {"trust_remote_code": False}
     if (template := lone_template(folder)) is not None:
         options["chat_template"] = template
@@ -42,7 +42,8 @@ def _fit_detokenizer(tokenizer: Any) -> None:
 
     mlx-lm chooses what streams it by a few forms of tokenizer.json. Where there is no
     such file, or a decoder in it that is not the vocabulary's, text comes twice or
-    without spaces; then the first of mlx-lm's detokenizers that gives it back is used.
+    without spaces; then the first of mlx-lm's detokenizers that returns the text is
+    used.
     """
     from mlx_lm import tokenizer_utils as utils
 
@@ -69,7 +70,7 @@ def _streamed(detokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _reason(folder: Path, config: dict[str, Any], error: Exception) -> str:
-    """Say why a tokenizer cannot be opened: a file by name, wherever it is one."""
+    """Return why a tokenizer cannot be opened, naming the file if one is at fault."""
     found = {file: folder / file for file in FILES if (folder / file).exists()}
     try:
         read = {file: read_object(path) for file, path in found.items()}

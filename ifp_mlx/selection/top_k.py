@@ -29,7 +29,7 @@ def select(
         granularity: units per selectable block; a block's score is its mean.
         gates: ``"soft"`` keeps λ of :func:`soft_top_k` on the kept channels.
         temperature: of the soft top-k, in units of the scores.
-        groups: equal parts of a layer, of each of which equally many are kept.
+        groups: equal parts of a layer, each of which keeps equally many.
 
     Raises:
         ValueError: if the scores are not finite.

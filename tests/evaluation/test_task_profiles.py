@@ -53,7 +53,7 @@ def test_a_profile_becomes_a_task_that_makes_a_stock_folder(
     file = tmp_path / "library/code.safetensors"
     assert (status, out) == (0, f"{file}\n")
     assert err.endswith(
-        "profile.json is a profile of the form reap: kept are 4 of 8 experts in each of "
+        "profile.json is a profile of the form reap: it keeps 4 of 8 experts in each of "
         "3 layers.\n"
     )
     assert kept(file) == KEPT
