@@ -336,9 +336,8 @@ class IFPModel:
         from mlx_lm.models.cache import make_prompt_cache
 
         if decision.checks:
-            _ = Rollback(
-                make_prompt_cache(self.source.skeleton)
-            )  # refuses a cache that cannot go back
+            # Refuses a cache that cannot go back.
+            _ = Rollback(make_prompt_cache(self.source.skeleton))
         if not decision.reads:
             selection = self.selected(decision, progress=progress)
             chosen = time.perf_counter()

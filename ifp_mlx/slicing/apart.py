@@ -1,9 +1,9 @@
-"""A layer's kept channels with their own weights, all that was made of them apart.
+"""A layer's kept channels with their weights unchanged; gates and corrections apart.
 
 A sliced layer has gates and what makes up for dropped channels folded into its weights.
-Who wants to compute the dense layer too, with the dropped channels beside the kept ones,
-needs the weights as they were. So they stay, and gates and correction are applied to what
-comes into the inlet. Two factors make up a correction, much smaller than ``down_proj``.
+To compute the dense layer too, with the dropped channels beside the kept ones, the
+weights are needed as they were. So they stay, and gates and correction are applied to
+what comes into the inlet. A correction is two factors, much smaller than ``down_proj``.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -123,8 +123,8 @@ def cut_apart(
     gate: mx.array | None = None,
     correction: Correction | None = None,
 ) -> Apart:
-    """Keep the channels ``index`` of one layer, in place, and let its inlet see to what
-    was made of them.
+    """Keep the channels ``index`` of one layer, in place, and let its inlet apply gates
+    and correction.
 
     Args:
         module: the layer's, with all units.
@@ -155,8 +155,8 @@ def set_apart_all(
     Args:
         model: a stock mlx-lm model, dense in shape; its weights are not in memory.
         plan: its plan.
-        fills: begins to put channels into the layers, for the indices of each, of which
-            ``None`` is all; by giving its next item it fills the next layer.
+        fills: gets the indices of each layer (``None`` for all) and returns an
+            iterator; each item that this gives fills the next layer.
         selection: made for this model.
         progress: wraps the iteration over layers.
     """
@@ -178,7 +178,9 @@ def set_apart_all(
 
 
 def set_apart(module: nn.Module, layer: LayerPlan, apart: Apart) -> Apart:
-    """Let a layer's inlet, which has what it kept already, see to the rest, in place."""
+    """Let a layer's inlet, which is cut already, apply gates and correction, in
+    place.
+    """
     inlet = at(module, layer.inlet)
     become(inlet, "Apart", _apart_call)
     inlet._apart = apart
@@ -186,8 +188,8 @@ def set_apart(module: nn.Module, layer: LayerPlan, apart: Apart) -> Apart:
 
 
 def put_together(inlet: nn.Module) -> Apart:
-    """Undo :func:`set_apart`: let an inlet do its stock class's work again, and return
-    what it saw to.
+    """Undo :func:`set_apart`: give an inlet its stock class back, and return what it
+    applied.
     """
     parts: Apart = inlet._apart
     inlet.__class__ = type(inlet).__bases__[0]
@@ -196,7 +198,7 @@ def put_together(inlet: nn.Module) -> Apart:
 
 
 def linear_of(inlet: nn.Module) -> Linear:
-    """Return the stock linear of an inlet that :func:`set_apart` has been at."""
+    """Return the stock linear of an inlet that :func:`set_apart` has changed."""
     return partial(type(inlet).__mro__[1].__call__, inlet)
 
 

@@ -1,15 +1,15 @@
 """Let the kept channels make up for the dropped ones, as far as texts show how.
 
 A dropped channel's contribution to the FFN's output is partly predictable from the
-channels that stay. Where the dense model has just read a text (as it does to choose
-by activation), the channels of every token are at hand, and the best linear stand-in
-is a ridge regression of what is missing on what is kept. It changes ``down_proj``
-alone, needs no training, and costs nothing afterwards. A short text alone is learned by
-heart, so a sketch of a calibration text stands beside it; which channels are kept can then
-be chosen by what the others cannot make up for.
+channels that stay. Where the dense model has just read a text (as it does to choose by
+activation), the channels of every token are at hand, and the best linear stand-in is a
+ridge regression of what is missing on what is kept. It changes ``down_proj`` alone,
+needs no training, and costs nothing afterwards. A short text alone would be learned by
+heart, so a sketch of a calibration text is added to it. Then those channels can be kept
+that the others can least make up for.
 
 The ridge into ``down_proj``, from a calibration text alone, was published as GRAIL
-(arXiv:2602.23795), and kin to it as MoDeGPT (arXiv:2408.09632).
+(arXiv:2602.23795), and something similar as MoDeGPT (arXiv:2408.09632).
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ from .sliced import (
     put_down,
 )
 
-STRENGTH = 0.3  # as good as any between 0.1 and 1 on other text than it was chosen on
+STRENGTH = 0.3  # on text that it was not chosen on, as good as any between 0.1 and 1
 EXPECTED_SHARE = 0.8  # of a token's energy, in the channels that will be kept
-WORTH = 300  # tokens that a calibration text counts as, beside the text that selects
-KNOWN = 330  # tokens' worth of rows at which that was found beside a sketch
+WORTH = 300  # the calibration text counts as so many tokens of the text that selects
+KNOWN = 330  # energy of all rows, in tokens, at which STRENGTH holds with a sketch
 TOKENS = 2048  # of a text that are looked at, at most
 TOKENS_ALONE = 1024  # without a sketch, as in version 0.1
 TEXT_TOKENS = 2000  # of a task's examples, which make one text
@@ -44,12 +44,12 @@ class Evidence(NamedTuple):
     """What is known of a layer's channels.
 
     Attributes:
-        rows: float32 ``[m, F]``, of which each counts as a token does.
+        rows: float32 ``[m, F]``; each counts like a token.
         tokens: how many of them are tokens of a text, each of length 1; they come first,
             and after them a sketch, whose rows are at right angles.
         energy: of all rows.
-        strength: λ as a share of the energy that some channels have in a token; larger
-            trusts the rows less.
+        strength: λ as a share of the kept channels' energy in a token; the larger, the
+            less the rows are trusted.
     """
 
     rows: mx.array
@@ -77,8 +77,8 @@ def evidence(channels: mx.array, sketch: mx.array | None = None) -> Evidence:
         channels: what comes into the inlet of the dense layer for a text, ``[T, F]``; of
             a long text, ``TOKENS`` of it, evenly spread.
         sketch: of a calibration text, ``[r, F]``, from
-            :func:`ifp_mlx.slicing.sketch.condensed`. Without one it is as in version 0.1,
-            so that what was compensated then can be made again.
+            :func:`ifp_mlx.slicing.sketch.condensed`. Without one, the evidence is that
+            of version 0.1, so that models compensated then can be made again.
     """
     most = TOKENS_ALONE if sketch is None else TOKENS
     rows = unit_rows(channels[:: max(1, -(-len(channels) // most))])
@@ -90,15 +90,15 @@ def evidence(channels: mx.array, sketch: mx.array | None = None) -> Evidence:
 
 
 def worth(known: Evidence) -> mx.array:
-    """Return what would be lost of each channel if all others made up for it.
+    """Return how much of each channel would be lost if all others made up for it.
 
     With the second moment ``A = Hᵀ H + λ I`` of the rows ``H`` it is ``1 / (A⁻¹)ⱼⱼ``: a
     channel's energy, less what follows from the others (optimal brain surgeon, Hassibi and
     Stork 1993, without the weights: how large a channel's column of ``down_proj`` is
     misleads).
 
-    Since the rows of a sketch are at right angles, only those of the text, less what
-    the sketch says of them, take solving.
+    Since the rows of a sketch are at right angles, a system has to be solved only for
+    the rows of the text, less their part in the sketch.
 
     Args:
         known: from :func:`evidence`.
@@ -112,19 +112,19 @@ def worth(known: Evidence) -> mx.array:
     sizes = squares.sum(axis=1) + penalty
     left = rows - ((rows @ sketch.T) / sizes) @ sketch
     gram = left @ rows.T + penalty * mx.eye(len(rows))
-    with mx.stream(mx.cpu):  # where linear systems are solved
+    with mx.stream(mx.cpu):  # MLX solves linear systems on the CPU only
         back = mx.linalg.tri_inv(mx.linalg.cholesky(gram))
     said = (1 / sizes) @ squares + mx.square(back @ left).sum(axis=0)
     return penalty / mx.maximum(1 - said, 1e-6)
 
 
 def merit(known: Evidence, keep: float) -> mx.array:
-    """Return by what channels are chosen that will make up for the others.
+    """Return the scores by which channels that make up for others are chosen.
 
-    Their :func:`worth` and ``4 keep⁵`` times their energy, an eighth of it at keep 0.5 and
-    about all of it at 0.75: few kept channels have much to make up for, and have to be
-    unlike each other; of many the strongest do best. Both shares were found on a few
-    calibration prompts of SmolLM2-135M.
+    It is their :func:`worth` plus ``4 keep⁵`` times their energy, which is an eighth of
+    it at keep 0.5 and about all of it at 0.75. Few kept channels have much to make up
+    for and have to differ from each other; among many the strongest do best. Both
+    shares were found on a few calibration prompts of SmolLM2-135M.
 
     Args:
         known: from :func:`evidence`.
@@ -172,7 +172,7 @@ def read_channels(
     Args:
         model: a dense stock model; its weights are in memory afterwards.
         plan: its plan, of channels.
-        tokens: ``T`` ids, which go through it at once.
+        tokens: ``T`` ids, which go through it in one step.
     """
     channels: list[mx.array] = []
 
@@ -228,8 +228,9 @@ def down_correction(down: mx.array, known: Evidence, index: mx.array) -> mx.arra
 def missing_of(down: mx.array, rows: mx.array, index: mx.array) -> mx.array:
     """Return what ``down_proj`` makes of the dropped part of some rows, ``[m, D]``.
 
-    Only the dropped columns are multiplied: as much work as taking what the kept ones
-    make from the output, which the sketch has none of, and nothing cancels.
+    Only the dropped columns are multiplied. Subtracting the kept ones' part from the
+    output would be as much work, a sketch has no output, and rounding errors would
+    stay.
 
     Args:
         down: ``[D, F]``, not quantised.
@@ -252,7 +253,7 @@ def correction_of(
         inlet: ``down_proj`` of the dense layer, quantised or not.
         known: from :func:`evidence`.
         index: int32 ``[k]``, sorted, what is kept.
-        rank: at most so many directions.
+        rank: at most this many directions.
     """
     down = dequantised(inlet)
     found = learned(known, index, missing_of(down, known.rows, index), rank)
@@ -262,17 +263,17 @@ def correction_of(
 def learned(
     known: Evidence, index: mx.array, missing: mx.array, rank: int = RANK
 ) -> Correction:
-    """Return what makes the kept channels do what is missing, as two factors.
+    """Return the correction by which kept channels supply what is missing.
 
     Args:
         known: from :func:`evidence`.
         index: int32 ``[k]``, sorted, what is kept.
         missing: what ``down_proj`` makes of the others, ``[m, D]``.
-        rank: at most so many directions.
+        rank: at most this many directions.
     """
     kept = gathered(known.rows, index)
     gram = kept @ kept.T
-    # The dual form throughout: nothing of the size of down_proj is ever made.
+    # The dual form throughout, so that no array is as large as down_proj.
     weights = _solved(_penalised(gram, known), missing.astype(mx.float32))
     reads, writes = kept.T, weights
     if len(gram) > rank:
@@ -287,8 +288,8 @@ def learned(
 
 
 def _penalised(gram: mx.array, known: Evidence) -> mx.array:
-    """Return the second moment of the kept channels, in either form, with λ added: its
-    strength times the share of a token's energy that they have, on average.
+    """Return the second moment of the kept channels, in either form, with λ added: the
+    strength times the kept channels' average share of a token's energy.
     """
     energy = mx.diag(gram).sum()
     share = known.strength * energy / mx.maximum(known.energy, 1e-30)
@@ -297,6 +298,6 @@ def _penalised(gram: mx.array, known: Evidence) -> mx.array:
 
 def _solved(gram: mx.array, right: mx.array) -> mx.array:
     """Return the solution for a positive definite matrix, by its Cholesky factor."""
-    with mx.stream(mx.cpu):  # where linear systems are solved
+    with mx.stream(mx.cpu):  # MLX solves linear systems on the CPU only
         back = mx.linalg.tri_inv(mx.linalg.cholesky(gram))
     return back.T @ (back @ right)

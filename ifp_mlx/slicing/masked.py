@@ -1,9 +1,9 @@
-"""Masking: every unit is computed, then what is dropped is taken away.
+"""Masking: every unit is computed, then the dropped ones are removed.
 
 Equal to the sliced model for the same selection, by test. Only one module of a layer is
-touched: the one whose input carries the channels, or the router of the experts. It stays
-a module of its own stock class with its own parameters, in a class of its own that sees
-to the mask first, so that names, adapters and quantisation are what they were.
+touched: the one whose input carries the channels, or the router of the experts. It
+keeps its parameters, and its class becomes a subclass of the stock class that applies
+the mask first, so that names, adapters and quantisation stay as they were.
 
 Source: Hou et al. 2025 (arXiv:2501.02086) sec. 2, ``F(X, m)``.
 """
@@ -20,13 +20,13 @@ from mlx.utils import tree_flatten
 from .shapes import LayerPlan, Plan, at
 
 Tap = Callable[[mx.array], mx.array]
-# Added to a logit whose probability is to be exactly 0. Not −∞: a block may divide by its
-# logits (phimoe), and then no gradient would be a number.
+# Added to a logit to make its probability exactly 0. Not −∞: a block may divide by its
+# logits (phimoe), and then all gradients would be NaN.
 DROPPED = -1e9
 
 
 def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
-    """Let every layer of a model keep to a mask, in place; at first it is all ones.
+    """Let every layer of a model apply a mask, in place; at first all ones.
 
     Args:
         model: a stock model of this plan; once masked, it stays so.
@@ -51,8 +51,8 @@ def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
 
 
 def masked_inlets(model: nn.Module) -> list[nn.Module]:
-    """Return what :func:`mask_model` returned for a model that it has been at, which may
-    have been adapted since; nothing if it has not.
+    """Return what :func:`mask_model` returned for a model, which may have been adapted
+    since; an empty list for a model that is not masked.
     """
     found = {path: m for path, m in model.named_modules() if is_masked(m)}
     names = [name for name, _ in tree_flatten(model.parameters())] if found else []
@@ -64,7 +64,7 @@ def masked_inlets(model: nn.Module) -> list[nn.Module]:
 
 
 def is_masked(module: nn.Module) -> bool:
-    """Whether :func:`mask_model` has been at this module."""
+    """Whether :func:`mask_model` has changed this module."""
     return "_mask" in module
 
 
@@ -73,7 +73,7 @@ def set_masks(masked: Sequence[nn.Module], masks: mx.array) -> None:
 
     Args:
         masked: ``L`` modules, from :func:`mask_model`.
-        masks: ``[L, F]`` for all rows of a batch alike, or ``[L, B, 1 or T, F]``;
+        masks: ``[L, F]``, the same for all rows of a batch, or ``[L, B, 1 or T, F]``;
             ``[L, 1]`` of ones keeps all.
     """
     for module, mask in zip(masked, masks, strict=True):
@@ -86,7 +86,7 @@ def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
 
     Args:
         inlets: of the layers, from :meth:`Plan.inlets`.
-        taps: for each, maps the channels ``[..., F]`` to their stand-in.
+        taps: for each inlet, maps its channels ``[..., F]`` to what it gets instead.
     """
     with becoming(inlets, "Tapped", [partial(_tapped_call, tap) for tap in taps]):
         yield
@@ -96,7 +96,7 @@ def tapped(inlets: Sequence[nn.Module], taps: Sequence[Tap]) -> Iterator[None]:
 def becoming(
     modules: Sequence[nn.Module], how: str, calls: Sequence[Callable[[type], Any]]
 ) -> Iterator[None]:
-    """Give modules another call, meanwhile; see :func:`become`."""
+    """Give modules another call inside the ``with`` block; see :func:`become`."""
     stocks = [type(module) for module in modules]
     try:
         for module, call in zip(modules, calls, strict=True):
@@ -108,12 +108,12 @@ def becoming(
 
 
 def become(module: nn.Module, how: str, call: Callable[[type], Any]) -> None:
-    """Give a module another call, in place; it stays of its own stock class.
+    """Give a module another call, in place, by a subclass of its stock class.
 
     Args:
         module: keeps its parameters and its name.
         how: begins the name of the new class.
-        call: makes the new ``__call__`` of the stock class.
+        call: makes the new ``__call__`` from the stock class.
     """
     stock = type(module)
     body = {"__call__": call(stock), "__module__": stock.__module__}
@@ -135,10 +135,10 @@ def _tapped_call(tap: Tap, stock: type) -> Any:
 
 
 def gives_logits(router: nn.Module) -> bool:
-    """Whether a router is a linear layer, adapted or not, whose output is logits; the
-    others choose by themselves, and take one mask for all rows of a batch.
+    """Whether a router is a linear layer, adapted or not, whose output is logits; other
+    routers choose experts themselves, and take one mask for all rows of a batch.
     """
-    stock = router.get("linear", router)  # what an adapter is around
+    stock = router.get("linear", router)  # the layer inside an adapter
     return isinstance(stock, nn.Linear | nn.QuantizedLinear)
 
 
@@ -178,8 +178,8 @@ def _blinded_call(stock: type) -> Any:
 
 
 def _log(mask: mx.array) -> mx.array:
-    """Return the logarithm of a mask, its gradient 0 where an expert is dropped, which
-    is never chosen, so that what it would add is not known.
+    """Return the logarithm of a mask. Its gradient is 0 for a dropped expert: that is
+    never chosen, so what it would add is unknown.
     """
     kept = mask > 0
     return mx.where(kept, mx.log(mx.where(kept, mask, 1.0)), DROPPED)
@@ -212,8 +212,8 @@ def _ranking_call(tensor: str, home: nn.Module, inlet: str) -> Callable[[type], 
 
 
 def _choosing_call(stock: type) -> Any:
-    """A router that multiplies a bare weight chooses by itself: it chooses among the
-    rows of those that are kept, and what it chose gets its old number back.
+    """A router that multiplies a bare weight chooses experts itself: it is given the
+    rows of the kept ones, and its choice gets the old numbers back.
     """
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

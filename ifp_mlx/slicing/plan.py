@@ -27,7 +27,8 @@ from .shapes import (
 )
 from .stock import build, unmoved_random_state
 
-GROWTHS = (2, 16)  # the second build has so many times the units, more if rounded away
+# The second build has this many times the units; the larger if the first is rounded away.
+GROWTHS = (2, 16)
 
 
 def plan_of(
@@ -70,7 +71,7 @@ def _plan_of_unit(
         try:
             return probed(model, found)
         except Unsliceable as reason:
-            if found.key is not None:  # what follows is smaller, and no FFN
+            if found.key is not None:  # later plans have fewer weights, and are no FFN
                 raise
             why = reason
     raise why
@@ -79,8 +80,8 @@ def _plan_of_unit(
 def _candidates(
     model: nn.Module, before: Shapes, config: dict[str, Any], unit: Unit
 ) -> Iterator[Plan]:
-    """Yield the plans that changing one key of the config after the other gives, the
-    likeliest first; last those whose key changes other things too.
+    """Yield the plans found by changing one key of the config at a time, the likeliest
+    first; plans whose key changes other things too come last.
 
     Raises:
         Unsliceable: if layers have different numbers of units.
@@ -107,7 +108,7 @@ def _candidates(
 def _grown(
     config: dict[str, Any], key: Key, value: float, growth: int
 ) -> nn.Module | None:
-    """Return the model with one number of its config grown, if there is such a one."""
+    """Return the model with one number of its config grown, if it can be built."""
     exact = value * growth if isinstance(value, int) else None
     try:
         with unmoved_random_state():
@@ -132,7 +133,7 @@ def _keys(
                 sizes[size] = sizes.get(size, 0) + count
     known = dict(_numbers(config))
     args = getattr(model, "args", None)
-    if is_dataclass(args):  # what config.json leaves to the class
+    if is_dataclass(args):  # defaults of the class that config.json leaves out
         known |= {
             (field.name,): value
             for field in fields(args)
@@ -261,7 +262,7 @@ def _attributes(
 
 
 def _numbers(config: Any, path: Key = ()) -> Iterator[tuple[Key, float]]:
-    """Yield where in a config there are numbers, and which; of a list its largest."""
+    """Yield each number in a config with its place; for a list, the largest."""
     if isinstance(config, dict):
         for name, value in config.items():
             yield from _numbers(value, (*path, name))
@@ -280,7 +281,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _layer_of(name: str) -> str:
-    """Return the part of a parameter's name that says its layer; may be empty."""
+    """Return the part of a parameter's name that tells its layer; may be empty."""
     steps = name.split(".")
     number = next((n for n, step in enumerate(steps) if step.isdigit()), -1)
     return ".".join(steps[: number + 1])

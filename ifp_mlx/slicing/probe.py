@@ -1,7 +1,7 @@
 """Try a plan on a small random copy of each kind of layer before it is believed.
 
-Shapes say where channels lie; whether a channel's value depends on that channel alone,
-and how fused matrices are laid out, only running the module's own class can say. The
+Shapes tell where channels lie. Only running the module's own class tells whether a
+channel's value depends on that channel alone, and how fused matrices are laid out. The
 copy has the layer's settings, a few channels, and no weight of the model.
 """
 
@@ -28,7 +28,7 @@ TOLERANCE = 1e-4  # of the largest output, float32
 
 
 def probed(model: nn.Module, plan: Plan) -> Plan:
-    """Return a plan with what only trying can tell, from the first layer of each kind.
+    """Return a plan completed by trying the first layer of each kind.
 
     Raises:
         Unsliceable: if masking and cutting the same channels do not give the same.
@@ -49,7 +49,7 @@ def probed(model: nn.Module, plan: Plan) -> Plan:
 
 
 def _kind(module: nn.Module, layer: LayerPlan) -> tuple:
-    """Return what decides how a layer computes, beside its weights: gemma3n's class
+    """Return what, beside its weights, decides how a layer computes: gemma3n's class
     keeps only the largest channels in some layers, and all in others.
     """
     plain = (bool, int, float, str)
@@ -146,7 +146,7 @@ def _run(
     try:
         with tapped([at(module, layer.inlet)], [scaled]):
             output: Any = module(x)
-    except Exception as error:  # it wants more than what an FFN wants
+    except Exception as error:  # it needs other arguments than an FFN
         raise Unsliceable(
             f"{type(module).__name__} cannot be run alone ({type(error).__name__}: "
             f"{error})"

@@ -1,6 +1,6 @@
-"""A dense model reads texts, and how strongly it uses each unit is measured.
+"""Measure how strongly a dense model uses each unit while it reads texts.
 
-Rankings by weight magnitude are not offered: they leave a model that speaks noise.
+Rankings by the size of weights are not offered: they leave a model that writes noise.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,9 +31,9 @@ class Texts:
     """Texts that go through a model together.
 
     Attributes:
-        tokens: int32 ``[B, T]``, padded on the right, which changes nothing before.
-        weights: float32 ``[W, B, T]``, for each of ``W`` parts of a text 1 at its
-            tokens, else 0.
+        tokens: int32 ``[B, T]``, padded on the right, which changes no real token.
+        weights: float32 ``[W, B, T]``: for each of ``W`` parts of a text, 1 at the
+            part's tokens, else 0.
     """
 
     tokens: mx.array
@@ -41,8 +41,8 @@ class Texts:
 
 
 def batches_of(examples: Sequence[Example]) -> list[Texts]:
-    """Return texts in batches that go through a model in one step each, but for a
-    text that is longer than a step and alone.
+    """Return texts in batches that go through a model in one step each; a text longer
+    than a step is a batch of its own.
 
     Args:
         examples: each in the same number ``W`` of parts, read one after another: a
@@ -121,8 +121,8 @@ def scores_of(unit: Unit, use: mx.array) -> mx.array:
     A channel's score is its l2 norm over all tokens, each of which is normalised to
     length 1 over its channels, so that no single token (the first one has huge
     activations) decides: GRIFFIN, Dong et al. 2024 (arXiv:2404.01365) sec. 4. An
-    expert's is the root of its :func:`ifp_mlx.slicing.routing.saliency`. Parts of a text
-    have the same say, however long they are.
+    expert's is the root of its :func:`ifp_mlx.slicing.routing.saliency`. All parts of a
+    text count the same, however long they are.
 
     Args:
         unit: what they are.
@@ -146,9 +146,8 @@ def read_text(
     The forward pass is mlx-lm's own. The output layer is not computed.
 
     Args:
-        model: as it was, afterwards.
-        plan: its plan.
-        texts: they go through in :func:`steps_of`.
+        model: unchanged afterwards. plan: its plan. texts: they go through in
+            :func:`steps_of`.
         visit: computes what the module of a layer does, by number, with the weights
             of the step's tokens, ``[W, B, T]``, and the arguments of the module. It is
             called in :func:`order_of`.
@@ -174,7 +173,7 @@ def read_text(
 
 def order_of(model: nn.Module, plan: Plan) -> list[int]:
     """Return the layers in the order in which one forward pass goes through them: each
-    once, but for model types that loop over their layers. No weight is read to find out.
+    once, except in model types that loop over their layers. No weight is read for it.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -194,7 +193,7 @@ def order_of(model: nn.Module, plan: Plan) -> list[int]:
 def computed_by(
     model: nn.Module, plan: Plan, visit: Visit, *first: mx.array
 ) -> Iterator[None]:
-    """Let ``visit`` compute the modules of a model's layers, meanwhile.
+    """Let ``visit`` compute the modules of a model's layers inside the ``with`` block.
 
     Args:
         model: in memory or not.
@@ -223,7 +222,7 @@ def read_layer(
         layer: its plan.
         weights: how much each token counts, in each of ``W`` parts, ``[W, B, T]``.
         x: ``[B, T, D]``.
-        args, kwargs: what the module gets besides; then it is computed at once.
+        args, kwargs: what the module gets besides; then all tokens go through at once.
         seen: gets the channels, as they come into the inlet, ``[<= FFN_STEP, F]``, and
             how much each token counts, ``[W, <= FFN_STEP]``, of one part of the tokens
             after the other.
@@ -231,7 +230,7 @@ def read_layer(
     Returns:
         The output, as of the module, and each unit's use: float32 ``[W, F]`` of
         channels, or ``[W, 3, E]`` of experts (:func:`ifp_mlx.slicing.routing.tally`);
-        both computed, so that nothing needs the weights any more.
+        both are computed, so that the weights are no longer needed.
     """
     use, counting = mx.array(0.0), weights
 

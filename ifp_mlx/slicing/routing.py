@@ -1,4 +1,4 @@
-"""Who gets a token in a mixture of experts, and what that expert contributes.
+"""Which experts get a token in a mixture, and what they contribute.
 
 mlx-lm's blocks multiply gate weights in by themselves, each in its own way, so no hook
 sees them. But the derivative of what a block returns with respect to what an expert
@@ -26,7 +26,7 @@ See = Callable[[mx.array, mx.array, mx.array], None]
 
 @contextmanager
 def watched(module: nn.Module, layer: LayerPlan, see: See) -> Iterator[None]:
-    """Let a function see every routing that a layer makes meanwhile.
+    """Let a function see every routing that a layer makes inside the ``with`` block.
 
     Args:
         module: the layer's, of a plan of experts.
@@ -34,7 +34,7 @@ def watched(module: nn.Module, layer: LayerPlan, see: See) -> Iterator[None]:
         see: gets the chosen experts, integers ``[N, K]``, their gate weights, float32
             ``[N, K]``, and the length of what each returned, float32 ``[N, K]``, for
             the ``N`` tokens of a call. Where a block does more than add up what its
-            experts return, gate weights are known up to a factor of each token.
+            experts return, gate weights are known only up to a factor for each token.
     """
     above, _, name = layer.experts.rpartition(".")
     call = partial(_watched_call, name, see)
@@ -162,7 +162,7 @@ def mass_share(uses: mx.array, selection: Selection) -> float:
 
 
 def slots_of(model: nn.Module, plan: Plan) -> int:
-    """Return ``K``, the experts that a token gets; no weight is read to find out."""
+    """Return ``K``, the experts that each token is sent to; no weight is read."""
     seen: list[int] = []
     module, layer = plan.modules(model)[0], plan.layers[0]
 

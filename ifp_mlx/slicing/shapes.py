@@ -1,4 +1,4 @@
-"""What a plan of slices says, and the shapes it is made of.
+"""The parts of a plan of slices, and the shapes they are found from.
 
 A unit is what is kept or dropped as a whole: a channel of an FFN, or an expert. A plan
 names the axes of parameters along which units lie; :mod:`ifp_mlx.slicing.plan` makes it.
@@ -48,12 +48,12 @@ class LayerPlan:
     Attributes:
         path: of the module that holds all of them, from the model.
         slices: what is cut.
-        inlet: from there, the module whose input carries the channels; for experts,
-            the router, which says who gets a token.
+        inlet: from there, the module whose input carries the channels; for experts, the
+            router, which decides which of them get a token.
         linear: module and block of rows that a channel's value is proportional to, so
             that gates can be folded in; ``None`` where there are none.
-        attributes: module, name, and elements per unit of plain numbers that follow
-            the number of units.
+        attributes: plain numbers that follow the number of units: module, name, and how
+            much per unit.
         experts: from the path, the module that computes the experts that were chosen;
             empty where units are channels.
     """
@@ -74,9 +74,9 @@ class Plan:
         unit: what is kept or dropped.
         units: how many there are in a layer, ``F`` or ``E``.
         layers: the ``L`` layers that have any.
-        key: where config.json says how many units there are, and nothing else, or
-            ``None`` if it cannot.
-        per_unit: what is said there for one unit.
+        key: the place in config.json that sets the number of units, and nothing else,
+            or ``None`` if there is none.
+        per_unit: what one unit adds to the number there.
     """
 
     unit: Unit
@@ -104,7 +104,7 @@ class Plan:
         return [at(at(model, layer.path), layer.inlet) for layer in self.layers]
 
     def resized(self, config: dict[str, Any], units: int) -> dict[str, Any]:
-        """Return the config of the stock model that has so many units in every layer.
+        """Return the config of the stock model with this many units in every layer.
 
         Raises:
             ValueError: if no key of the config says how many.
@@ -167,7 +167,7 @@ def changed(
         config: stays as it is.
         key: where it is, from :func:`_numbers`.
         factor: what it is multiplied with; whole numbers stay whole.
-        exact: what a whole number becomes that is not in a list.
+        exact: the new value of a whole number that is not in a list.
     """
 
     def grown(value: Any) -> Any:
@@ -186,7 +186,7 @@ def changed(
             home[step] = exact
         elif step in home:
             home[step] = grown(home[step])
-        else:  # what the class takes for granted
+        else:  # a default of the class
             home[step] = exact
 
     copy = deepcopy(config)

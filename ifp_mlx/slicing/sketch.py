@@ -1,10 +1,10 @@
-"""What a long text shows of a layer's channels, in few rows.
+"""A sketch: what a long text shows of a layer's channels, in a few rows.
 
-Which channels stand in for which others is in their second moment over many tokens, ``[F,
-F]``, which is too large to keep of every layer. A sketch is a few rows whose second moment is
-nearly the same, and which go wherever tokens' channels go: the strongest directions among
-the tokens, found by a randomised singular value decomposition (Halko et al. 2011,
-arXiv:0909.4061).
+Which channels can stand in for which others follows from their second moment over many
+tokens, ``[F, F]``, which is too large to keep for every layer. A sketch is a few rows
+with nearly the same second moment, which can be used wherever tokens' channels are
+used: the strongest directions among the tokens, found by a randomised singular value
+decomposition (Halko et al. 2011, arXiv:0909.4061).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 RANK = 256  # rows; 128 are worth much less and 512 no more, on SmolLM2-135M
-SPARE = 64  # random vectors beyond that, for the last rows to be good
+SPARE = 64  # more random vectors, so that the last rows are good too
 ROUNDS = 3  # multiplications by the second moment
 SEED = 0
 
@@ -29,7 +29,7 @@ def condensed(parts: Sequence[mx.array], rank: int = RANK) -> mx.array:
     Args:
         parts: what comes into the inlet of the dense layer for a text, one part of its
             tokens after the other, ``[t, F]``, each token of length 1.
-        rank: at most so many.
+        rank: at most this many rows.
 
     Returns:
         ``[r, F]`` float32, the strongest direction first.
@@ -38,7 +38,7 @@ def condensed(parts: Sequence[mx.array], rank: int = RANK) -> mx.array:
     wanted = min(rank + SPARE, tokens, channels)
     found = mx.random.normal((channels, wanted), key=mx.random.key(SEED))
     for _ in range(ROUNDS):
-        with mx.stream(mx.cpu):  # where such problems are solved
+        with mx.stream(mx.cpu):  # MLX solves such problems on the CPU only
             found = mx.linalg.qr(_moment_times(parts, found))[0]
         mx.eval(found)
     with mx.stream(mx.cpu):

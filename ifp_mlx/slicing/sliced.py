@@ -22,7 +22,7 @@ class Donor(NamedTuple):
     """A layer's module whose units may be copied instead of read.
 
     Attributes:
-        module: as it was filled, no gates folded in.
+        module: as it was filled, without gates folded in.
         units: int32 ``[k]``, the units it holds.
     """
 
@@ -42,14 +42,14 @@ def cut(
 
     Quantised or not, this loses nothing as long as whole groups of the inlet are kept.
     Where the selection cuts its groups, the inlet is dequantised, sliced and quantised
-    again, which does lose (:func:`cuts_groups` tells beforehand). Experts never are cut
-    in a group.
+    again, which loses a little (:func:`cuts_groups` tells beforehand). Experts never
+    cut a group.
 
     Args:
         module: the layer's, from :meth:`Plan.modules`.
         layer: its plan.
         index: int32 ``[k]``, sorted.
-        units: that it has now.
+        units: how many it has now.
         requantise: ``False`` leaves an inlet whose groups are cut dequantised.
 
     Raises:
@@ -74,7 +74,9 @@ def cut_rows(module: nn.Module, layer: LayerPlan, index: mx.array, units: int) -
 
 
 def follow(module: nn.Module, layer: LayerPlan, count: int) -> None:
-    """Let the plain numbers of a layer that follow its units say ``count``, in place."""
+    """Set the plain numbers of a layer that follow its units for ``count``, in
+    place.
+    """
     for path, name, repeat in layer.attributes:
         setattr(at(module, path), name, repeat * count)
 
@@ -92,9 +94,10 @@ def elements(piece: Slice, index: mx.array, units: int) -> mx.array:
 def gathered(array: mx.array, index: mx.array, axis: int = -1) -> mx.array:
     """Return some elements of an axis, as ``mx.take`` does, quickly also along the last.
 
-    There MLX's CPU build takes one element at a time, and ``take_along_axis`` five to ten
-    times as fast; along the others it copies whole rows, and is quick. Both are one kernel
-    on Metal: what of that is quicker, examples/guides/on_a_mac.md has measured.
+    Along the last axis, MLX's CPU build takes one element at a time;
+    ``take_along_axis`` is five to ten times as fast. Along other axes ``take`` copies
+    whole rows, and is quick. Both are one kernel on Metal; examples/guides/on_a_mac.md
+    has a check of which is quicker.
 
     Args:
         array: ``[..., F, ...]``, of any type.
@@ -119,7 +122,7 @@ def tensors_along(home: nn.Module, piece: Slice) -> list[str]:
     if piece.tensor != "weight" or not is_quantised(home):
         return [piece.tensor]
     found = ["weight", *(name for name in COMPANIONS if name in home)]
-    scale = home.get("global_scale")  # of nvfp4; one for each expert of a stack
+    scale = home.get("global_scale")  # nvfp4 has it: one for each expert of a stack
     return found + (["global_scale"] if scale is not None and scale.ndim else [])
 
 
@@ -150,8 +153,8 @@ def fill_model(
     Args:
         model: a stock mlx-lm model, dense in shape; stays one.
         plan: its plan.
-        fills: by giving its next item, puts the units of the next layer into its
-            module; see :meth:`ifp_mlx.storage.folder.Folder.fill_all`.
+        fills: each item that it gives puts the units of the next layer into its module;
+            see :meth:`ifp_mlx.storage.folder.Folder.fill_all`.
         selection: made for this model.
         progress: wraps the iteration over layers, for a progress bar.
     """
@@ -167,8 +170,8 @@ def fill_model(
 
 
 def settle(module: nn.Module) -> None:
-    """Compute a module's weights, one after another: what one was cut out of can go
-    before the next is read.
+    """Compute a module's weights, one after another, so that the matrix one was cut
+    from is freed before the next is read.
     """
     for _, weight in tree_flatten(module.parameters()):
         mx.eval(weight)
@@ -199,8 +202,8 @@ def slice_model(model: nn.Module, plan: Plan, selection: Selection) -> None:
 
 
 def note_units(model: nn.Module, plan: Plan) -> None:
-    """Let a sliced model's own settings say how many units its layers have, if they
-    have equally many.
+    """Set in a sliced model's own settings how many units its layers have, if all have
+    the same number.
     """
     counts = {*map(count_units, plan.modules(model), plan.layers)}
     if len(counts) == 1:
@@ -208,7 +211,7 @@ def note_units(model: nn.Module, plan: Plan) -> None:
 
 
 def forget_units(model: nn.Module, plan: Plan) -> None:
-    """Undo :func:`note_units`: the settings say the dense number again."""
+    """Undo :func:`note_units`: the settings have the dense number again."""
     counts = {*map(count_units, plan.modules(model), plan.layers)}
     if len(counts) == 1:
         _say_units(model, plan, counts.pop(), plan.units)
@@ -230,8 +233,8 @@ def _settings(module: nn.Module) -> list[Any]:
 def scale_units(module: nn.Module, layer: LayerPlan, gate: mx.array) -> None:
     """Fold gates into weights, in place.
 
-    They go into rows that the channels are proportional to, where the plan knows any,
-    else into the columns of the inlet.
+    They scale the rows that the channels are proportional to, where the plan knows any,
+    else the columns of the inlet.
 
     Args:
         module: the layer's, sliced already.
@@ -288,8 +291,8 @@ def put_down(linear: nn.Module, weight: mx.array) -> None:
 
 
 def group_sizes(model: nn.Module, plan: Plan) -> list[int]:
-    """Return every layer's quantisation group along its units; 1 is not quantised, and
-    what experts have, which lie across no group.
+    """Return every layer's quantisation group along its units; 1 if it is not
+    quantised, and for experts, which no group spans.
     """
     if plan.unit == "expert":
         return [1] * len(plan.layers)
@@ -302,8 +305,8 @@ def group_size(model: nn.Module, plan: Plan) -> int:
 
 
 def cuts_groups(index: mx.array, group: int, units: int) -> bool:
-    """Whether keeping ``index``, int32 ``[k]``, of ``units`` takes a quantisation group
-    of the inlet apart, so that it must be quantised again.
+    """Whether keeping ``index``, int32 ``[k]``, of ``units`` cuts a quantisation group
+    of the inlet, so that it must be quantised again.
     """
     return index.size < units and group > 1 and not _is_whole_blocks(index, group)
 
@@ -311,10 +314,10 @@ def cuts_groups(index: mx.array, group: int, units: int) -> bool:
 def pad(module: nn.Module, layer: LayerPlan, count: int) -> None:
     """Widen one layer to ``count`` channels, in place, without changing what it does.
 
-    The inlet has zeros for those that come, whatever they are.
+    The inlet has zeros for the added channels, whatever their values.
 
     Args:
-        module: the layer's, not quantised, at most so wide.
+        module: the layer's, not quantised, not wider than that.
         layer: its plan, nothing interleaved.
         count: channels afterwards.
     """
@@ -344,8 +347,7 @@ def sliced_names(model: nn.Module, plan: Plan) -> list[list[str]]:
 
 
 def share_core(model: nn.Module, other: nn.Module, plan: Plan) -> None:
-    """Let ``model`` use the very weights of ``other`` for all that is not sliced, in
-    place.
+    """Let ``model`` share the weights of ``other``, except the sliced ones, in place.
 
     Args:
         model: a stock mlx-lm model.
@@ -358,8 +360,8 @@ def share_core(model: nn.Module, other: nn.Module, plan: Plan) -> None:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Return a model of the same structure that has the very arrays of this one; what
-    is set in one of them does not reach the other.
+    """Return a model of the same structure that shares the arrays of this one; what is
+    set in one does not change the other.
     """
     return copy.deepcopy(model, {id(leaf): leaf for _, leaf in tree_flatten(model)})
 

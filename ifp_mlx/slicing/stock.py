@@ -1,4 +1,4 @@
-"""What is borrowed from mlx-lm to run a stock model that is not loaded by it."""
+"""What mlx-lm provides to run a stock model that mlx-lm did not load."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ def build(config: dict[str, Any]) -> nn.Module:
     try:
         model_class, args_class = _get_classes(config)
         return model_class(args_class.from_dict(config))
-    except Exception as error:  # whatever mlx-lm's model code trips over
+    except Exception as error:  # whatever mlx-lm's model code raises
         raise ValueError(
             f"mlx-lm cannot build the {config.get('model_type')!r} model of this "
             f"config.json ({type(error).__name__}: {error}); check it."
@@ -52,8 +52,8 @@ def steps_of(tokens: Sequence[int], step: int = 0) -> list[list[int]]:
 
     Args:
         tokens: ``T`` ids.
-        step: of one part, the last of which may be shorter; default: mlx-lm's, of which
-            the first may be shorter, and the last is whole.
+        step: tokens of one part; the last part may be shorter. Default: mlx-lm's step,
+            where the first part may be shorter and the last is whole.
     """
     if step:
         return [list(tokens[n : n + step]) for n in range(0, len(tokens), step)]
@@ -95,7 +95,8 @@ def final_norm(model: nn.Module) -> str | None:
 def logits_at(
     model: nn.Module, places: mx.array, beside: mx.array | None = None
 ) -> Iterator[Callable[[mx.array], mx.array]]:
-    """Let a model compute its output layer for some tokens only, meanwhile.
+    """Let a model compute its output layer for some tokens only, inside the ``with``
+    block.
 
     Args:
         model: any stock model; one whose final norm is not known, or which goes through
@@ -105,7 +106,7 @@ def logits_at(
             ``[B, m, ...]``; its logits come first.
 
     Yields:
-        What makes ``[B, m + n, V]`` of the logits of a call.
+        A function that turns the logits of a call into ``[B, m + n, V]``.
     """
 
     def some(found: mx.array) -> mx.array:
@@ -120,15 +121,15 @@ def logits_at(
 def noted_at(
     model: nn.Module, places: mx.array
 ) -> Iterator[Callable[[mx.array], mx.array]]:
-    """Note what a model's output layer gets for some tokens, meanwhile; that layer need
-    not be computed.
+    """Note, inside the ``with`` block, what a model's output layer gets for some
+    tokens; that layer need not be computed.
 
     Args:
         model, places: see :func:`logits_at`.
 
     Yields:
-        What returns it after a call, whose logits it is given: ``[B, n, D]``, or the
-        logits ``[B, n, V]`` of a model that computes all.
+        A function that gets the logits of a call and returns what was noted: ``[B, n,
+        D]``, or the logits ``[B, n, V]`` of a model that computes all.
     """
     noted: list[mx.array] = []
 
@@ -144,8 +145,8 @@ def noted_at(
 def _norm_changed(
     model: nn.Module, change: Callable[[mx.array], mx.array]
 ) -> Iterator[bool]:
-    """Let a function change what a model's final norm returns, meanwhile, and yield
-    whether the model has one that it goes through once.
+    """Let a function change what a model's final norm returns, inside the ``with``
+    block; yield whether the model has such a norm and goes through it once.
     """
     path = final_norm(model)
     if path is None or _calls_of(model, path) > 1:
@@ -160,7 +161,7 @@ def _norm_changed(
 
 
 def _calls_of(model: nn.Module, path: str) -> int:
-    """Return how often one forward pass calls a module; no weight is read to find out."""
+    """Return how often one forward pass calls a module; no weight is read."""
     from mlx_lm.models.cache import make_prompt_cache
 
     module, calls = at(model, path), 0
@@ -177,8 +178,8 @@ def _calls_of(model: nn.Module, path: str) -> int:
 
 
 def vocabulary_of(model: nn.Module) -> int:
-    """Return how many tokens a model knows: rows of its largest embedding, since config
-    files have no one name for it, and some leave it to a default.
+    """Return how many tokens a model knows: the rows of its largest embedding, since
+    config files name that number differently or leave it to a default.
     """
     kinds = (nn.Embedding, nn.QuantizedEmbedding)
     found = (module for module in model.modules() if isinstance(module, kinds))
@@ -195,10 +196,10 @@ def context_of(config: dict[str, Any]) -> int | None:
 
 
 class StandIn:
-    """Stands in for a module of a model, and answers for it in all else.
+    """A stand-in that is called instead of a module, and otherwise acts as that module.
 
     Args:
-        module: that stood there.
+        module: the one it replaces.
         call: is called instead of it.
     """
 
@@ -217,11 +218,11 @@ class StandIn:
 def standing_in(
     model: nn.Module, calls: Mapping[str, Callable[..., Any]]
 ) -> Iterator[None]:
-    """Let functions be called instead of some modules of a model, meanwhile.
+    """Let functions be called instead of some modules of a model, inside the ``with``
+    block.
 
     Args:
-        model: as it was, afterwards.
-        calls: by the path of the module.
+        model: unchanged afterwards. calls: by the path of the module.
     """
     there = {path: at(model, path) for path in calls}
     try:

@@ -1,8 +1,8 @@
-"""An adapter that mlx_lm.lora trained on the dense model, fused into what is read of it.
+"""An adapter that mlx_lm.lora trained on the dense model, fused in as that is read.
 
-The adapted model is an ordinary one: mlx-lm's own ``fuse`` adds the adapter to the weights
-before anything else sees them, each weight when it is read. So what selects, what is
-sliced and what checks is the adapted model, and its layers still come by one at a time.
+The adapted model is an ordinary one: mlx-lm's own ``fuse`` adds the adapter to the
+weights before anything else sees them, each weight when it is read. So the adapted
+model selects, is sliced and checks, and its layers are still read one at a time.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class Adapter:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if it is none of mlx-lm's, is damaged, or has code in it.
+        ValueError: if it is not mlx-lm's, is damaged, or has code in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +74,7 @@ class Adapter:
             path: of its folder, to be named.
 
         Returns:
-            The names of the parameters that are not as in the model's files any more.
+            The names of the parameters that now differ from the model's files.
 
         Raises:
             OSError: if its files have changed.
@@ -167,7 +167,9 @@ class Adapter:
         return [(about.st_ino, about.st_size, about.st_mtime_ns) for about in abouts]
 
     def _check_unchanged(self) -> None:
-        """Refuse to mix two adapters: mlx-lm reads the files whenever it is asked to."""
+        """Refuse to mix two adapters: mlx-lm reads the files again for each
+        ``fuse``.
+        """
         if self._state_now() != self._state:
             raise OSError(
                 f"The adapter {self.folder} has changed since the model was opened; open "
@@ -198,7 +200,9 @@ class Adapter:
             yield
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
-            reason = (lines[1:2] or lines)[0].strip()  # mlx-lm's list has a title
+            reason = (lines[1:2] or lines)[
+                0
+            ].strip()  # mlx-lm's message is a list with a title
             raise ValueError(
                 f"The adapter {self.folder} does not fit the model {path} ({reason}); use "
                 "one that was trained on this model."

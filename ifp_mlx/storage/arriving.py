@@ -8,7 +8,7 @@ import numpy as np
 from .layout import DTYPES, Layout, Part, units_of
 
 STRIP = 64  # channels whose columns are written at a time
-PAD = 64  # bytes between rows: rows a power of two apart share a place in the cache
+PAD = 64  # bytes between rows: rows a power of two apart would evict each other from the cache
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class _Tensor:
         offset: where it begins in a record.
         array: the tensor itself.
         units: ``[n, a, b]``, a view of it unit by unit.
-        rows: ``[m, a, b]``, where what is read goes: ``units`` itself, or where a unit
-            is not in one piece, a place from which it is written there at the end.
+        rows: ``[m, a, b]``, receives what is read: ``units`` itself, or where a unit is
+            not in one piece, a buffer that is written there at the end.
         old: ``[h, a, b]``, the donor's tensor unit by unit.
     """
 
@@ -40,9 +40,9 @@ class ArrivingLayer:
         layout: of the channel file.
         layer: its number.
         units: int ``[n]``, sorted: which units the tensors hold.
-        donor: the tensors of the same layer filled before, part by part, and the
+        donor: the tensors of the same layer of another model, part by part, and the
             channels it holds, int ``[h]``.
-        scratch: uint8, memory to be used until it is complete, or ``None``.
+        scratch: uint8, memory to use until the layer is complete, or ``None``.
 
     Attributes:
         missing: int ``[m]``, sorted: the units that the donor cannot give.
@@ -107,12 +107,12 @@ class ArrivingLayer:
         if tensor.old is None:
             _copy_in_strips(tensor.rows, tensor.units)
             return
-        # All columns are gathered from the old ones, which is quick, and those that
-        # were read then put between them.
+        # All columns are gathered from the old ones, which is quick; then those that
+        # were read replace theirs.
         source = np.zeros(len(tensor.units), int)
         source[self._copied] = self._from
         old, out = (units.transpose(1, 0, 2) for units in (tensor.old, tensor.units))
-        np.take(old, source, axis=1, out=out, mode="clip")  # raise would copy
+        np.take(old, source, axis=1, out=out, mode="clip")  # the mode raise would copy
         for start in range(0, len(tensor.rows), STRIP):
             strip = slice(start, start + STRIP)
             tensor.units[self._read[strip]] = tensor.rows[strip]
@@ -131,7 +131,7 @@ def _held(
 
 
 def _zeros(layout: Layout, layer: int, units: int) -> list[mx.array]:
-    """Return a layer's tensors with so many units."""
+    """Return a layer's tensors for this many units, all zero."""
     return [
         mx.zeros(
             part.sliced_shape(units, layout.units), getattr(mx, DTYPES[part.dtype][0])

@@ -1,4 +1,4 @@
-"""How a disk is best read: what a range and a byte cost, and a plan that follows."""
+"""How a disk is best read: what a range and a byte cost, and the plan they give."""
 
 import json
 import os
@@ -24,7 +24,7 @@ class Device:
     Attributes:
         latency: seconds that one more range costs before its first byte.
         bandwidth: bytes per second within ranges.
-        sweep: bytes per second of reading all there is from first to last.
+        sweep: bytes per second when everything is read from first to last.
     """
 
     latency: float = 20e-6
@@ -32,14 +32,14 @@ class Device:
     sweep: float = 1.2e9
 
     def seconds(self, ranges: int, nbytes: int) -> float:
-        """Return what it costs to read so many ranges, bytes in all."""
+        """Return the seconds for this many ranges of ``nbytes`` bytes in all."""
         return ranges * self.latency + nbytes / self.bandwidth
 
 
-# What is in the system's cache: a call each, and memory's bandwidth.
+# Files in the system's cache: each range costs a call, each byte memory's bandwidth.
 CACHED = Device(latency=4e-6, bandwidth=3e9, sweep=3e9)
 
-# Where no byte is to be read that is not wanted, whatever a call costs.
+# For reading exactly the wanted bytes, whatever a call costs.
 FEWEST_BYTES = Device(latency=0.0, bandwidth=1.0, sweep=1.0)
 
 
@@ -76,7 +76,7 @@ def _measure(
     fd: int, size: int, read: Callable[[list[tuple[int, int]]], None]
 ) -> Device:
     def seconds(ranges: list[tuple[int, int]]) -> float:
-        for offset, nbytes in ranges:  # nothing of them from the cache
+        for offset, nbytes in ranges:  # so that nothing comes from the cache
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
         start = time.perf_counter()
         read(ranges)
@@ -89,8 +89,9 @@ def _measure(
     sweep = [(start + n * 4 * LARGE, 4 * LARGE) for n in range(16)]
     per_small = min(seconds(small[n::3]) for n in range(3)) / 64
     per_large = min(seconds(large[n::2]) for n in range(2)) / 16
-    # Two sizes tell what a range costs and what a byte does, so that records of an expert,
-    # larger than both, cost what they do. Noise must not make bytes free.
+    # Two sizes separate the cost of a range from that of a byte, so that the estimate
+    # also holds for an expert's records, which are larger than both. Noise must not
+    # make bytes free.
     bandwidth = (LARGE - SMALL) / max(per_large - per_small, per_large / 4)
     latency = max(per_small - SMALL / bandwidth, 1e-6)
     return Device(latency, bandwidth, 64 * LARGE / seconds(sweep))
@@ -109,8 +110,8 @@ def plan(
     """Choose how a layer's records are read: exact ranges, ranges that read over small
     gaps, or all of it in one sweep, whichever costs least.
 
-    Reading over a gap pays when the gap's bytes cost less than another range; as gaps
-    do not depend on each other, deciding each for itself is the best there is.
+    Reading over a gap pays when the gap's bytes cost less than another range; gaps do
+    not depend on each other, so deciding each by itself is optimal.
 
     Args:
         places: int ``[n]``, sorted: the records wanted.
