@@ -19,10 +19,10 @@ class CheckedResponse:
         token: its id.
         logprobs: the dense model's log-probabilities there, ``[V]``, not computed.
         from_draft: whether the compact model said it first.
-        prompt_tokens: that were read now.
-        prompt_tps: tokens of them per second, to the first token.
-        generation_tokens: so far.
-        generation_tps: tokens per second since.
+        prompt_tokens: tokens of the prompt that were read now.
+        prompt_tps: how many of them per second, up to the first token.
+        generation_tokens: tokens of the answer so far.
+        generation_tps: tokens per second since the first.
         finish_reason: ``stop``, ``length``, or ``None`` while it goes on.
         check: what checking took so far.
     """
@@ -45,7 +45,7 @@ def answered(
     """Read the prompt, then yield the answer token by token.
 
     Args:
-        run: not begun.
+        run: one that has not begun.
         tokenizer: mlx-lm's.
         max_tokens: at most so many; -1 for no limit.
         step: tokens of the prompt that are read at once; 0 for mlx-lm's number.

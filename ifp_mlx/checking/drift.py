@@ -1,9 +1,10 @@
-"""Other channels for an answer that has moved on, at no reading.
+"""Other channels for an answer that has moved on, without reading anything more.
 
-A check has just computed every channel of the whole model for the latest tokens, so that
-what they use is known. When other channels would have clearly more of their energy than
-those that are kept, the next check, in which all channels of a layer are at hand anyway,
-changes one for the other, and learns from the same tokens how they make up for the rest.
+A check has just computed every channel of the whole model for the latest tokens, so it
+is known which channels they use. When other channels would have clearly more of their
+energy than the kept ones, the next check, which has all channels of each layer in
+memory anyway, exchanges them, and learns from the same tokens how the new ones make up
+for the rest.
 
 Masks that follow what is generated: DART (arXiv:2601.22632).
 """
@@ -19,7 +20,7 @@ from .whole import Whole
 RECENT = 256  # tokens whose channels are remembered
 HALF_LIFE = 24  # tokens after which one counts half
 FLOOR = 8  # tokens between two changes, at least
-GAIN = 0.01  # of the energy that other channels must have more
+GAIN = 0.01  # share of the energy that other channels must have more
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Move:
 
     Attributes:
         token: of the answer, before which it was decided.
-        kept: share of the latest tokens' energy that the old channels had, mean of the
+        kept: share of the latest tokens' energy in the old channels, mean over the
             layers that drop any.
-        best: share that the new ones have.
+        best: the same share in the new ones.
     """
 
     token: int
@@ -42,7 +43,7 @@ class Drift:
     """Follows what an answer uses.
 
     Args:
-        whole: the models; what they remember of their channels is kept with their parts.
+        whole: both models; their parts remember the channels of the latest tokens.
 
     Attributes:
         moves: so far.
@@ -68,8 +69,8 @@ class Drift:
         """Note a check.
 
         Args:
-            stood: tokens that it read and that stay.
-            rejected: tokens after them that do not.
+            stood: tokens that the check read and that stay.
+            rejected: tokens after them that do not stay.
         """
         self._keep(rejected)
         self._since += stood
@@ -109,7 +110,7 @@ class Drift:
 
 
 def check_exchangeable(whole: Whole) -> None:
-    """Raise ``ValueError`` if kept channels cannot be exchanged for others in passing."""
+    """Raise ``ValueError`` if kept channels cannot be exchanged during a check."""
     name = type(whole.model).__module__.rpartition(".")[2]
     if any(part.gate is not None for part in whole.parts):
         raise ValueError(

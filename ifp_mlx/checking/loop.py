@@ -1,8 +1,8 @@
 """Draft some tokens, check them together, go on from what stands.
 
-One KV cache serves both models: what is drafted is forgotten before the dense model reads
-it, and only its keys and values stay. So every run of drafted tokens goes on from a past
-that lacks nothing.
+One KV cache serves both models: entries of drafted tokens are removed before the dense
+model reads these tokens, and only its keys and values stay. So every draft goes on from
+the dense model's own cache.
 """
 
 import math
@@ -21,8 +21,8 @@ from .rollback import Rollback
 from .rule import Check, Rule
 from .whole import Whole
 
-WORTH_DRAFTING = 0.05  # the least chance that a token is reached
-MEMORY = 0.8  # of what stood in earlier checks, from one to the next
+WORTH_DRAFTING = 0.05  # draft a token if the chance that it is reached is at least this
+MEMORY = 0.8  # weight of earlier checks, from one to the next
 GUESS = (4.0, 6.0)  # tokens that stood, and that were judged, before the first check
 
 
@@ -32,11 +32,11 @@ class Checks:
 
     Attributes:
         mode: ``exact``, or the tolerance.
-        checks: passes of the dense model, that over the prompt not counted.
+        checks: passes of the dense model, without those over the prompt.
         drafted: tokens of the compact model.
         accepted: how many of them stood.
-        bytes_read: of dropped channels, that over the prompt included.
-        prompt_bytes_read: of them, for the prompt.
+        bytes_read: bytes of dropped channels that were read, also for the prompt.
+        prompt_bytes_read: how many of them for the prompt.
         moves: when other channels were chosen, and what that gained.
     """
 
@@ -65,8 +65,8 @@ class Checked(NamedTuple):
 
 @dataclass
 class DraftLength:
-    """How many tokens to draft: as far as the next one is likely to be reached, as the
-    share of tokens that stood lately shows.
+    """How many tokens to draft: as long as the next one is likely to be reached, judged
+    by the share of tokens that stood lately.
 
     Attributes:
         most: at most so many.
@@ -103,7 +103,7 @@ class CheckedRun:
         rule: drafts and judges.
         length: says how many tokens to draft.
         cache: mlx-lm's KV cache of the dense model, or ``None``; it is changed.
-        known: tokens of the prompt that it has.
+        known: how many tokens of the prompt it has.
         follow: whether the kept channels follow what the answer uses
             (:mod:`ifp_mlx.checking.drift`): then the compact model changes.
 
@@ -137,12 +137,12 @@ class CheckedRun:
         self._asked = len(self.tokens)
 
     def prefill(self, step: int = 0) -> Iterator[int]:
-        """Let the dense model read the prompt but for its last token, and yield how many
-        tokens it has read after each step.
+        """Let the dense model read all but the last token of the prompt, and yield how
+        many it has read after each step.
 
         Args:
-            step: tokens at a time; default: mlx-lm's. Each takes reading all there is of
-                the dropped channels once.
+            step: tokens at a time; default: mlx-lm's. Each step reads all dropped
+                channels once.
         """
         left = self.tokens[self.known : -1]
         for part in steps_of(left, step):

@@ -1,4 +1,4 @@
-"""A KV cache that can go back: drafted tokens leave no trace, rejected ones neither."""
+"""A KV cache that can go back: drafted and rejected tokens leave no trace."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ from ..slicing.stock import StandIn
 class Rollback:
     """Takes a KV cache back to a mark.
 
-    Caches that only grow are shortened. Others overwrite or forget what is in them, so they
-    are copied at a mark, and put back; tokens that stay are then put in again, by the keys
-    and values that the model made of them.
+    Caches that only grow are shortened. Others overwrite or drop entries, so they are
+    copied at a mark and put back; the keys and values of tokens that stay are then
+    added again.
 
     Args:
         cache: mlx-lm's, of every layer.
@@ -46,7 +46,9 @@ class Rollback:
 
     @contextmanager
     def marked(self) -> Iterator[None]:
-        """Remember this place, meanwhile; what fails leaves no trace."""
+        """Remember this place inside the ``with`` block, and go back to it on an
+        error.
+        """
         self.mark()
         try:
             yield
@@ -59,8 +61,8 @@ class Rollback:
         self._to(0)
 
     def noting(self) -> list[Any]:
-        """Return the cache for a model to read tokens with; what it makes of them is noted
-        where :meth:`keep` needs it.
+        """Return the cache for a model to read tokens with; new keys and values are
+        noted where :meth:`keep` needs them.
         """
         stand_ins = (
             part if _only_grows(part) else StandInCache(part, self._made, number)
@@ -98,15 +100,15 @@ class Rollback:
 
 @contextmanager
 def without_last(cache: Sequence[Any], tokens: int) -> Iterator[bool]:
-    """Shorten a cache for another model to read its last tokens, meanwhile; afterwards it
-    is as it was.
+    """Shorten a cache inside the ``with`` block, for another model to read its last
+    tokens; afterwards it is as before.
 
     Args:
         cache: mlx-lm's, of every layer, of at least as many tokens.
-        tokens: how many go.
+        tokens: how many are taken away.
 
     Yields:
-        Whether it could be done; if not, it is as it was.
+        Whether the cache could be shortened; if not, it is unchanged.
     """
     parts = [part for layer in cache for part in _parts_of(layer)]
     if not all(map(_can_shorten, parts)):
@@ -129,7 +131,7 @@ def without_last(cache: Sequence[Any], tokens: int) -> Iterator[bool]:
 
 
 class StandInCache(StandIn):
-    """Stands in for one layer's cache, and notes what is put into it."""
+    """A stand-in for one layer's cache that notes what is put into it."""
 
     def __init__(self, layer: Any, made: dict[int, Any], number: int) -> None:
         super().__init__(layer, layer)
@@ -148,7 +150,7 @@ def _parts_of(layer: Any) -> Sequence[Any]:
 
 
 def _only_grows(part: Any) -> bool:
-    """Whether a cache that is shortened is as it was; not all are that say so."""
+    """Whether shortening restores a cache; not for all that claim to be trimmable."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
     return isinstance(part, KVCache | QuantizedKVCache)

@@ -1,11 +1,11 @@
-"""Which drafted tokens stand, and what comes in the place of the first that does not.
+"""Which drafted tokens stand, and what replaces the first that does not.
 
-Exactly: what is said is what the dense model says. Without a temperature a token stands if
-it is the dense model's own choice. With one, it stands with the probability ``min(1, p/q)``
-for the dense model's ``p`` and the compact model's ``q``, and else one is drawn from what
-``p`` has above ``q``: the rejection rule of speculative sampling (Leviathan et al. 2023,
-arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318), which leaves the dense model's
-distribution.
+Exactly: the answer is the dense model's. Without a temperature a token stands if it is
+the dense model's own choice. With one, it stands with the probability ``min(1, p/q)``
+for the dense model's ``p`` and the compact model's ``q``; a rejected one is replaced by
+a draw from the part by which ``p`` exceeds ``q``: the rejection rule of speculative
+sampling (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318),
+which preserves the dense model's distribution.
 
 Within a tolerance ``T``: a token stands if the dense model gives it at least ``T`` of the
 probability of its best token, as in Sirius (Zhou et al. 2024, arXiv:2409.03856); else the
@@ -91,7 +91,7 @@ class Rule:
             if self._draws.random() * q[token] < p[token]:
                 continue
             left = np.maximum(p - q, 0.0)
-            # All of it may be rounded away where both are equal; then either will do.
+            # Where p and q are equal, rounding may leave nothing; then either will do.
             return n, self._draw(left if left.sum() > 0 else p)
         return len(drafted), self._draw(chances[len(drafted)])
 

@@ -1,10 +1,10 @@
-"""The whole model computed with a part of it in memory: the rest passes through.
+"""The whole model computed with a part of it in memory; the rest is read in passing.
 
 The kept channels of every layer are in memory, in the compact model. When the whole one
 is to read some tokens, the dropped channels of one layer after the other are read from
-where they are, used for all the tokens, and let go; the next layer's are read meanwhile.
-What an FFN returns is the sum of what both parts make of it, up to the order of the sum
-the dense model's own.
+where they are, used for all the tokens, and let go; the next layer's are read
+meanwhile. An FFN's output is the sum of both parts: the dense model's own, up to the
+order of addition.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +33,8 @@ class Whole:
     Args:
         source: where the weights are.
         model: the compact model, its parts apart (:mod:`ifp_mlx.slicing.apart`).
-        room: bytes that dropped channels may take for good: whole layers of them, the
-            first ones, for which nothing can be read ahead.
+        room: bytes that dropped channels may take for good: those of the first layers,
+            which could not be read ahead.
 
     Attributes:
         model: the compact model.
@@ -54,7 +54,7 @@ class Whole:
         self.visits_once = len({*self._order}) == len(self._order)
         self._shells = self.plan.modules(source.open())
         self._coming: list[mx.array] | None = None
-        self._reading = 0  # tokens, now
+        self._reading = 0  # tokens being read now
         self.held: dict[int, nn.Module] = {}
         self._hold(room)
 
@@ -99,16 +99,17 @@ class Whole:
             cut = logits_at(self.model, mx.arange(count - last, count))
         with cut as some, computed_by(self.model, self.plan, self._visits()):
             logits = some(self.model(tokens, cache=cache))
-            # Of no tokens none are computed: a quantised output layer would divide by 0.
+            # For no tokens, compute none: a quantised output layer would divide by 0.
             mx.eval(logits if last else [], [layer.state for layer in cache])
         self._coming = None
         return logits
 
     def exchange(self, indices: Sequence[mx.array]) -> None:
-        """Let the next call leave the compact model with other channels.
+        """Let the next call exchange the channels of the compact model.
 
-        They are at hand then, all of a layer at a time. How the new ones make up for those
-        that are dropped now is learned from the tokens that :class:`Apart` remembers.
+        That call has all channels in memory, one layer at a time. How the new ones make
+        up for those then dropped is learned from the tokens that :class:`Apart`
+        remembers.
 
         Args:
             indices: of every layer, int32 ``[k_l]``, sorted, as many as it has now.
@@ -146,7 +147,7 @@ class Whole:
         plan = self._passing_plan.layers[layer]
         exchange(kept, other, plan, part, new)
         if part.recent is not None and len(part.recent) > self._reading:
-            # What is being read now has not been judged.
+            # The tokens being read now have not been judged.
             known = part.recent[: len(part.recent) - self._reading]
             shown = evidence(known)
             missing = self._made_of_dropped(layer, other, new, shown.rows)
@@ -157,7 +158,9 @@ class Whole:
     def _made_of_dropped(
         self, layer: int, other: nn.Module, part: Apart, channels: mx.array
     ) -> mx.array:
-        """Return what the dropped ones of some tokens' channels do, ``[n, D]``."""
+        """Return what dropped channels add to the output for some tokens, ``[n,
+        D]``.
+        """
         inlet = at(other, self.plan.layers[layer].inlet)
         if not part.whole:
             return _without_bias(inlet, gathered(channels, part.dropped_index))
@@ -209,8 +212,8 @@ class Whole:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Return what the dense layer's module does, computed; some tokens go through it
-        at a time.
+        """Return the output of the dense layer's module, computed in steps of some
+        tokens.
 
         Args:
             layer: its number.
@@ -230,7 +233,9 @@ class Whole:
     def _beside(
         self, layer: int, other: nn.Module | None, *args: Any, **kwargs: Any
     ) -> Iterator[None]:
-        """Let the inlet of the kept channels add what the dropped ones do, meanwhile."""
+        """Let the inlet of the kept channels add the dropped ones' part inside the
+        block.
+        """
         part, plan = self.parts[layer], self.plan.layers[layer]
         if other is None:
             yield
@@ -263,13 +268,13 @@ def exchange(
         kept: has those of ``old.index``, then of ``new.index``.
         other: has the rest.
         layer: the plan of what both have.
-        old, new: say which.
+        old, new: the channels before and after.
     """
     for piece in layer.slices:
         homes = [at(module, piece.module) for module in (kept, other)]
         there = [old.index, old.dropped_index]
         rows = mx.concatenate([elements(piece, index, old.units) for index in there])
-        order = mx.argsort(rows)  # where each of all is
+        order = mx.argsort(rows)  # where each channel is
         for name in tensors_along(homes[1], piece):
             both = mx.concatenate([home[name] for home in homes], axis=piece.axis)
             for home, index in zip(homes, (new.index, new.dropped_index), strict=True):
@@ -279,13 +284,13 @@ def exchange(
 
 
 def _without_bias(linear: nn.Module, h: mx.array) -> mx.array:
-    """Return what a linear makes of something, but for its bias."""
+    """Return a linear's output without its bias."""
     made: mx.array = linear(h)
     return made - linear.bias if "bias" in linear else made
 
 
 def parts_of(model: nn.Module, plan: Plan) -> list[Apart]:
-    """Return the parts of every layer of a compact model that has them apart."""
+    """Return what :func:`set_apart` gave every layer of a compact model."""
     return [inlet._apart for inlet in plan.inlets(model)]
 
 
@@ -304,7 +309,7 @@ def _rounds(layers: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _without_whole_inlets(plan: Plan, parts: Sequence[Apart]) -> Plan:
-    """Return the plan of what is read of dropped channels."""
+    """Return the plan of reading dropped channels, without inlets that stay whole."""
     layers = []
     for layer, part in zip(plan.layers, parts, strict=True):
         own = [s for s in layer.slices if not (part.whole and s.module == layer.inlet)]
@@ -313,7 +318,7 @@ def _without_whole_inlets(plan: Plan, parts: Sequence[Apart]) -> Plan:
 
 
 def _tensors(module: nn.Module, layer: LayerPlan) -> list[tuple[nn.Module, str]]:
-    """Return where the tensors of a layer are along which its units lie."""
+    """Return where a layer's sliced tensors are: module and name."""
     homes = [(at(module, piece.module), piece) for piece in layer.slices]
     return [
         (home, name) for home, piece in homes for name in tensors_along(home, piece)

@@ -10,7 +10,8 @@ from .dialect import THINKING, Dialect
 from .errors import InvalidRequest
 
 ANY = r"/(?s:.*)/"
-# As templates write JSON; free whitespace would let a model fill its answer with it.
+# JSON as templates write it; with free whitespace a model could fill its answer with
+# it.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -19,9 +20,9 @@ class Calling:
     """The tools that an answer may call.
 
     Attributes:
-        tools: as the OpenAI API words them; the chat template gets them so.
-        must: whether it has to.
-        name: of the only one that it may call.
+        tools: in the OpenAI API's form, which the chat template gets.
+        must: whether the answer has to call.
+        name: the only tool that it may call.
         parallel: whether one answer may have several calls.
         strict: names of the tools whose schema the arguments must follow.
     """
@@ -40,7 +41,7 @@ class Calling:
 
     @property
     def free(self) -> bool:
-        """Whether any text will do: nothing must be called, and no schema followed."""
+        """Whether any text is allowed: no call is required, and no schema applies."""
         return not (self.must or self.strict)
 
 
@@ -55,13 +56,13 @@ def grammar_of(
 
     Args:
         dialect: how the model writes.
-        state: that the answer begins in.
-        schema: a JSON schema for what is said.
+        state: the state in which the answer begins.
+        schema: a JSON schema for the answer's text.
         calling: the tools.
-        spell: returns a mark as the grammar has to name it.
+        spell: returns a mark as a grammar writes it.
 
     Raises:
-        InvalidRequest: if it needs calls held to a grammar, and their format has none.
+        InvalidRequest: if calls must follow a grammar, and their format has none.
     """
     rules = {"start": "answer"}
     if schema is not None:
@@ -105,7 +106,7 @@ def _calls(
 
 
 def _schema(calling: Calling, function: dict[str, Any]) -> dict[str, Any]:
-    """Return what the arguments have to follow: an object at least."""
+    """Return the schema of the arguments: an object at least."""
     held = calling.must or function["name"] in calling.strict
     return function["parameters"] if held else {"type": "object"}
 

@@ -50,7 +50,9 @@ class Chat:
         self.messages: list[Message] = list(said)
 
     def stream(self, text: str, **options: Any) -> Iterator[Event]:
-        """Say ``text`` and stream the answer; it joins ``messages`` as far as it came."""
+        """Say ``text`` and stream the answer; ``messages`` gets as much of it as
+        came.
+        """
         events = self._engine.stream(self._turn(text), **self._choose(text, options))
         answer = ""
         try:

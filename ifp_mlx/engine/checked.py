@@ -19,7 +19,7 @@ BROKEN: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     RuntimeError,
-)  # what reading fails with: MLX's is the last
+)  # errors of reading; the last is MLX's
 
 
 @dataclass
@@ -40,15 +40,15 @@ class Tally:
 class CheckedLane(Turns):
     """The requests of one mask whose answers the whole model checks.
 
-    They take turns, a prefill step or a check at a time. Their KV
-    caches are the dense model's, so that any mask's will do for any other.
+    They take turns, a prefill step or a check at a time. Their KV caches are the dense
+    model's, so a cache serves every mask.
 
     Args:
         whole: the whole model, and the compact one of the mask.
         use: the mask.
         tokenizer: mlx-lm's.
         prompts: KV caches.
-        tally: gets what checking takes.
+        tally: counts what checking costs.
         batch: requests at a time.
         prefill_step: prompt tokens between two chances to stop.
     """
@@ -90,7 +90,7 @@ class CheckedLane(Turns):
         assert request.check != "off"
         decoding = replace(sampling, seed=seed_of(sampling) % 2**64)
         follow = request.reselect == "drift"
-        if follow:  # which changes the compact model: not that of the others
+        if follow:  # it changes the compact model, so it gets one of its own
             whole = Whole(whole.source, twin(whole.model))
         rule, length = Rule(request.check, decoding), DraftLength(request.draft_tokens)
         return CheckedRun(whole, ticket.tokens, rule, length, cache, known, follow)

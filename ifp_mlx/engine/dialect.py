@@ -11,8 +11,8 @@ from ..selection.prompts import Message, render
 
 THINKING, TALKING, CALLING = "reasoning", "normal", "tool"  # mlx-lm's names
 SAMPLE = "name_of_a_sample"
-# How mlx-lm's parsers want one call, around its name and its arguments, where both can be
-# held to a grammar.
+# What mlx-lm's parsers expect before, between and after a call's name and arguments,
+# where a grammar can enforce both.
 FORMS = {
     "json_tools": ('{"name": "', '", "arguments": ', "}"),
     "mistral": ("", "[ARGS]", ""),
@@ -34,18 +34,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Dialect:
-    """What a model's text is made of: by default, of nothing but what is said. Its
-    functions may be called from any thread.
+    """How a model's text is divided: by default all of it is the answer. Its functions
+    may be called from any thread.
 
     Attributes:
         tools: whether the chat template shows tools, and their calls can be read.
-        thinks: whether thoughts are told from what is said.
+        thinks: whether thoughts are told from the answer.
         parser: mlx-lm's tool parser by its module's name, ``json_tools`` for example;
             empty if there is none.
-        form: what is before, between and after a call's name and its arguments, where a
-            grammar can hold a model to that.
-        call_marks: what a call is written between; the second may be empty.
-        think_marks: what a thought is written between.
+        form: what comes before, between and after a call's name and its arguments, if a
+            grammar can enforce that.
+        call_marks: what begins and ends a call; the second may be empty.
+        think_marks: what begins and ends a thought.
         first: the state that an answer begins in.
     """
 
@@ -80,8 +80,8 @@ class Dialect:
         return self._machine and self._machine.make_state(state)
 
     def split(self, state: Any, text: str) -> tuple[Any, list[tuple[str, str]]]:
-        """Take in text; return the new state and (state name, text) of what is certain,
-        the marks left out.
+        """Take in text; return the new state, and pairs of state name and text for all
+        that is certain, without marks.
         """
         if self._machine is None:
             return state, [(TALKING, text)]
@@ -100,14 +100,14 @@ class Dialect:
 
         Args:
             text: as the model wrote it.
-            tools: that it was shown, some parsers ask for their parameters' types.
+            tools: those it was shown; some parsers need their parameters' types.
         """
         try:
             found = self._parse(text, list(tools))
             return [
                 _call(one) for one in (found if isinstance(found, list) else [found])
             ]
-        except Exception:  # a parser reads what a model wrote: whatever it raises
+        except Exception:  # a parser may raise anything on what a model wrote
             return None
 
 
@@ -142,7 +142,7 @@ def dialect_of(tokenizer: Any) -> Dialect:
 
 
 def _without(tokenizer: Any) -> SimpleNamespace:
-    """Return what mlx-lm's state machine asks of a tokenizer, without tools."""
+    """Return what mlx-lm's state machine needs of a tokenizer, without tools."""
     names = ("has_thinking", "think_start", "think_end", "structural_markers")
     marks = {name: getattr(tokenizer, name) for name in names}
     return SimpleNamespace(has_tool_calling=False, response_transitions={}, **marks)
@@ -183,7 +183,7 @@ def _first(
         return str(known)
     try:
         asked = render(tokenizer, [{"role": "user", "content": "Hello"}], config=config)
-    except ValueError:  # it wants another kind of conversation
+    except ValueError:  # the template takes another kind of conversation
         return TALKING
     return THINKING if _is_open(asked, think_marks) else TALKING
 

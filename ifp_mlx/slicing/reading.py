@@ -146,8 +146,9 @@ def read_text(
     The forward pass is mlx-lm's own. The output layer is not computed.
 
     Args:
-        model: unchanged afterwards. plan: its plan. texts: they go through in
-            :func:`steps_of`.
+        model: unchanged afterwards.
+        plan: its plan.
+        texts: they go through in :func:`steps_of`.
         visit: computes what the module of a layer does, by number, with the weights
             of the step's tokens, ``[W, B, T]``, and the arguments of the module. It is
             called in :func:`order_of`.

@@ -222,7 +222,8 @@ def standing_in(
     block.
 
     Args:
-        model: unchanged afterwards. calls: by the path of the module.
+        model: unchanged afterwards.
+        calls: by the path of the module.
     """
     there = {path: at(model, path) for path in calls}
     try:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # The small trained checkpoint inside the package.
 SHIPPED = Path(__file__).parent.parent / "checkpoint"
 
-# What a model needs, and what says how it may be used. Never code.
+# Files that a model needs, and those that say how it may be used. Never code.
 NEEDED = ["*.json", "model*.safetensors", "predictor/*.safetensors", "*.jinja"]
 
 
@@ -96,7 +96,7 @@ def _fetch(repo: str, tqdm_class: type | None) -> Path:
             return Path(
                 snapshot_download(repo, allow_patterns=NEEDED, local_files_only=True)
             )
-    except Exception as error:  # the client lets those of its HTTP library through
+    except Exception as error:  # the client passes its HTTP library's errors on
         kinds = (why for kind, why in reasons.items() if isinstance(error, kind))
         why = next(kinds, f"{type(error).__name__}: {error}; try again")
         raise FileNotFoundError(
@@ -107,9 +107,9 @@ def _fetch(repo: str, tqdm_class: type | None) -> Path:
 class Folder:
     """An ordinary model folder as the source of a model's weights, checked once.
 
-    Every source has these: what it reads from, a stock model whose weights are not in
-    memory yet, and a way to put units into one layer of it. The class of the model is
-    built once; every :meth:`open` copies its structure.
+    Every source can open a stock model whose weights are not in memory yet, and put
+    units into one layer of it. The model's class is built once; every :meth:`open`
+    copies its structure.
 
     Args:
         path: the folder.
@@ -119,15 +119,15 @@ class Folder:
         path: the folder.
         adapter: as given, or ``None``.
         config: its config.json.
-        skeleton: the stock mlx-lm model, dense in shape, to be looked at: no weight of
-            it is ever read.
+        skeleton: the stock mlx-lm model, dense in shape, for its structure only: no
+            weight of it is ever read.
         granularity: units that lie, and are best selected, together.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if the files contradict themselves, each other, or what mlx-lm's
             class for this config expects: config, index, safetensors headers, and the
-            name and shape of every tensor are held against each other.
+            name and shape of every tensor are compared.
     """
 
     granularity = 1
@@ -140,7 +140,8 @@ class Folder:
         self._files = _check_headers(path)
         self._check_depth()
         self._absent = self._absent_tensors()
-        self._as_filed: dict[str, str] = {}  # a tensor's name in the model, in the file
+        # A tensor's name in the model: its name in the file.
+        self._as_filed: dict[str, str] = {}
         self._built: nn.Module | None = None
         self.skeleton = self._checked()
 
@@ -158,7 +159,7 @@ class Folder:
 
     @cached_property
     def reader(self) -> "UnitReader":
-        """What reads units from the files, and how much it has read."""
+        """The reader of units from the files; it counts what it has read."""
         return self.reader_of(self.plan)
 
     def reader_of(self, plan: Plan, device: "Device | None" = None) -> "UnitReader":
@@ -166,7 +167,7 @@ class Folder:
 
         Args:
             plan: of this model, or a part of it.
-            device: what reading is taken to cost; default: what is measured.
+            device: assumed cost of reading; default: what is measured.
         """
         from .plain import PlainReader
 
@@ -176,8 +177,8 @@ class Folder:
 
     @property
     def reads_units(self) -> bool:
-        """Whether nothing of the units that are not chosen is read; a channel's columns
-        are no piece of a plain folder.
+        """Whether only chosen units are read; in a plain folder a channel's column does
+        not lie in one piece, so more is read.
         """
         return self.plan.unit == "expert" and self.adapter is None
 
@@ -186,8 +187,8 @@ class Folder:
         return self._adapted(self._load(None))
 
     def open_beside(self, other: "nn.Module") -> "nn.Module":
-        """Return what :meth:`open` does, with all but the units of another compact
-        model of this source, which :meth:`open` and :meth:`fill` have made.
+        """Return what :meth:`open` does, but sharing everything except the units with
+        another compact model of this source, made by :meth:`open` and :meth:`fill`.
         """
         model = self.open()
         share_core(model, other, self.plan)
@@ -201,8 +202,8 @@ class Folder:
         Args:
             module: the layer's, in a model from :meth:`open`.
             layer: its number.
-            index: int32 ``[k]``, sorted; ``None`` is all units, which here are
-                read when they are first used.
+            index: int32 ``[k]``, sorted; ``None`` is all units, which are then read
+                when first used.
 
         Raises:
             ValueError: if ``k`` channels do not make whole quantisation groups.
@@ -222,8 +223,8 @@ class Folder:
         Args:
             modules: of all layers of a model from :meth:`open`.
             indices: for each layer, as for :meth:`fill`; default: all units.
-            donors: for each layer, the same one of another compact model, no gates
-                folded in, whose units need not be read again where they are rows.
+            donors: for each layer, that of another compact model without gates folded
+                in; its units are copied where they are rows.
         """
         if not indices:
             yield from range(len(modules))
@@ -262,13 +263,13 @@ class Folder:
         foreign = unreadable(self.config) if quantised_by(self.config) else ""
 
         def compare(model: "nn.Module", weights: dict[str, Any]) -> None:
-            """Compare where others load: by then names and shapes are final."""
+            """Compare instead of loading: here names and shapes are final."""
             problems.append(_mismatch(model, weights, self._files, self.path))
 
-        _classes(self.config, self.path)  # what it refuses is a sentence of its own
+        _classes(self.config, self.path)  # its refusal has a sentence of its own
         try:
             model = self._load(compare)
-        except Exception as error:  # whatever mlx-lm's model code trips over
+        except Exception as error:  # whatever mlx-lm's model code raises
             advice = foreign or "fetch or convert it again."
             raise ValueError(
                 f"mlx-lm cannot build a {self.config['model_type']} model from "
@@ -310,7 +311,7 @@ class Folder:
             found = weights | self._absent
             try:
                 return own(dict(found))
-            except KeyError:  # it looks for names of before transformers 4.52
+            except KeyError:  # it expects the names used before transformers 4.52
                 return own({_older_name(n): weight for n, weight in found.items()})
 
         def loaded(model: "nn.Module", weights: list, strict: bool = True) -> None:
@@ -318,7 +319,7 @@ class Folder:
             names = {id(weight): name for name, weight in filed.items()}
             self._as_filed = {n: names[id(w)] for n, w in weights if id(w) in names}
             compare(model, dict(weights))
-            # What does not fit is said by compare's caller.
+            # compare's caller reports what does not fit.
             model_class.load_weights(model, weights, strict=False)
 
         how: dict[str, Any] = {
@@ -342,8 +343,8 @@ class Folder:
 
 
 class ChannelStore(Folder):
-    """A folder whose units are in a channel file, of which :meth:`fill` reads only those
-    it is asked for, at once; :meth:`open` has zeros in their place.
+    """A folder whose units are in a channel file; :meth:`fill` reads those asked for at
+    once, and :meth:`open` has zeros in their place.
     """
 
     def __init__(self, path: Path, adapter: "Adapter | None" = None) -> None:
@@ -376,8 +377,8 @@ class ChannelStore(Folder):
         return True
 
     def open_beside(self, other: "nn.Module") -> "nn.Module":
-        """See :meth:`Folder.open_beside`; opening the model takes longer than reading
-        what a switch changes, so it is copied.
+        """See :meth:`Folder.open_beside`; the model is copied, since opening it takes
+        longer than reading what a switch changes.
         """
         model = twin(other)
         forget_units(model, self.plan)
@@ -482,8 +483,8 @@ def _mismatch(
 
 
 def _older_name(name: str) -> str:
-    """Return the name of a tensor before transformers 4.52, of a language model that is
-    part of another: mlx-lm's own.
+    """Return the name that a tensor of a language model inside another model had before
+    transformers 4.52, which is also mlx-lm's.
     """
     for new, old in (
         ("model.language_model.", "language_model.model."),

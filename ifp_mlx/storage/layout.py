@@ -32,12 +32,12 @@ from ..files.tensors import Tensor
 
 CHANNEL_FILE = "channels.bin"
 MAGIC = b"IFPchan\n"
-VERSION = 3  # version 2 has no repeat in its parts, and is still read
+VERSION = 3  # version 2, whose parts have no repeat, can still be read
 ALIGNMENT = 4096
 START = struct.Struct("<8sIQ32s")
 AGAIN = "make the store again with python -m ifp_mlx.channel_store"
 
-# What safetensors calls the dtypes that FFN weights have: MLX's name, bytes.
+# For safetensors' names of the dtypes of FFN weights: MLX's name, bytes.
 DTYPES = {
     "F32": ("float32", 4),
     "F16": ("float16", 2),
@@ -62,7 +62,7 @@ class Part:
     """One tensor of a layer along which units lie, as records hold it.
 
     Attributes:
-        name: in the safetensors files it was taken from, and in the model.
+        name: its name in the safetensors files and in the model.
         dtype: in safetensors' words.
         shape: of the dense tensor.
         axis: where its units lie: 0 is rows, 1 is columns.
@@ -81,7 +81,7 @@ class Part:
         return DTYPES[self.dtype][1]
 
     def unit_bytes(self, units: int) -> int:
-        """Return the bytes of a unit, of which the dense tensor has ``units``."""
+        """Return the bytes of one unit; the dense tensor has ``units`` of them."""
         return math.prod(self.shape) * self.itemsize // units
 
     def split(self, tensor: np.ndarray, units: int, dense_units: int) -> np.ndarray:
@@ -105,7 +105,7 @@ class Part:
         return words.reshape(self.shape[0], units, columns).transpose(1, 0, 2)
 
     def sliced_shape(self, units: int, dense_units: int) -> tuple[int, ...]:
-        """Return the shape of the tensor with only so many units."""
+        """Return the shape of the tensor with only this many units."""
         shape = list(self.shape)
         shape[self.axis] = shape[self.axis] // dense_units * units
         return tuple(shape)
@@ -117,15 +117,15 @@ class Layout:
 
     Attributes:
         channels: ``F``, or experts ``E``.
-        unit: of those in a record.
+        unit: how many of them are in a record.
         parts: for each of ``L`` layers, what a record is made of.
         files: the header of each safetensors file of the folder it was made from.
-        core: :func:`tensors.digest_of` the tensors that stayed there.
+        core: :func:`tensors.digest_of` the tensors that are not in the channel file.
         order: uint32 ``[L, F / unit]``, the unit at each place on disk.
         checksums: uint32 ``[L, F / unit]``, CRC-32 of a layer's records up to and with
             each place: going on from one of them, any range is checked in one call.
-        header_bytes: of all before the first record, in a file that was read; an older
-            version says the same in another length.
+        header_bytes: bytes before the first record of the file that was read; an older
+            version's header has another length.
     """
 
     channels: int
@@ -225,7 +225,7 @@ def _covered_bytes(path: Path, file: BinaryIO) -> bytes:
             f"{path} has version {version}, and this ifp_mlx reads version {VERSION}; "
             f"update ifp_mlx, or {AGAIN}."
         )
-    if size <= os.fstat(file.fileno()).st_size:  # before as much is allocated
+    if size <= os.fstat(file.fileno()).st_size:  # before that much is allocated
         covered = file.read(size)
         if hashlib.sha256(covered).digest() == digest:
             return covered

@@ -1,16 +1,16 @@
-"""The order of channels on disk: what is picked together lies together."""
+"""The order of channels on disk: channels picked together lie together."""
 
 import numpy as np
 
 
 def order_units(uses: np.ndarray, unit: int = 1) -> np.ndarray:
-    """Return an order in which the units that a few tasks need are few ranges.
+    """Return an order in which each task's units lie in a few ranges.
 
-    What every task uses comes first, then what most use, and so on: any task finds
-    the better part of its channels in one range at the front. Among units that are
-    used equally often, those used by the same tasks lie side by side. On SmolLM2 the
-    first rule brings nearly all of the gain; a spectral order of co-selection was
-    measured to be worse.
+    Units that every task uses come first, then those that most use, and so on: every
+    task finds most of its channels in one range at the front. Among units that are used
+    equally often, those used by the same tasks lie side by side. On SmolLM2 the first
+    rule brings nearly all of the gain; a spectral order of co-selection was measured to
+    be worse.
 
     Args:
         uses: ``[n, L, F]``, for each of ``n`` tasks which channels it uses: masks, or

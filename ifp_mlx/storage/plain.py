@@ -1,8 +1,8 @@
-"""Reads chosen units of an ordinary folder, and nothing else where they lie in one piece.
+"""Reads chosen units of an ordinary folder, and only those that lie in one piece alone.
 
 A unit's part of a tensor is a row of it, or several: one expert of a stack, one row of
-``gate_proj``. A channel's part of ``down_proj`` is a column, which is no piece of the
-file: such a tensor is read whole, and its columns are taken.
+``gate_proj``. A channel's part of ``down_proj`` is a column, which does not lie in one
+piece: such a tensor is read whole, and its columns are taken.
 """
 
 import os
@@ -47,7 +47,7 @@ class Filed(NamedTuple):
         return self.tensor.nbytes // self.tensor.shape[0]
 
     def empty(self, count: int) -> mx.array:
-        """Return such a tensor with so many elements along the axis, all zero."""
+        """Return such a tensor with this many elements along the axis, all zero."""
         shape = list(self.tensor.shape)
         shape[self.piece.axis] = count
         return mx.zeros(shape, getattr(mx, DTYPES[self.tensor.dtype][0]))
@@ -56,15 +56,15 @@ class Filed(NamedTuple):
 class PlainReader(UnitReader):
     """Reads units from where they lie in the files of a folder.
 
-    A file is open while a layer of it is read: a folder may have more files than a
+    A file is open only while a layer of it is read: a folder may have more files than a
     process may have open. A tensor that is in no file as the model uses it, or whose
     quantisation groups lie across units, is cut in memory, as :func:`cut` does.
 
     Args:
         plan: of the model.
         model: the model; no weight of it is read.
-        tensors: where those of its parameters are that a file holds as they are, by
-            name.
+        tensors: for parameters that a file holds as the model uses them, by name, where
+            they are.
         device: see :class:`UnitReader`.
     """
 
@@ -210,8 +210,8 @@ class PlainReader(UnitReader):
         into: np.ndarray,
         group: list[Range],
     ) -> int:
-        """Read some ranges of places straight to ``into[numbers]``, and what lies between
-        to where nobody looks; return the bytes read.
+        """Read some ranges of places straight to ``into[numbers]``, and the gaps
+        between them into an unused buffer; return the bytes read.
         """
         size = into.shape[1]
         spans = [(int(places[a]), int(places[b - 1]) + 1) for a, b in group]
@@ -234,14 +234,14 @@ class PlainReader(UnitReader):
         self, arrays: dict[str, mx.array], jobs: list[Future]
     ) -> dict[str, mx.array]:
         """Wait for all of a layer's jobs, which were given to the threads before."""
-        wait(jobs)  # also those that outlive an error
+        wait(jobs)  # all of them, also after an error
         self._count(sum(job.result() or 0 for job in jobs))
         return arrays
 
     def _cut(self, wanted: Wanted) -> None:
         if wanted.units is not None:
             rest = self._rest[wanted.layer]
-            for piece in rest.slices:  # which are read whole for it
+            for piece in rest.slices:  # these tensors were read whole
                 home = at(wanted.module, piece.module)
                 names = tensors_along(home, piece)
                 nbytes = sum(home[name].nbytes for name in names)
@@ -279,11 +279,11 @@ def _copy(
 
 
 def _runs(places: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield from where to where sorted places lie side by side."""
+    """Yield start and end of each run of adjacent ones among sorted places."""
     edges = np.flatnonzero(np.diff(places) != 1) + 1
     yield from zip([0, *edges.tolist()], [*edges.tolist(), len(places)], strict=True)
 
 
 def _state(about: os.stat_result) -> tuple[int, ...]:
-    """Return what tells a file from one that was put in its place, or written into."""
+    """Return what changes if a file is replaced or written into."""
     return about.st_ino, about.st_size, about.st_mtime_ns

@@ -1,4 +1,4 @@
-"""An open file of which ranges are read, by several threads at a time."""
+"""An open file whose ranges several threads read at a time."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,22 +10,23 @@ MOST_BUFFERS = 1024  # that one call fills
 
 
 class OpenFile:
-    """A file that stays open: one made anew under the same name does not mix with it.
+    """A file that stays open, so that a new one under the same name does not mix with
+    it.
 
     Args:
         path: the file.
         remedy: what to do if it ends early, for the error's sentence.
 
     Attributes:
-        sweeps: what it is read by from first to last, the system reading ahead.
-        ranges: what it is read by here and there.
+        sweeps: descriptor for reading from first to last; the system reads ahead.
+        ranges: descriptor for reading here and there.
     """
 
     def __init__(self, path: Path, remedy: str) -> None:
         self.path, self._remedy = path, remedy
         self.sweeps = os.open(path, os.O_RDONLY)
         self.ranges = os.open(path, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):  # reading ahead would read what nobody wants
+        if hasattr(os, "posix_fadvise"):  # reading ahead would read unwanted bytes
             os.posix_fadvise(self.ranges, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
@@ -34,9 +35,7 @@ class OpenFile:
                 os.close(fd)
 
     def is_cached(self, offsets: np.ndarray) -> bool:
-        """Whether the system has what lies at some offsets; it may be asked nowhere but
-        on Linux.
-        """
+        """Whether the system has cached the bytes at some offsets; only Linux can tell."""
         nowait = getattr(os, "RWF_NOWAIT", None)
         if nowait is None:
             return False
@@ -45,12 +44,12 @@ class OpenFile:
             for offset in offsets[:: max(1, len(offsets) // 8)]:
                 os.preadv(self.ranges, [byte], int(offset), nowait)
             return True
-        except OSError:  # not without waiting for the disk
+        except OSError:  # it would have to wait for the disk
             return False
 
     def announce(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Have the system fetch ranges, offset and bytes each, before they are read:
-        it has many under way at a time, at less cost than calls that wait.
+        it reads many at a time, at less cost than calls that wait.
         """
         if hasattr(os, "posix_fadvise"):
             for offset, nbytes in ranges:

@@ -22,8 +22,8 @@ from .units import PIECE_BYTES, UnitReader, Wanted
 class ChannelReader(UnitReader):
     """An open channel file.
 
-    The file stays open: a store that is made anew under the same name meanwhile does
-    not mix with it.
+    The file stays open, so that a store made anew under the same name does not mix with
+    it.
 
     Args:
         path: the channel file.
@@ -107,7 +107,7 @@ class ChannelReader(UnitReader):
         self, arriving: ArrivingLayer, jobs: list[Future]
     ) -> dict[str, mx.array]:
         """Wait for all of a layer's jobs, which were given to the threads before."""
-        wait(jobs)  # also those that outlive an error
+        wait(jobs)  # all of them, also after an error
         self._count(sum(job.result() for job in jobs))
         arriving.complete()
         self._spare.append(arriving.scratch)
@@ -124,7 +124,7 @@ class ChannelReader(UnitReader):
         return [home[tensor] for home, tensor in tensors], np.array(donor.units)
 
     def _held(self, index: mx.array) -> np.ndarray:
-        """Return the units in all the records in which some units are."""
+        """Return all units in the records that hold some units."""
         size = self.layout.unit
         found = units_of(np.array(index), size)[:, None] * size + np.arange(size)
         return found.ravel().astype(np.int32)
@@ -151,7 +151,7 @@ class ChannelReader(UnitReader):
         numbers: np.ndarray,
         arriving: ArrivingLayer,
     ) -> int:
-        """Read some ranges of places with what lies between, check it, and put the
+        """Read some ranges of places with the gaps in them, check them, and put the
         wanted records where they belong; return the bytes read.
         """
         size, start = self.layout.record_bytes[layer], self.layout.layer_offsets[layer]

@@ -1,5 +1,5 @@
-"""What puts units from files into a model's layers has in common: layer after layer is
-filled, and while one is put in place the next is read.
+"""The common part of what reads units into a model: layer after layer is filled, and
+while one is put in place the next is read.
 """
 
 import threading
@@ -18,12 +18,12 @@ from ..slicing.sliced import Donor
 from .device import CACHED, Device, device_of
 from .ranges import OpenFile
 
-PIECE_BYTES = 2 << 20  # read at a time: what still stays in the processor's cache
+PIECE_BYTES = 2 << 20  # read at a time; small enough for the processor's cache
 THREADS = 4
 
 
 class Wanted(NamedTuple):
-    """What is to be put where.
+    """Which units are to be put where.
 
     Attributes:
         module: of the layer.
@@ -43,15 +43,15 @@ class UnitReader(ABC):
 
     Args:
         plan: of the model.
-        device: what reading is taken to cost; default: what is measured.
+        device: assumed cost of reading; default: what is measured.
 
     Attributes:
         plan: of the model.
         bytes_read: bytes asked of the system so far, gaps between units included.
         bytes_wanted: bytes of the units that were needed.
-        throttle: is told how many bytes were read, and when that began, as
-            ``time.perf_counter`` has it, by the thread that read them, some megabytes
-            at a time; it may let the thread wait, as a slower disk would.
+        throttle: called by the thread that read some megabytes, with their number and
+            the time it began, as of ``time.perf_counter``; it may make the thread wait,
+            as a slower disk would.
     """
 
     def __init__(self, plan: Plan, device: Device | None = None) -> None:
@@ -104,8 +104,7 @@ class UnitReader(ABC):
         Args:
             modules: of all layers.
             indices: for each layer, as for :meth:`fill`.
-            donors: for each layer, the same one filled before; the units it has are
-                copied.
+            donors: for each layer, that of another model; units that it has are copied.
         """
         none = [None] * len(modules)
         layers = range(len(modules))
@@ -113,8 +112,8 @@ class UnitReader(ABC):
         return self.fill_each([Wanted(*row) for row in rows])
 
     def fill_each(self, work: Sequence[Wanted]) -> Iterator[int]:
-        """Do one thing after the other, and yield the layer of each; while one is put in
-        place, the next is read.
+        """Fill one item of ``work`` after the other, and yield its layer; while one is
+        put in place, the next is read.
         """
         if not work:
             return
@@ -128,18 +127,18 @@ class UnitReader(ABC):
                 self._cut(wanted)
                 yield wanted.layer
         finally:
-            wait([begun])  # or it would write on after an error
+            wait([begun])  # else it would go on writing after an error
 
     @abstractmethod
     def check_unchanged(self) -> None:
-        """Raise ``OSError`` if a file that is not kept open is not what it was."""
+        """Raise ``OSError`` if a file that is not kept open has changed."""
 
     @abstractmethod
     def _begin(self, wanted: Wanted) -> Future[dict[str, mx.array]]:
-        """Start reading; what comes of it are tensors, by their names in the model."""
+        """Start reading; the result is tensors by their names in the model."""
 
     def _put(self, wanted: Wanted, tensors: dict[str, mx.array]) -> None:
-        """Put tensors in their places, but for those that the plan leaves out."""
+        """Put tensors in their places, except those that the plan leaves out."""
         layer = self.plan.layers[wanted.layer]
         homes = {piece.module for piece in layer.slices}
         for name, array in tensors.items():
@@ -149,16 +148,18 @@ class UnitReader(ABC):
 
     @abstractmethod
     def _cut(self, wanted: Wanted) -> None:
-        """Do the rest, now that the tensors are in place."""
+        """Cut what was read whole, now that the tensors are in place."""
 
     def _home(self, module: nn.Module, layer: int, name: str) -> tuple[nn.Module, str]:
-        """Return where in a layer's module a tensor is, and as what."""
+        """Return the submodule of a layer that has a tensor, and its name there."""
         inside = name.removeprefix(f"{self.plan.layers[layer].path}.")
         path, _, tensor = inside.rpartition(".")
         return at(module, path), tensor
 
     def _device(self, file: OpenFile, offsets: np.ndarray) -> Device:
-        """Return what reading costs: a disk, or the cache if what lies there is in it."""
+        """Return the cost of reading some offsets: the disk's, or the cache's if
+        cached.
+        """
         if self._given is not None:
             return self._given
         if file.is_cached(offsets):
@@ -168,7 +169,7 @@ class UnitReader(ABC):
         return self._disk
 
     def _read_anywhere(self, file: OpenFile, ranges: list[tuple[int, int]]) -> None:
-        """Read ranges, offset and bytes each, for the time it takes."""
+        """Read ranges, offset and bytes each, to time it."""
 
         def read(offset: int, nbytes: int) -> None:
             file.read(file.ranges, [np.empty(nbytes, np.uint8)], offset)
@@ -177,7 +178,7 @@ class UnitReader(ABC):
         wait([self._threads.submit(read, *item) for item in ranges])
 
     def _buffer(self, nbytes: int) -> np.ndarray:
-        """Return a buffer that the calling thread uses again for its next piece."""
+        """Return a buffer of the calling thread, which reuses it for its next piece."""
         if getattr(self._own, "buffer", np.empty(0)).size < nbytes:
             self._own.buffer = np.empty(nbytes, np.uint8)
         return self._own.buffer[:nbytes]

@@ -1,4 +1,4 @@
-"""Makes a channel store of a model folder, and the folder again, bit for bit."""
+"""Makes a channel store from a model folder, and from it the folder, bit for bit."""
 
 import math
 import os
@@ -34,7 +34,7 @@ Progress = Callable[[Iterable], Iterable]
 
 PIECE_BYTES = 64 << 20  # of records, made at a time
 
-# What a store carries along, beside the weights.
+# Files that a store takes over, beside the weights.
 CARRIED = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
 
@@ -62,7 +62,7 @@ def write_store(
     Args:
         folder: an ordinary model folder.
         out: the folder to make, which is returned.
-        granularity: channels that are to lie, and to be selected, together.
+        granularity: channels that lie together and are selected together.
         uses: ``[n, L, F]``, which channels tasks use, for :func:`order_units`;
             default: the order stays.
         progress: wraps the iteration over layers.
@@ -91,7 +91,7 @@ def fill_store(
     uses: np.ndarray | None = None,
     progress: Progress = iter,
 ) -> None:
-    """Write a channel store into a folder that is there; see :func:`write_store`."""
+    """Write a channel store into an existing folder; see :func:`write_store`."""
     source = source_of(folder)
     if isinstance(source, ChannelStore):
         raise ValueError(f"{folder} is a channel store already; give a plain folder.")
@@ -163,7 +163,7 @@ def _copy_companions(source: Path, target: Path) -> None:
 def _plan(
     source: Folder, granularity: int, uses: np.ndarray | None
 ) -> tuple[Layout, dict[str, Tensor]]:
-    """Return the store's layout, no checksum in it yet, and the folder's tensors."""
+    """Return the store's layout, still without checksums, and the folder's tensors."""
     model, plan = source.skeleton, source.plan
     files = sorted(source.path.glob("model*.safetensors"))
     tensors = {name: t for file in files for name, t in tensors_of(file).items()}
@@ -241,7 +241,7 @@ def _write_records(
 
 
 class _Restored:
-    """The tensors of a channel file, those of one layer kept at a time."""
+    """The tensors of a channel file; those of one layer are in memory at a time."""
 
     def __init__(self, reader: ChannelReader) -> None:
         self._reader, self._layer = reader, -1
