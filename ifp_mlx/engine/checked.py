@@ -96,7 +96,7 @@ class CheckedLane(Turns):
         return CheckedRun(whole, ticket.tokens, rule, length, cache, known, follow)
 
     def _advance(self, number: int) -> list[Checked]:
-        """Take one request a bit further, and return the tokens that stand."""
+        """Advance one request, and return the tokens that stand."""
         ticket, (run, reading) = self.running[number], self._runs[number]
         before, figures = dict(vars(run.figures)), run.figures
         try:

@@ -29,8 +29,8 @@ from .lanes import Ticket
 from .sampling import Sampling
 from .worker import Worker
 
-# The fields of a Request that have a meaning here: memory is the engine's own, and the
-# prompt is read by the compact model.
+# The fields of a Request that apply here: memory is the engine's own, and the compact
+# model reads the prompt.
 CHOOSING = (
     "task",
     "mask_file",
@@ -55,15 +55,15 @@ OnProgress = Callable[[Progress], None]
 class Engine:
     """A large model on disk, served from one worker thread; make one with `open`.
 
-    Every method may be called from any thread, and the async ones from any event
-    loop. What they hand out is plain Python data. Their errors are this module's
-    `IFPError` and the kinds of it.
+    Every method may be called from any thread, and the async ones from any event loop.
+    What they hand out is plain Python data. Their errors are this module's `IFPError`
+    and its subclasses.
 
-    Requests with one mask decode in one batch; several masks take turns, step by
-    step. KV caches are kept for the next turn of a conversation, each for the mask
-    that made it and no other. A request with ``check`` is answered by the whole model,
-    or as nearly as it asks: the compact one drafts, and dropped channels are read in
-    passing, for each check anew. Its KV cache is the whole model's and serves any mask.
+    Requests with one mask decode in one batch; several masks take turns, step by step.
+    KV caches are kept for the next turn of a conversation, each for the mask that made
+    it and no other. A request with ``check`` is answered by the whole model, exactly or
+    within a tolerance: the compact one drafts, and dropped channels are read anew for
+    each check. Its KV cache is the whole model's and serves any mask.
 
     Attributes:
         name: the hub id it was opened by, else the folder's name.
@@ -71,7 +71,7 @@ class Engine:
         unit: what is kept or dropped, ``channel`` or ``expert``.
         channels: ``F``, how many of them a layer has.
         context_length: tokens that prompt and answer may have together.
-        keep: share of the units that is kept where nobody says how much, or ``auto``.
+        keep: share of the units that is kept by default, or ``auto``.
         dialect: how the model writes thoughts and calls of tools.
     """
 
@@ -120,7 +120,7 @@ class Engine:
             prompt_cache_bytes: of KV caches kept for the next turn; 0 keeps none.
             context_length: tokens; default: the model's own.
             max_queue: requests that may wait before others are refused as `Busy`.
-            batch: requests of one mask that decode together at most.
+            batch: most requests of one mask that decode together.
             prefill_step: prompt tokens between two chances to cancel.
             progress: called with ``download`` and ``load``, on the worker thread.
             kv_bits, kv_group_size, quantized_kv_start, max_kv_size: how KV caches are
@@ -129,7 +129,7 @@ class Engine:
                 instead of decoding in a batch.
 
         Raises:
-            InvalidRequest: if mlx-lm cannot keep the model's KV cache so.
+            InvalidRequest: if mlx-lm cannot keep the model's KV cache like that.
             ModelNotFound: if there is no such folder or hub id.
             IncompatibleModel: if its content is damaged or of an unsupported type.
         """
@@ -194,13 +194,13 @@ class Engine:
         Args:
             instruction: what selects; or give ``mask_file``.
             name: of the task; default: its identity. An existing one is replaced.
-            load: ``False`` leaves the loading to the first request, but where selecting
-                takes it anyway.
+            load: ``False`` leaves loading to the first request, unless selecting loads
+                anyway.
             progress: called with ``select`` and ``channels``, on the worker thread.
             stop: cancels at the next layer or calibration text.
             options: the fields of :class:`Request` that are in ``CHOOSING``. A task
-                serves requests with and without ``check``; here it says which of them
-                the model is loaded for now.
+                serves requests with and without ``check``; here ``check`` says for
+                which of them the model is loaded now.
 
         Raises:
             InvalidRequest: on a choice that cannot be had.
@@ -243,7 +243,7 @@ class Engine:
             mask_id: of any selection that is still known, as of the latest answers.
 
         Raises:
-            UnknownTask: if there is none of that name, or mask id, any more.
+            UnknownTask: if no task has that name, or no known selection that mask id.
         """
         return self._call(lambda host: host.shelf.mask(name, mask_id)).result()
 
@@ -264,8 +264,9 @@ class Engine:
             stop: cancels within one prefill step or one token, or check; the stream
                 then ends with ``Done("cancelled")``.
             chat_template: ``False`` leaves the chat template out.
-            calling: the tools that the chat template shows; they select with the
-                messages. What the model wrote comes as text, which ``dialect`` parts.
+            calling: the tools that the chat template shows; they select together with
+                the messages. What the model writes comes as text, which ``dialect``
+                divides.
             options: the fields of :class:`Request` (``task``,
                 ``instruction``, ``mask_file``, ``keep``, ``check``, ...; by default
                 the messages up to the first user message select) and of
@@ -278,7 +279,7 @@ class Engine:
             InvalidRequest: on a choice that cannot be had; `UnknownTask` and
                 `ContextTooLong` are of that kind.
             Busy: if ``max_queue`` requests are waiting.
-            CheckFailed: if the whole model cannot be read any more to check.
+            CheckFailed: if the whole model can no longer be read to check.
             EngineClosed: if the worker has ended, also in the midst of a stream.
         """
         options |= {"stop": stop, "chat_template": chat_template, "calling": calling}
@@ -306,13 +307,13 @@ class Engine:
         reselect: Literal["turn", "drift", "off"] | None = None,
         **options: Any,
     ) -> "Chat":
-        """Begin a conversation; see :class:`Chat`, and for other ways of selecting again
-        than with each ``turn`` :class:`Request`.
+        """Begin a conversation; see :class:`Chat`, and for ``reselect`` other than
+        ``turn`` see :class:`Request`.
         """
         if reselect in RESELECTS:
             options, reselect = options | {"reselect": reselect}, None
         _, sampling = split_options(options)
-        Sampling(**sampling)  # refused now, not with every turn
+        Sampling(**sampling)  # a mistake is refused now, not at every turn
         return Chat(self, system, reselect, options)
 
     def memory(self) -> dict[str, int]:
@@ -359,7 +360,7 @@ class Engine:
             )
         request, sampling = split_options(options)
         with typed_errors(InvalidRequest):
-            tokens = ids_of(messages)  # an array may be of the caller's thread
+            tokens = ids_of(messages)  # an array may belong to the caller's thread
         return partial(
             Ticket,
             tokens or messages,
@@ -427,10 +428,10 @@ def _about(host: Host) -> dict[str, Any]:
 
 
 def split_options(options: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
-    """Part options into the request for a selection and those that decode.
+    """Split options into the request for a selection and those that decode.
 
     Raises:
-        InvalidRequest: on an option that there is not, or that cannot be had.
+        InvalidRequest: on an unknown option, or a value that cannot be had.
     """
     sampling = {*Sampling.names()} - {"processors"}
     if unknown := options.keys() - {*CHOOSING} - sampling:
@@ -439,7 +440,7 @@ def split_options(options: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
             f"{', '.join(sorted({*CHOOSING} | sampling))}."
         )
     choosing = {name: options[name] for name in options.keys() & {*CHOOSING}}
-    # Every other selector chooses the same for every seed; and None is no seed.
+    # Only the selector random depends on the seed; None is no seed.
     if choosing.get("selector") != "random" or choosing.get("seed") is None:
         choosing.pop("seed", None)
     with typed_errors(InvalidRequest):

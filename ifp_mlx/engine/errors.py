@@ -13,8 +13,8 @@
     └── EngineClosed (RuntimeError)         closed, or its worker has died
 
 Apps import them from :mod:`ifp_mlx.engine`. Every message is a sentence for the user:
-the fact, the value, the remedy. Each error that has a builtin beside it is also that
-builtin, so that callers of the package's plain functions need not change.
+the fact, the value, the remedy. An error with a builtin beside it is also that builtin,
+so code that calls the package's plain functions can catch the same errors.
 """
 
 

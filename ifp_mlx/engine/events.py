@@ -43,7 +43,7 @@ class TokenLogprob:
 
     Attributes:
         id: the token's id.
-        text: what it adds; ``bytes:\\xf0\\x9f`` if that is a part of a character.
+        text: what it adds to the text; ``bytes:\\xf0\\x9f`` for a part of a character.
         logprob: its log probability.
         utf8: its bytes.
     """
@@ -63,8 +63,8 @@ class Token:
             stop string is incomplete.
         id: the token's id.
         number: 1 for the first generated token.
-        logprobs: where they were asked for, this token's own, then those of the most
-            probable tokens.
+        logprobs: if asked for, this token's own, then those of the most probable
+            tokens.
     """
 
     text: str
@@ -85,12 +85,12 @@ class Done:
         kept_channels: of all layers together; of a mixture, experts.
         total_channels: ``L * F``.
         unit: what is kept, ``channel`` or ``expert``.
-        agreement: at which share of the last tokens of the text that selected the
+        agreement: the share of the last tokens of the text that selected at which the
             compact model chooses the dense model's next token, or ``None`` where they
             were not compared.
-        promise: the same of the dense model's answers' tokens, as the model's card
-            (``evaluate --card``) has measured it for so many units; ``None`` without a
-            card, or below what that has measured.
+        promise: the same share over tokens of the dense model's answers, as the model's
+            card (``evaluate --card``) has measured it for this number of units;
+            ``None`` without a card, or below what it has measured.
         router_mass: share of the gate weights that the kept experts had there.
         prompt_tokens: tokens in the prompt.
         cached_tokens: how many of them came from the prompt cache.
@@ -98,7 +98,7 @@ class Done:
         seconds: ``select``, ``load``, ``wait`` (for its turn), ``prefill``,
             ``decode`` and ``ttft`` (from the request to the first token).
         tokens_per_second: of decoding, as this request saw it.
-        check: where the whole model checked, what that took: the fields of
+        check: where the whole model checked, what that cost: the fields of
             :class:`ifp_mlx.checking.loop.Checks`.
     """
 
@@ -134,12 +134,13 @@ class Task:
         total_channels: ``L * F``.
         channels: ``F``, how many a layer has.
         widths: how many of them every layer keeps.
-        bytes: of the compact model's weights in memory; those of all but the channels,
-            or experts, are there once for all tasks.
+        bytes: of the compact model's weights in memory; everything except channels, or
+            experts, is there once for all tasks.
         resident: whether that model is in memory now.
         info: how the mask was made (selector, allocation, keep, instruction).
         unit, agreement, promise, router_mass: as of :class:`Done`.
-        seconds: what preparing took: ``select`` and ``load``; 0 where it was there.
+        seconds: what preparing took: ``select`` and ``load``; 0 for what was there
+            already.
     """
 
     name: str
@@ -160,7 +161,7 @@ class Task:
 
 
 class CancelToken:
-    """Stops what it was given to, from any thread; a cancelled one stays so.
+    """Stops the work it was given to, from any thread; once cancelled, it stays so.
 
     Args:
         parent: cancels this one too.

@@ -1,9 +1,9 @@
 """The two forms that a selection's compact model has in memory.
 
-Answers that nobody checks come from the plain form, an ordinary model. The whole model
-checks beside the other, whose parts are apart (:mod:`ifp_mlx.slicing.apart`). Wherever
-the weights of both are equal, they have the same arrays; where nothing makes up for
-dropped channels, each is made of the other.
+Unchecked answers come from the plain form, an ordinary model. Checks use the other
+form, whose parts are apart (:mod:`ifp_mlx.slicing.apart`), beside the whole model.
+Where the weights of both forms are equal, they share arrays; without compensation
+either can be made from the other.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class Use:
 
     @property
     def key(self) -> tuple[str, bool]:
-        """What tells it from others."""
+        """What distinguishes it from other uses."""
         return self.selection.identity, self.checked
 
 
@@ -78,7 +78,7 @@ class Held(NamedTuple):
 
 
 def use_of(model: IFPModel, selection: Selection, checked: bool) -> Use:
-    """Return what a selection needs; where it drops nothing, there is nothing to check."""
+    """Return a selection's use; where it drops nothing, there is nothing to check."""
     checked = checked and any(k < model.channels for k in selection.sizes)
     if not checked:
         bytes_, passing = model.footprint.channel_bytes(selection), 0
@@ -91,7 +91,7 @@ def use_of(model: IFPModel, selection: Selection, checked: bool) -> Use:
 
 
 def promised(model: IFPModel, selection: Selection) -> float | None:
-    """Return what the model's card promises of so many units,
+    """Return what the model's card promises for this number of units,
     :meth:`ifp_mlx.model.card.Card.promise`; ``None`` without a card.
     """
     return None if model.card is None else model.card.promise(selection.share)
@@ -110,8 +110,8 @@ def weigh(model: IFPModel, decision: Decision) -> tuple[int, int]:
 
 
 def moving_bytes(model: IFPModel, selection: Selection) -> int:
-    """Return the bytes of channels that follow one answer, and of what is remembered
-    for that, when none of them is shared any more.
+    """Return the bytes of channels that follow one answer, with none shared any more,
+    and of what is remembered to choose them.
     """
     request = Request(selection=selection, check="exact", reselect="drift")
     return weigh(model, decide(request, model))[0]
@@ -128,7 +128,7 @@ def apart_of(
         plain: its plain compact model.
         progress: wraps the iteration over layers.
     """
-    if selection.compensates:  # which takes reading its text again
+    if selection.compensates:  # its text has to be read again
         made = model.apart(selection, progress=progress)
         share(model, made, plain, selection)
         return made
@@ -193,8 +193,9 @@ def share(
 
 
 def _own_slices(model: IFPModel, selection: Selection) -> list[tuple[Slice, ...]]:
-    """Return, for each layer, the slices whose weights differ in the two forms: an inlet
-    that makes up for dropped channels, or was quantised again, and what gates went into.
+    """Return, for each layer, the slices whose weights differ in the two forms: an
+    inlet that makes up for dropped channels or was quantised again, and weights with
+    gates folded in.
     """
     again, found = model.cut_layers(selection), []
     for n, layer in enumerate(model.plan.layers):
@@ -244,7 +245,7 @@ def _read_own(
             array = at(read[n], path)[tensor]
             mx.eval(array)
             at(modules[n], path)[tensor] = array
-        read[n].clear()  # or its dense weights would stay
+        read[n].clear()  # else its dense weights would stay in memory
 
 
 def _part(plan: Plan, slices: Sequence[tuple[Slice, ...]]) -> Plan:

@@ -17,7 +17,7 @@ class Grammar:
 
     Args:
         tokenizer: mlx-lm's ``TokenizerWrapper`` of a fast tokenizer.
-        vocabulary: tokens the model knows, which may be more than the tokenizer's.
+        vocabulary: how many tokens the model knows, possibly more than the tokenizer.
 
     Raises:
         InvalidRequest: if llguidance is not installed.
@@ -45,8 +45,8 @@ class Grammar:
             grammar: as :func:`ifp_mlx.engine.calling.grammar_of` writes it.
 
         Raises:
-            InvalidRequest: if a schema in it is none, or uses what llguidance does not
-                know.
+            InvalidRequest: if a schema in it is invalid, or uses what llguidance does
+                not know.
         """
         from llguidance import LLMatcher
 
@@ -57,8 +57,8 @@ class Grammar:
         return _Follow(matcher, self._eos, self._vocabulary)
 
     def spell(self, mark: str) -> str:
-        """Return a mark of the chat template as a grammar names it: its text, and by
-        their ids the tokens in it that llguidance takes for no text.
+        """Return a mark of the chat template as a grammar writes it: its text, and by
+        id those of its tokens that are not text to llguidance.
         """
         parts, text = [], list[int]()
         for token in [*self._tokenizer.encode(mark, add_special_tokens=False), None]:
@@ -74,7 +74,7 @@ class Grammar:
 
 
 class _Follow:
-    """Lets through the tokens that may come next, and then only the end."""
+    """Allows only tokens that the grammar allows next; after its end only the EOS."""
 
     def __init__(self, matcher: Any, eos: list[int], vocabulary: int) -> None:
         self._matcher, self._eos, self._vocabulary = matcher, eos, vocabulary

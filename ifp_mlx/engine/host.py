@@ -1,4 +1,4 @@
-"""The engine's worker side: the model, what is prepared of it, and who is served."""
+"""The engine's worker side: the model, its prepared tasks, and the requests served."""
 
 import io
 import time
@@ -46,7 +46,7 @@ from .sampling import DEFAULT_MAX_TOKENS, Sampling
 from .turns import SoloLane
 from .worker import detached
 
-QUICK = 0.02  # seconds that tokenising what has its mask already may take
+QUICK = 0.02  # seconds that taking in the requests of one turn may take
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Host:
         self.arrivals.append(ticket)
 
     def turn(self) -> None:
-        """Take in arrivals until one took its time, then one step of everybody."""
+        """Take in arrivals until one takes long, then make one step for every lane."""
         start = time.perf_counter()
         while self.arrivals and time.perf_counter() - start < QUICK:
             self._take_in(self.arrivals.popleft())
@@ -200,14 +200,14 @@ class Host:
                 ticket.sampling = self._sampling(ticket)
         except Cancelled:
             ticket.finish("cancelled")
-        except Exception as error:  # of this request; the others go on
+        except Exception as error:  # fails this request; the others go on
             ticket.emit(detached(error))
         else:
             self.schedule.add(ticket)
 
     def _selecting(self, ticket: Ticket) -> Prompt:
-        """Return what selects where nothing else is said, tokenised as the prompt: with
-        the tools, which a chat template shows before the first user message.
+        """Return what selects by default, tokenised like the prompt: including the
+        tools, which a chat template shows before the first user message.
         """
         plain = ticket.chat_template and not ticket.tools
         if plain or ids_of(ticket.messages) is not None:
@@ -229,7 +229,7 @@ class Host:
             )
 
     def _sampling(self, ticket: Ticket) -> Sampling:
-        """Return how a request decodes with this model, what must come held to."""
+        """Return how a request decodes with this model, a grammar included."""
         sampling = ticket.sampling.fitted(self.tokenizer, self.vocabulary)
         if (held := self._held(ticket)) is None:
             return sampling
@@ -262,7 +262,7 @@ class Host:
 
     @cached_property
     def grammar(self) -> Grammar:
-        """What holds answers to a grammar; made when one first asks for it."""
+        """What makes answers follow a grammar; made when first asked for."""
         return Grammar(self.tokenizer, self.vocabulary)
 
     @property

@@ -48,8 +48,8 @@ class Ticket:
         sampling: how to decode.
         use: what it needs in memory, once there is a selection.
         tokens: the prompt's ids, once tokenised.
-        max_tokens: what ``sampling`` and the context leave.
-        kv_bytes: of its KV cache at its longest, and of what else it has for itself.
+        max_tokens: most tokens that ``sampling`` and the context allow.
+        kv_bytes: of its KV cache at its longest, and of anything else that only it has.
         cached: tokens of the prompt that came from the prompt cache.
         seconds: the time spent so far.
         check: what checking took so far.
@@ -81,7 +81,7 @@ class Ticket:
 
     @property
     def tools(self) -> tuple[dict[str, Any], ...]:
-        """What the chat template shows of them."""
+        """The tools as the chat template shows them."""
         return self.calling.tools if self.calling else ()
 
     def start(self, text: "Text", cached: int) -> None:
@@ -147,10 +147,10 @@ class Ticket:
 
 
 def mask_figures(selection: Selection, promise: float | None) -> dict[str, Any]:
-    """Return what tells a selection from others, how much it keeps, and how good it is.
+    """Return which selection it is, how much it keeps, and how good it is.
 
     Args:
-        selection: that is used.
+        selection: the one in use.
         promise: of the model's card.
     """
     sizes, origin = selection.sizes, selection.origin
@@ -167,7 +167,7 @@ def mask_figures(selection: Selection, promise: float | None) -> dict[str, Any]:
 
 
 class Text:
-    """Tokens to text, held back where a stop string may have begun."""
+    """Turns tokens into text, held back where a stop string may have begun."""
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
@@ -196,7 +196,7 @@ class Text:
 
 
 class Seats(ABC):
-    """The requests that are served now with one use of a selection.
+    """The requests that are served with one use of a selection.
 
     Args:
         use: what all of them need in memory.
@@ -238,7 +238,7 @@ class Seats(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is not the requests'."""
+        """Free what belongs to no request."""
 
     @property
     @abstractmethod
@@ -254,7 +254,7 @@ class Lane(Seats):
         use: the mask; its identity is the key of every KV cache that comes from it.
         tokenizer: mlx-lm's.
         prompts: KV caches.
-        batch: requests decoded together at most.
+        batch: most requests decoded together.
         prefill_step: prompt tokens between two chances to stop.
     """
 
@@ -339,7 +339,7 @@ class Lane(Seats):
 
 
 def seed_of(sampling: Sampling) -> int:
-    """Return the seed of one request's draws, whatever comes if it names none."""
+    """Return the seed of one request's draws, a random one if it names none."""
     return secrets.randbits(32) if sampling.seed is None else sampling.seed
 
 
@@ -359,12 +359,13 @@ def sampler_of(sampling: Sampling) -> Any:
 
 
 class Schedule:
-    """Who decodes when: a lane per mask, and one more for those of its requests that
-    are checked; one step of each lane in turn.
+    """Who decodes when: each mask has a lane, and another for its checked requests; the
+    lanes take turns, one step each.
 
     A new lane opens while its model fits into the budget beside those of the other
-    lanes. When it does not, the oldest lane takes no new requests, and so ends, and
-    makes room: no mask starves, and no model is loaded twice for one crowd.
+    lanes. When it does not, the oldest lane takes no new requests until it ends and
+    makes room: no mask starves, and no model is loaded twice for the same waiting
+    requests.
 
     Args:
         open_lane: makes the lane of a request, loading its model if need be.
@@ -405,7 +406,7 @@ class Schedule:
         for key, lane in list(self.lanes.items()):
             try:
                 lane.step()
-            except Exception as error:  # of one batch; the others go on
+            except Exception as error:  # fails one batch; the others go on
                 lane.fail(detached(error))
             if not lane.running:
                 self.lanes.pop(key).close()
@@ -432,7 +433,7 @@ class Schedule:
     def _admit(self) -> None:
         crowded: dict[tuple[str, bool], None] = {}
         still_waiting = []
-        held = False  # for want of memory: then nobody may pass by
+        held = False  # a request waits for memory: then no other may overtake it
         for ticket in self.waiting:
             key = ticket.use.key
             if ticket.stop.cancelled:

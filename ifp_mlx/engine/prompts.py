@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-WHOLE_MODEL = "whole model"  # made the caches of checked answers, whatever the mask
+WHOLE_MODEL = "whole model"  # the maker of checked answers' caches, whatever the mask
 
 
 class Prompts:
@@ -26,8 +26,8 @@ class Prompts:
         return int(self._kept.nbytes)
 
     def find(self, maker: str, tokens: Sequence[int]) -> tuple[list[Any] | None, int]:
-        """Return a copy of the cache that goes furthest, and how far; at least the last
-        token is left to start from.
+        """Return a copy of the cache that covers most of a prompt, and how many tokens;
+        at least the last token is left to read.
 
         Args:
             maker: the identity of a selection, or ``WHOLE_MODEL``.
@@ -44,9 +44,9 @@ class Prompts:
         return cache, len(tokens) - len(rest)
 
     def keep(self, maker: str, tokens: Sequence[int], cache: list[Any]) -> None:
-        """Keep the cache of some tokens, unless it is larger than all may be."""
+        """Keep the cache of some tokens, unless it exceeds the limit by itself."""
         if sum(layer.nbytes for layer in cache) <= self._kept.max_bytes:
-            mx.eval([layer.state for layer in cache])  # let go of the batch it was in
+            mx.eval([layer.state for layer in cache])  # frees the batch it was in
             self._kept.insert_cache(maker, list(tokens), cache)
 
     def clear(self) -> None:

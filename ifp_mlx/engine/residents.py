@@ -46,15 +46,13 @@ class Shelf:
 
     Args:
         model: the large model.
-        budget: bytes of compact models kept in memory, what they share once.
+        budget: bytes of compact models kept in memory; shared arrays count once.
         limit: bytes that no request may exceed, or ``None``.
         kv: how KV caches are kept.
 
     Attributes:
-        in_use: returns what is being decoded with, whose models are the last to be let
-            go.
-        read: gets the KV cache of what the dense model read for a request that it
-            checks, and the tokens.
+        in_use: returns the uses that are decoding; their models are freed last.
+        read: gets the dense model's KV cache and tokens, for a request that it checks.
     """
 
     in_use: Callable[[], Iterable[Use]] = staticmethod(lambda: ())
@@ -80,9 +78,8 @@ class Shelf:
         emit: Emit,
         stop: CancelToken,
     ) -> Use:
-        """Return what a request needs; its selection is made once for each instruction.
-
-        Where the dense model reads that, the compact model is made on the way, and kept.
+        """Return the use of a request; its selection is made once for each instruction.
+        Where the dense model reads that, the compact model is made at once, and kept.
         """
         if request.task is not None:
             if request.task not in self.named:
@@ -90,7 +87,7 @@ class Shelf:
                 raise UnknownTask(f"There is no task {request.task!r} ({known}).")
             named = self.named[request.task]
             request = replace(request, task=None, selection=named)
-        # Channels that follow an answer are that answer's own.
+        # Channels that follow an answer belong to that answer alone.
         asked = with_instruction(replace(request, reselect="off"), messages)
         measuring = reporting("card", emit, stop)
         decision = decide(asked, self.model, progress=measuring)
@@ -111,13 +108,13 @@ class Shelf:
         return self.use(selection, decision.checks)
 
     def use(self, selection: Selection, checked: bool = False) -> Use:
-        """Return what a selection needs in memory."""
+        """Return the use of a selection: what it needs in memory."""
         return use_of(self.model, selection, checked)
 
     def _key(self, decision: Decision) -> tuple:
-        """Return what tells a selection from those of other requests."""
+        """Return what distinguishes a selection from those of other requests."""
         seed = decision.request.seed if decision.selector == "random" else None
-        form = decision.compares and decision.checks  # which is what is compared
+        form = decision.compares and decision.checks  # the form that is compared
         how = decision.granularity, decision.compensate, form, seed
         return tuple(decision.tokens), decision.selector, tuple(decision.sizes), *how
 
@@ -213,10 +210,11 @@ class Shelf:
         )
 
     def weigh(self, *uses: Use) -> int:
-        """Return the bytes of the compact models for some uses, without loading them, and
-        of what passes through while one of them is checked.
+        """Return the bytes of the compact models for some uses, without loading them,
+        and of the channels read in passing while one of them is checked.
 
-        They share all but their units, and two forms of one selection most of these.
+        They share everything except their units; two forms of one selection also share
+        most units.
         """
         shared = {use.selection.identity: use.shared for use in uses}
         own = {use.key: use.own for use in uses}
@@ -225,8 +223,8 @@ class Shelf:
         return self.footprint.core_bytes + channels + passing
 
     def check_limit(self, use: Use, tokens: int = 0, moving: bool = False) -> int:
-        """Return the bytes that a request has for itself: of its KV cache, and of channels
-        that follow its answer.
+        """Return the bytes that only one request needs: its KV cache, and channels that
+        follow its answer.
 
         Args:
             use: of the request.
@@ -237,7 +235,7 @@ class Shelf:
             OutOfMemory: if they and the compact model exceed the limit.
         """
         own = self.footprint.kv_bytes(tokens)
-        if use.checked:  # which copies what goes round, to be able to go back
+        if use.checked:  # copies caches that overwrite themselves, to go back
             own += sum(c.bytes(tokens) for c in self.footprint.caches if c.window)
         if moving and use.checked:
             own += moving_bytes(self.model, use.selection)
@@ -245,7 +243,7 @@ class Shelf:
         return own
 
     def _check_limit(self, more: int) -> None:
-        """Refuse what exceeds the limit, beside the core."""
+        """Refuse bytes that, with the core, exceed the limit."""
         needed = self.footprint.core_bytes + more
         if self._limit is not None and needed > self._limit:
             raise OutOfMemory(
@@ -264,7 +262,7 @@ class Shelf:
 class Residents:
     """Compact models in memory, the least recently used let go first.
 
-    Only their units differ: all else is one set of arrays; and the two forms of one
+    Only their units differ: everything else is one set of arrays. The two forms of one
     selection share what they can.
 
     Args:
@@ -292,8 +290,8 @@ class Residents:
     def sweep(self, decision: Decision, progress: Any) -> Compact:
         """Select and make the compact model in one pass, and keep it.
 
-        Where nobody checks, nobody goes on from the dense model's KV cache: answers would
-        depend on which of two prompts that begin alike came first.
+        Without a check, answers do not go on from the dense model's KV cache: else they
+        would depend on which of two prompts with the same beginning came first.
         """
         self._make_room(weigh(self._model, decision)[0])
         made = self._model.prepare(decision, progress=progress)
@@ -320,7 +318,7 @@ class Residents:
         return Held(use, made, whole)
 
     def _share_core(self, made: nn.Module) -> None:
-        """Let a model use what is not its units' of those that are there already."""
+        """Let a model share everything except units with a model that is there."""
         if other := next(iter(self._held.values()), None):
             share_core(made, other.model, self._model.plan)
 
@@ -338,7 +336,7 @@ class Residents:
         )
 
     def _make_room(self, more: int = 0) -> None:
-        """Let models go until ``more`` bytes fit; the newest stays, for its core."""
+        """Free models until ``more`` bytes fit; the newest stays, for its core."""
         while len(self._held) > 1 and self.nbytes + more > self._budget:
             self._held.popitem(last=False)
 
@@ -385,7 +383,7 @@ def reporting(
 
 
 def clear_memory() -> None:
-    """Give back what nothing refers to any more."""
+    """Give back memory that nothing refers to any more."""
     import gc
 
     gc.collect()

@@ -1,4 +1,4 @@
-"""How a caller may ask an engine to decode. Checked at once."""
+"""How a caller asks an engine to decode, checked at once."""
 
 import math
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ class Sampling(Decoding):
     """How to decode: the fields of :class:`ifp_mlx.decoding.options.Decoding`, and more.
 
     Attributes:
-        max_tokens: at most so many; ``None`` is 512, or what the context leaves.
+        max_tokens: most tokens of the answer; ``None`` is 512, or what the context
+            leaves.
         seed: makes sampling repeatable, alone or in a batch.
         logprobs: report the token's log probability.
-        top_logprobs: report so many of the most probable tokens too.
+        top_logprobs: report this many of the most probable tokens too.
         json_schema: a JSON schema the text must follow (needs ``llguidance``).
     """
 

@@ -1,4 +1,4 @@
-"""The bytes of one token, of which a character may need several."""
+"""The bytes of one token; a character may need several tokens."""
 
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ def bytes_of(tokenizer: Any, token: int) -> bytes:
 
 
 def spelled(content: bytes) -> str:
-    """Return a token's bytes as text, or, of a part of a character, as OpenAI writes it."""
+    """Return a token's bytes as text; a part of a character as OpenAI writes it."""
     try:
         return content.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Requests of one mask that decode one by one, each a bit in turn."""
+"""Requests of one mask that decode one by one, in turns."""
 
 import itertools
 from abc import abstractmethod
@@ -17,7 +17,7 @@ from .prompts import Prompts
 
 
 class Said(NamedTuple):
-    """A token of an answer, as a batch would say it; see :meth:`Ticket.token`."""
+    """A token of an answer, in a batch's form; see :meth:`Ticket.token`."""
 
     token: int
     logprobs: mx.array
@@ -33,7 +33,9 @@ class Turns(Seats):
         batch: requests at a time.
     """
 
-    breaks: tuple[type[Exception], ...] = ()  # that end the one request they come from
+    breaks: tuple[
+        type[Exception], ...
+    ] = ()  # they end only the request that raised them
 
     def __init__(self, use: Use, tokenizer: Any, batch: int) -> None:
         super().__init__(use, batch)
@@ -48,7 +50,7 @@ class Turns(Seats):
         return number
 
     def step(self) -> None:
-        """Take the one that waited longest a bit further."""
+        """Advance the request that waited longest."""
         for number in [n for n, one in self.running.items() if one.stop.cancelled]:
             self._end(number, "cancelled")
         if not self.running:
@@ -81,22 +83,22 @@ class Turns(Seats):
 
     @abstractmethod
     def _advance(self, number: int) -> Sequence[Any]:
-        """Take one request a bit further, and return the tokens that came of it."""
+        """Advance one request, and return the tokens that it gave."""
 
     @abstractmethod
     def _end(self, number: int, reason: FinishReason) -> None:
         """End one request, and keep its KV cache."""
 
     def _forget(self, number: int) -> None:
-        """Let go of what is one request's."""
+        """Free what belongs to one request."""
 
     def _failed(self, error: Exception) -> Exception:
-        """Return what a request is told that an error ended."""
+        """Return the error that a request gets when this one ended it."""
         return error
 
 
 class SoloLane(Turns):
-    """The requests of one mask whose KV caches are kept as no batch can.
+    """The requests of one mask whose kind of KV cache no batch supports.
 
     Args:
         model: the mask's compact model.

@@ -16,7 +16,7 @@ Job = tuple[Callable[[Any], Any], Future]
 
 
 class Resident(Protocol):
-    """What lives on the worker: it is made, used and let go there."""
+    """What lives on the worker: it is made, used and freed there."""
 
     @property
     def busy(self) -> bool:
@@ -80,7 +80,7 @@ class Worker:
         ended: BaseException = EngineClosed("The engine is closed; open another one.")
         try:
             self._serve(make)
-        except BaseException as error:  # the waiting callers must hear of any end
+        except BaseException as error:  # waiting callers must be told of any end
             ended = error
         with self._lock:
             self._ended = ended
@@ -107,7 +107,9 @@ class Worker:
         resident.fail(EngineClosed("The engine was closed before this was done."))
 
     def _run_jobs(self, resident: Resident) -> bool:
-        """Run what is queued, waiting if there is nothing else; whether to go on."""
+        """Run queued jobs, waiting if there is nothing else; return whether to go
+        on.
+        """
         while not (resident.busy and self._jobs.empty()):
             job = self._jobs.get()
             if job is None:

@@ -36,13 +36,13 @@ class Policy:
     """Who may ask for what.
 
     Attributes:
-        name: what the model is called in requests.
+        name: the model's name in requests.
         api_key: needed as ``Authorization: Bearer``, or ``None``.
         hosts: values of the ``Host`` header that are served; ``*`` is any.
         max_body: bytes of a request.
-        body_seconds: a request's body must be there by then.
+        body_seconds: seconds in which a request's body must arrive.
         libraries: folders of mask files that requests may name.
-        defaults: where a request says nothing.
+        defaults: of requests.
     """
 
     name: str
@@ -135,8 +135,8 @@ class Service:
         self._running = 0
 
     async def health(self, request: "Request") -> "Response":
-        """``GET /health``: 200 while the worker serves, 503 once it has died; with what
-        checking took so far.
+        """``GET /health``: 200 while the worker serves, 503 once it has died; also what
+        checking cost so far.
         """
         alive = self._engine.alive
         status = "ok" if alive else "the engine's worker has ended; restart the server"
@@ -181,7 +181,9 @@ class Service:
         read: Callable[..., Asked],
         kind: type[Answer] | type[ResponseAnswer],
     ) -> "Response":
-        """Start a request, so that its mistakes have a status; then stream or collect."""
+        """Start a request, so that mistakes get an HTTP status; then stream or
+        collect.
+        """
         stop = CancelToken()
         body = await _body(request, self._policy)
         gone = asyncio.create_task(_watch(request, stop))
@@ -204,7 +206,7 @@ class Service:
             self._running -= not handed_on
 
     def _streams(self, asked: Asked, stops: list[CancelToken]) -> list[Any]:
-        """Ask the engine for every choice; with a seed, each has one of its own."""
+        """Ask the engine for every choice; with a seed, each gets its own."""
         options = self._options(asked)
         how = {"chat_template": asked.chat, "calling": asked.calling}
         streams, seed = [], options.get("seed")
@@ -324,7 +326,7 @@ async def _body(request: "Request", policy: Policy) -> bytes:
     from starlette.requests import ClientDisconnect
 
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a web page can send others without asking
+    if kind != "application/json":  # web pages may send other types without a preflight
         raise HTTPError(415, f"Content-Type is {kind!r}; send application/json.")
     body = bytearray()
     try:

@@ -10,12 +10,12 @@ from ..selection.request import Keep
 
 @dataclass(frozen=True)
 class Defaults:
-    """What the server assumes where a request says nothing.
+    """The defaults of requests.
 
     Attributes:
         keep: kept share.
         decoding: fields of :class:`ifp_mlx.decoding.options.Decoding`.
-        chat_template_config: options of the chat template; a request's come on top.
+        chat_template_config: options of the chat template; a request's override them.
     """
 
     keep: Keep | None = None
@@ -35,7 +35,7 @@ class Asked:
         choices: how many answers.
         stream: whether the answer is streamed, and ``include_usage`` with its usage.
         options: of ``Engine.astream``.
-        echo: what the answer repeats of the request.
+        echo: fields of the request that the answer repeats.
     """
 
     model: str

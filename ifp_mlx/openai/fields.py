@@ -16,7 +16,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ..engine.errors import InvalidRequest
 
-# Where pydantic's own words would not be ours; the others begin with "Input should".
+# Our words instead of pydantic's; its other messages begin with "Input should".
 SENTENCES = {
     "missing": "is missing",
     "extra_forbidden": "is not supported by this server",
@@ -44,8 +44,8 @@ class FieldError(InvalidRequest):
 
 
 class Fields(BaseModel):
-    """An object of a request: types are strict, unknown fields refused, and null is as
-    good as nothing.
+    """An object of a request: types are strict, unknown fields are refused, and null
+    counts as absent.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -75,14 +75,15 @@ def read(kind: type[Read], body: Any) -> Read:
 
 
 def path_of(place: Sequence[int | str]) -> str:
-    """Return a place in a request as one writes it: ``messages[0].content``."""
-    named = (part for part in place if part != "[key]")  # pydantic's, of a dict's key
+    """Return a place in a request as people write it: ``messages[0].content``."""
+    # "[key]" is pydantic's mark of a dict's key.
+    named = (part for part in place if part != "[key]")
     parts = (f"[{p}]" if isinstance(p, int) else f".{p}" for p in named)
     return "".join(parts).removeprefix(".")
 
 
 def wrong(place: Sequence[int | str], message: str) -> ValidationError:
-    """Return the error of a field inside what a validator is given."""
+    """Return the error of a field inside a validator's value."""
     error = PydanticCustomError("wrong", "{words}", {"words": message})
     details = InitErrorDetails(type=error, loc=tuple(place), input=None)
     return ValidationError.from_exception_data("request", [details])
@@ -107,7 +108,7 @@ def _shown(error: Any) -> str:
 
 
 def must(sentence: str) -> WrapValidator:
-    """Return what says in our words what a field must be."""
+    """Return a validator that says in our words what a field must be."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
@@ -119,7 +120,9 @@ def must(sentence: str) -> WrapValidator:
 
 
 def within(low: float, high: float) -> WrapValidator:
-    """Return what holds a number between two, both allowed; whole ones if they are."""
+    """Return a validator of numbers from ``low`` to ``high``; whole ones if they
+    are.
+    """
     kind = "a whole number" if isinstance(low, int) else "a number"
     words = {"words": f"must be {kind} from {low:.20g} to {high:.20g}"}
 
@@ -135,7 +138,7 @@ def within(low: float, high: float) -> WrapValidator:
 
 
 def among(choices: Sequence[str]) -> WrapValidator:
-    """Return what holds a text to some choices."""
+    """Return a validator that allows some texts only."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         if isinstance(value, str) and value in choices:
@@ -147,7 +150,9 @@ def among(choices: Sequence[str]) -> WrapValidator:
 
 
 def by(field: str, **kinds: type[Fields]) -> PlainValidator:
-    """Return what reads an object as the kind that one of its fields names."""
+    """Return a validator that reads an object as the kind that one of its fields
+    names.
+    """
 
     def check(value: Any) -> Fields:
         if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What ``/v1/responses`` sends back: items, and the events that tell of them."""
+"""What ``/v1/responses`` sends back: items, and the events that report them."""
 
 import json
 import time
@@ -46,7 +46,7 @@ class ResponseAnswer:
         self._open: Piecewise | None = None
 
     def over(self, index: int) -> bool:
-        """Whether it has all that is wanted."""
+        """Whether it wants no more tokens."""
         return self._parts.over
 
     def first(self) -> Iterator[bytes]:
@@ -55,16 +55,16 @@ class ResponseAnswer:
             yield self._event({"type": kind, "response": self._body})
 
     def take(self, index: int, token: Token) -> Iterator[bytes]:
-        """Take a token; yield what it adds."""
+        """Take a token; yield the events it gives."""
         parts = self._parts.add(token.text)
         self._thoughts += self._parts.thinking
         yield from self._told(parts)
 
     def finish(self, index: int, done: Done) -> Iterator[bytes]:
-        """Take the end; yield what it closes, and the whole response."""
+        """Take the end; yield the last events, and the whole response."""
         yield from self._told(self._parts.finish())
         yield from self._close()
-        if not self._body["output"]:  # an answer of nothing is one
+        if not self._body["output"]:  # an empty answer is an item too
             yield from self._told_piece("content", "")
             yield from self._close()
         cut = done.finish_reason == "length"
@@ -77,7 +77,7 @@ class ResponseAnswer:
         yield self._event({"type": kind, "response": self._body})
 
     def last(self) -> Iterator[bytes]:
-        """Yield what ends a stream: nothing more."""
+        """Yield what ends a stream: nothing here."""
         yield from ()
 
     def whole(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class ResponseAnswer:
         return self._body
 
     def error(self, error: BaseException) -> bytes:
-        """Return what tells of an error in a stream."""
+        """Return the event of an error in a stream."""
         said = error_of(error)[1]["error"]
         told = {"code": said["code"] or said["type"], "message": said["message"]}
         body = self._body | {"status": "failed", "error": told}
@@ -135,7 +135,7 @@ class ResponseAnswer:
 
 
 class Piecewise:
-    """An item whose text comes piece by piece: a message, or what was thought.
+    """An item whose text comes piece by piece: a message, or a thought.
 
     Args:
         kind: ``content`` or ``reasoning``.

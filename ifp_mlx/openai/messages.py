@@ -25,7 +25,7 @@ class TextPart(Fields):
 
 
 def text_of(**kinds: type[Fields]) -> PlainValidator:
-    """Return what reads a text, or a list of parts that are one together."""
+    """Return a validator of a text, or of a list of parts that are joined to one."""
     parts = TypeAdapter(list[Annotated[Any, by("type", **kinds)]])
 
     def check(value: Any) -> str:
@@ -111,8 +111,8 @@ def messages_of(
     """Return a conversation as chat templates want it.
 
     Raises:
-        FieldError: on what the model's template has no place for, and on a result
-            without a call.
+        FieldError: on a part that the model's template has no place for, and on a
+            result without a call.
     """
     conversation, called = [], dict[str, str]()
     for number, message in enumerate(messages):
@@ -149,7 +149,7 @@ def answered(
     Args:
         content: what it said.
         reasoning: what it thought.
-        calls: as ``tool_calls`` of a chat, their arguments an object.
+        calls: as ``tool_calls`` of a chat, with arguments as an object.
     """
     message: Message = {"role": "assistant", "content": content}
     if reasoning is not None:
@@ -183,7 +183,7 @@ def returned(
 
 
 def check_text(field: str, conversation: Sequence[Message]) -> None:
-    """Raise ``FieldError`` if there is no text in a conversation, or no answer to come."""
+    """Raise ``FieldError`` if a conversation has no text, or awaits no answer."""
     if not any(message["content"].strip() for message in conversation):
         raise FieldError(field, "must hold some text.")
     if conversation[-1].get("tool_calls"):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import Route
 
-# They hold nothing of the model's, so they need no key; what they ask for does.
+# These files contain nothing of the model, so they need no key; their requests do.
 FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -51,8 +51,8 @@ def routes(
     Args:
         engine: what answers.
         name: what requests call the model.
-        keep: where a request says none; ``None`` leaves it to the checkpoint.
-        temp: temperature where a request says none.
+        keep: default of requests; ``None`` leaves it to the checkpoint.
+        temp: default temperature of requests.
     """
     from starlette.routing import Route
 
@@ -107,7 +107,7 @@ class Page:
 
 
 def task_of(task: Task) -> dict[str, Any]:
-    """Return what the page tells of a task."""
+    """Return what the page shows of a task."""
     return {
         "name": task.name,
         "instruction": task.info.get("instruction"),
@@ -122,8 +122,8 @@ def task_of(task: Task) -> dict[str, Any]:
 
 
 def bits_of(mask: np.ndarray) -> str:
-    """Return a mask ``[L, F]`` as base64 of a bit a unit, layer after layer, the lowest
-    bit of a byte first.
+    """Return a mask ``[L, F]`` as base64: one bit per unit, layer after layer, the
+    lowest bit of a byte first.
     """
     packed = np.packbits(mask.reshape(-1) > 0, bitorder="little")
     return base64.b64encode(packed.tobytes()).decode()

@@ -1,4 +1,4 @@
-"""A model's text, as it comes, parted into thoughts, what is said, and calls of tools."""
+"""A model's text, as it comes, divided into thoughts, answer and calls of tools."""
 
 import uuid
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Called:
     """A call, whole.
 
     Attributes:
-        id: by which its result is told.
+        id: by which its result refers to it.
         call: the tool and its arguments.
     """
 
@@ -41,10 +41,10 @@ Part = Piece | Called
 
 
 class Parts:
-    """Parts one answer.
+    """Divides one answer into its parts.
 
-    Whitespace between a thought or a call and what is said belongs to neither. What stands
-    between the marks of a call and is none that can be read stays as it was written.
+    Whitespace between a thought or a call and the answer belongs to neither. If the
+    text between the marks of a call cannot be read as one, it stays as it was written.
 
     Args:
         dialect: of the model.
@@ -54,7 +54,7 @@ class Parts:
     Attributes:
         called: how many calls there were.
         thinking: whether it is in a thought now.
-        over: whether no more is wanted: it has the one call that it may have.
+        over: whether no more is wanted, since it has the one call that it may have.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Parts:
         self._dialect, self._calling = dialect, calling
         self._state, self._name = dialect.begin(state), state
         self._call = ""  # what was written of a call so far
-        self._after_mark = False  # and nothing but whitespace since
+        self._after_mark = False  # only whitespace came since
         self.called = 0
         self.over = False
 

@@ -26,7 +26,7 @@ from .tools import ChatTool, ToolChoice, calling_of, check_schema
 
 # A check has the logits of all drafted tokens in memory.
 MOST_DRAFT_TOKENS = 256
-MOST = 1 << 20  # of what is counted
+MOST = 1 << 20  # of anything that is counted
 MOST_CHOICES = 16  # as many as decode together
 
 Count = Annotated[int, within(1, 1 << 31)]
@@ -177,14 +177,14 @@ class Asking(Fields):
 
 
 def _bounded(name: str) -> Any:
-    """Return the field of an option of decoding, which its bounds make."""
+    """Return the field of an option of decoding, with its bounds."""
     low, high = BOUNDS[name]
     if isinstance(getattr(Decoding, name), int):
         return Annotated[int, within(int(low), MOST)] | None, None
     return Annotated[float, within(float(low), float(high))] | None, None
 
 
-# Every option of decoding that the package knows, but those with OpenAI's own bounds.
+# Every option of decoding that the package knows, except those with OpenAI's bounds.
 Decoded: Any = create_model(
     "Decoded",
     __base__=Asking,
@@ -300,7 +300,7 @@ class Completion(Generating):
 
 
 def config_of(defaults: Defaults, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the engine's option for what the chat template is told, if it is."""
+    """Return the engine's option for the chat template's options, if there are any."""
     config = {**defaults.chat_template_config, **given}
     return {"chat_template_config": config} if config else {}
 
@@ -309,7 +309,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     """Return a request's body, strictly JSON: no NaN, no broken text.
 
     Raises:
-        InvalidRequest: if it is anything else than a JSON object.
+        InvalidRequest: if it is anything but a JSON object.
     """
     try:
         content = json.loads(body, parse_constant=_no_constant)

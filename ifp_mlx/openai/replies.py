@@ -57,7 +57,7 @@ class Choice:
 
     Args:
         index: which of them.
-        parts: its text, parted.
+        parts: divides its text.
         logprobs: spells the log probabilities of its tokens, if they were asked for.
     """
 
@@ -73,11 +73,11 @@ class Choice:
 
     @property
     def over(self) -> bool:
-        """Whether it has all that is wanted."""
+        """Whether it wants no more tokens."""
         return self._parts.over
 
     def take(self, token: Token) -> list[dict[str, Any]]:
-        """Take a token; return the deltas that it gives, each with its own choice."""
+        """Take a token; return its deltas, each as a choice of a chunk."""
         deltas = [d for part in self._parts.add(token.text) for d in self._deltas(part)]
         self._thoughts += self._parts.thinking
         logprobs = None
@@ -108,7 +108,7 @@ class Choice:
 
     @property
     def thoughts(self) -> int:
-        """How many tokens it thought."""
+        """How many tokens its thoughts have."""
         return self._thoughts
 
     def whole(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Choice:
         return about | {"finish_reason": reason}
 
     def _deltas(self, part: Part) -> list[dict[str, Any]]:
-        """Return what a part adds; of a call, its name and then its arguments."""
+        """Return what a part adds; for a call its name, then its arguments."""
         if isinstance(part, Piece):
             self._said[part.kind] += part.text
             return [{part.kind: part.text}]
@@ -151,7 +151,7 @@ class Choice:
 
 
 class Answer:
-    """What a chat or a completion gets back, whole or in chunks.
+    """The answer to a chat or a completion, whole or in chunks.
 
     Args:
         asked: the request.
@@ -196,7 +196,7 @@ class Answer:
             yield self._chunk([self._streamed(choice)])
 
     def finish(self, index: int, done: Done) -> Iterator[bytes]:
-        """Take the end of a choice; yield the chunks that say so, with our figures."""
+        """Take the end of a choice; yield its last chunks, with our figures."""
         *more, last = self._choices[index].finish(done)
         for choice in more:
             yield self._chunk([self._streamed(choice)])
@@ -218,7 +218,7 @@ class Answer:
 
     @staticmethod
     def error(error: BaseException) -> bytes:
-        """Return what tells of an error in a stream."""
+        """Return the event of an error in a stream."""
         return event_bytes(error_of(error)[1])
 
     def _streamed(self, choice: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +241,9 @@ class Answer:
 
 
 class ChatLogprobs:
-    """Log probabilities as a chat has them, of every token, whatever it is a part of."""
+    """Log probabilities in a chat's form, of every token, thoughts and calls
+    included.
+    """
 
     def __call__(self, token: Token) -> dict[str, Any]:
         """Return those of one token."""
@@ -272,8 +274,8 @@ class TextLogprobs:
         }
 
     def _length(self, token: Token) -> int:
-        """Return the characters that a token completes; text begins without the space
-        that the first token may begin with.
+        """Return how many characters a token completes; a leading space of the first
+        token does not count.
         """
         content = token.logprobs[0].utf8
         if self._offset == 0 and not token.text.startswith(" "):
@@ -282,7 +284,7 @@ class TextLogprobs:
 
 
 def usage_of(dones: Sequence[Done], thoughts: int) -> dict[str, Any]:
-    """Return OpenAI's ``usage`` of all choices together, whose prompt is one."""
+    """Return OpenAI's ``usage`` of all choices together; the prompt counts once."""
     first, said = dones[0], sum(done.generation_tokens for done in dones)
     return {
         "prompt_tokens": first.prompt_tokens,

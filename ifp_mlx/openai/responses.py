@@ -23,7 +23,7 @@ from .messages import (
 from .protocol import Asking, Count, Never, Nothing, config_of
 from .tools import FlatToolChoice, Tool, calling_of, check_schema
 
-# What an answer repeats, as it is where a request says nothing.
+# What an answer repeats of the request, with the defaults.
 ECHOED: dict[str, Any] = {
     "instructions": None,
     "max_output_tokens": None,
@@ -49,7 +49,7 @@ class WrittenPart(Fields):
 
 
 class Item(Fields):
-    """What all items may have: it is of no use here, as nothing is stored."""
+    """Fields that all items may have; unused here, as nothing is stored."""
 
     type: str
     id: str | None = None
@@ -100,7 +100,7 @@ _item = by(
 
 
 def _with_type(value: Any) -> Any:
-    """Say what an item is that has a role and no type."""
+    """Give an item with a role and no type its type."""
     if isinstance(value, dict) and value.get("type") is None and "role" in value:
         return value | {"type": "message"}
     return value
@@ -197,12 +197,12 @@ class Response(Asking):
 
 
 def conversation_of(items: Sequence[Item], dialect: Dialect) -> list[Message]:
-    """Return items as the messages that chat templates want: what an answer thought, said
-    and called is one message.
+    """Return items as the messages that chat templates want: an answer's thoughts, text
+    and calls are one message.
 
     Raises:
-        FieldError: on what the model's template has no place for, and on a result
-            without a call.
+        FieldError: on a part that the model's template has no place for, and on a
+            result without a call.
     """
     conversation, called, thought = [], dict[str, str](), None
     for number, item in enumerate(items):

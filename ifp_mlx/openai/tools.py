@@ -102,14 +102,13 @@ def calling_of(
     parallel: bool,
     dialect: Dialect,
 ) -> Calling | None:
-    """Return what an answer may call; ``None`` if nothing.
+    """Return the tools that an answer may call; ``None`` if none.
 
     Raises:
-        FieldError: if the choice and the tools do not fit, or the model has no way to
-            do that.
+        FieldError: if the choice and the tools do not fit, or the model cannot do that.
     """
     if choice == "none":
-        return None  # the model does not see what it may not call
+        return None  # the model does not see tools that it may not call
     name = None if isinstance(choice, str) else choice.name
     must = choice == "required" or name is not None
     functions = [tool.function for tool in tools]
@@ -130,7 +129,7 @@ def calling_of(
 def check_schema(
     field: str, schema: dict[str, Any] | None, calling: Calling | None, dialect: Dialect
 ) -> None:
-    """Raise ``FieldError`` if an answer cannot be JSON by a schema or else a call."""
+    """Raise ``FieldError`` if an answer cannot be either JSON by a schema or a call."""
     if schema is not None and calling is not None and dialect.form is None:
         raise FieldError(field, f"must be text beside tools: {_why(dialect)}.")
 
