@@ -85,7 +85,7 @@ def runs_programs(sets: Mapping[str, Sequence[Question]]) -> bool:
 
 
 def checking(settings: Sequence[Setting]) -> bool:
-    """Whether answers are checked, or held against some that are."""
+    """Whether answers are checked, or compared with checked ones."""
     return any(setting.check is not None for setting in settings)
 
 
@@ -172,7 +172,7 @@ class Answer(NamedTuple):
     Attributes:
         text: without its end.
         ids: of its tokens, the end included.
-        check: what checking took.
+        check: what checking cost.
     """
 
     text: str

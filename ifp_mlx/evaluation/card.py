@@ -1,8 +1,8 @@
 """Measure a model's card: what leaving parts out of it costs on the package's own prompts.
 
-The dense model answers each prompt greedily. Each prompt then selects for itself at every
-keep, as `generate` selects by default, and the compact model reads that answer where it would
-have begun its own: from the keys and values of the prompt that the dense model has left.
+The dense model answers each prompt greedily. Each prompt then selects for itself at
+every keep, as `generate` selects by default, and the compact model reads that answer
+from where its own would begin: after the dense model's keys and values of the prompt.
 Where an answer can be checked, it also gives its own.
 """
 
@@ -60,7 +60,7 @@ class CardPrompt:
 
     @property
     def max_tokens(self) -> int:
-        """Of its answer, at most."""
+        """Most tokens of its answer."""
         return LONG_TOKENS if self.kind == LONG else MAX_TOKENS
 
     def right(self, answer: str) -> bool | None:
@@ -124,7 +124,7 @@ def measure(
     *,
     progress: ProgressBar = iter,
 ) -> Card:
-    """Measure what the log does not have yet, and return the card of it all.
+    """Measure what is missing in the log, and return the card of all of it.
 
     Args:
         model: from :func:`ifp_mlx.load`; its dense weights stay in memory here.
@@ -135,7 +135,7 @@ def measure(
     """
     dense: nn.Module | None = None
     if model.plan.unit == "channel" and model.predictor is None:
-        model.known_prior(progress)  # or the default would change once it is there
+        model.known_prior(progress)  # else the default would change once it is there
     for prompt in progress(prompts):
         todo = [keep for keep in keeps if (prompt.name, keep) not in log]
         if todo or (prompt.name, DENSE) not in log:
@@ -158,7 +158,7 @@ def _measure_prompt(
     keeps: Iterable[float],
     log: Log,
 ) -> None:
-    """Log the dense model's answer, and what each keep makes of it."""
+    """Log the dense model's answer, and how each keep agrees with it."""
     tokens = model.tokens_of(as_messages(prompt.prompt))
     if (prompt.name, DENSE) not in log:
         start = time.perf_counter()
@@ -240,7 +240,7 @@ def _answer(
         model: dense or compact.
         tokenizer: mlx-lm's.
         tokens: of the prompt, those in ``kv`` left out.
-        kv: the cache to go on from, or ``None``; it is used up.
+        kv: the cache to go on from, or ``None``; it is changed.
         max_tokens: of the answer, at most.
     """
     from mlx_lm import stream_generate
@@ -253,7 +253,7 @@ def _answer(
 
 
 def card_of(model: IFPModel, lines: Sequence[Line]) -> Card:
-    """Return the card that some lines of a log make: all of the same prompts."""
+    """Return the card of some lines of a log, all for the same prompts."""
     groups: dict[tuple[str, float], list[Line]] = {}
     for line in sorted(lines, key=lambda line: -line["keep"]):
         groups.setdefault((line["kind"], line["keep"]), []).append(line)
@@ -288,7 +288,7 @@ def card_of(model: IFPModel, lines: Sequence[Line]) -> Card:
 
 
 def _pooled(lines: Sequence[Line], name: str) -> float:
-    """Return the mean over all tokens of some answers: a short one says little."""
+    """Return the mean over all tokens of some answers: a short one counts less."""
     return float(
         np.average(
             [line[name] for line in lines],
@@ -298,7 +298,7 @@ def _pooled(lines: Sequence[Line], name: str) -> float:
 
 
 def _mean(lines: Sequence[Line], name: str) -> Any:
-    """Return the mean of what is known of some lines; ``None`` if nothing is."""
+    """Return the mean of the known values of some lines; ``None`` if there are none."""
     values = [line[name] for line in lines if line[name] is not None]
     return float(np.mean(values)) if values else None
 

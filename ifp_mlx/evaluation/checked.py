@@ -15,11 +15,11 @@ SHARES = ("same", "before", "alike")
 
 
 def compare(ids: Sequence[int], dense: Sequence[int]) -> dict[str, float]:
-    """Return how far an answer is the dense model's own, its end included.
+    """Return how far an answer equals the dense model's, including its end.
 
     Args:
-        ids: of the answer.
-        dense: of the dense model's, one at least.
+        ids: token ids of the answer.
+        dense: those of the dense model's answer, at least one.
 
     Returns:
         ``same``: 1 if both are equal, else 0; ``before``: the share of the dense
@@ -36,15 +36,15 @@ def compare(ids: Sequence[int], dense: Sequence[int]) -> dict[str, float]:
 
 
 def nats(dense: nn.Module, prompt: Sequence[int], ids: Sequence[int]) -> float:
-    """Return the mean of ``-log p`` that the dense model gives an answer's tokens: the
-    KL to it, in nats per token, of who says just this.
+    """Return the mean of ``-log p`` that the dense model gives an answer's tokens, in
+    nats per token: the KL to it from a model that is certain of this answer.
     """
     row = Row(list(prompt), list(ids))
     return metrics(row, log_probabilities(dense, row), None)["nll"]
 
 
 def figures(check: Checks | None) -> dict[str, int]:
-    """Return what checking one answer took; nothing if it was not checked."""
+    """Return what checking one answer cost; nothing if it was not checked."""
     if check is None:
         return {"checks": 0, "bytes_read": 0}
     read = check.bytes_read - check.prompt_bytes_read

@@ -1,10 +1,10 @@
-"""Speed of a compact model that the whole one checks, and what is read for it.
+"""Speed of a compact model that the whole one checks, and the bytes read for it.
 
-Beside it: the dense model in memory; the compact one alone, whose answer is another; and
-naive streaming, the dense model of which nothing but one channel a layer (one group of
-them, if quantised) stays in memory: all others are read for every token, by the same
-machinery. What is read comes from the system's cache, or, held up by :class:`Disk`, from
-a disk of some bandwidth: how fast a model is that is larger than memory.
+It is compared with the dense model in memory; with the compact one alone, whose answer
+may differ; and with naive streaming: the dense model with only one channel a layer (one
+group of them, if quantised) in memory, all others read for every token by the same
+code. Bytes come from the system's cache, or, slowed down by :class:`Disk`, as from a
+disk of some bandwidth, which shows the speed of a model larger than memory.
 """
 
 import statistics
@@ -29,14 +29,14 @@ from .runners import clear
 from .tables import markdown
 
 DENSE, ALONE, STREAMING = "dense", "compact alone", "streaming"
-STREAMED = 8  # tokens that are streamed at most: each takes as long as the last
+STREAMED = 8  # tokens to stream; more would tell nothing, as all take the same time
 
 
 class Disk:
     """A single disk of some bandwidth, which many threads read from.
 
-    Each of them is told to wait until its bytes can have come: after those of the others,
-    and not before they were asked for.
+    Each thread waits until its bytes could have arrived: after the bytes asked for
+    before.
 
     Args:
         bandwidth: bytes per second.
@@ -44,7 +44,7 @@ class Disk:
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
-        self._free = 0.0  # when all that was asked for so far has come
+        self._free = 0.0  # the time at which everything asked for so far has arrived
         self._lock = threading.Lock()
 
     def __call__(self, nbytes: int, began: float) -> None:
@@ -61,9 +61,9 @@ class Decoded:
 
     Attributes:
         tokens: of the answer.
-        seconds: that they took.
-        checks: passes of the dense model layer by layer.
-        bytes_read: of channels, meanwhile.
+        seconds: how long they took.
+        checks: passes of the dense model, layer by layer.
+        bytes_read: bytes of channels read in that time.
         peak_bytes: MLX's peak, loading and reading the prompt included.
     """
 
@@ -82,8 +82,8 @@ class CheckedContest:
         model: the large model.
         keeps: fields of the :class:`Request` that say what is kept.
         prompt: token ids, which select too, unless ``keeps`` names a selection.
-        max_tokens: tokens to decode, whatever they are.
-        draft_tokens: for one check at most.
+        max_tokens: tokens to decode; an end of text does not stop it.
+        draft_tokens: most tokens drafted for one check.
     """
 
     model: IFPModel
@@ -157,7 +157,7 @@ class CheckedContest:
 
 
 def _throttled(whole: Whole, bandwidth: float | None) -> tuple[float, int]:
-    """Read from a disk from now on; return the time, and the bytes read so far."""
+    """Read as from a disk from now on; return the time, and the bytes read so far."""
     if bandwidth is not None:
         whole.throttle = Disk(bandwidth)
     return time.perf_counter(), whole.bytes_read
@@ -250,7 +250,9 @@ def measure(
     keep = contest.prepare("off").selection.share
     case = CheckedCase(keep, len(contest.prompt), {(_name(r), b): [] for r, b in ways})
     for turn in progress(range(turns)):
-        for row, bandwidth in ways[:: -1 if turn % 2 else 1]:  # none is always first
+        for row, bandwidth in ways[
+            :: -1 if turn % 2 else 1
+        ]:  # so that none is always first
             case.runs[_name(row), bandwidth].append(contest.run(row, bandwidth))
     return case
 

@@ -1,4 +1,4 @@
-"""Judge an answer: each kind of question has its own way to be right."""
+"""Judge answers: each kind of question has its own rule for what is right."""
 
 import re
 from typing import Any
@@ -79,7 +79,7 @@ def _program(check: Check, prompt: str, text: str) -> bool | None:
         if block is None and not re.match(r"\s+\S", text):
             return None  # neither a function nor the indented rest of one
         code = check["start"] + code
-    else:  # the imports above the function's head belong to the question
+    else:  # the question's imports, above the function's head
         code = check["start"].split("def ")[0] + code
     return sandbox.passes(f"{code}\n\n{check['test']}\n\ncheck({entry})\n")
 

@@ -25,12 +25,14 @@ def decode_speeds(
     Args:
         models: all in memory.
         prompt: token ids, not part of the time.
-        tokens: to decode, at least 1, whatever they are.
+        tokens: how many to decode, at least 1; an end of text does not stop it.
         progress: wraps the iteration over turns.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in progress(range(TURNS + 1)):
-        for name in list(models)[:: 1 if turn % 2 else -1]:  # none is always first
+        for name in list(models)[
+            :: 1 if turn % 2 else -1
+        ]:  # so that none is always first
             spent = decode(models[name], prompt, tokens)
             if turn:
                 seconds[name].append(spent)
@@ -38,7 +40,7 @@ def decode_speeds(
 
 
 def decode(model: nn.Module, prompt: list[int], tokens: int) -> float:
-    """Return the seconds of so many tokens after the first, whatever they are."""
+    """Return the seconds of this many tokens after the first."""
     from mlx_lm.generate import generate_step
 
     steps = generate_step(mx.array(prompt), model, max_tokens=tokens + 1)

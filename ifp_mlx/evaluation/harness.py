@@ -1,10 +1,9 @@
-"""Tasks of lm-evaluation-harness on a model that selects by them.
+"""Tasks of lm-evaluation-harness on a model that selects units for them.
 
 mlx_lm has an adapter of its own; this one adds nothing but the masks. They are chosen
-request by request, from what the request gives to read, or once for a task, from
-examples that are not evaluated or from the task's description. The prompt is read by
-the compact model. Where that is compensated it is really made; else masks on the dense
-model stand for it.
+for each request, from the text that it gives to read, or once for a task, from examples
+that are not evaluated or from the task's description. The prompt is read by the compact
+model. A compensated one is really made; otherwise the masked dense model stands for it.
 """
 
 import logging
@@ -42,7 +41,7 @@ Scores = dict[str, dict[str, list[float]]]
 
 
 class SelectingLM(MLXLM):
-    """mlx_lm's adapter; what is selected decides which model it runs.
+    """mlx_lm's adapter; the selection decides which model it runs.
 
     Args:
         model: from :func:`ifp_mlx.load`; its dense weights stay in memory here.
@@ -119,13 +118,13 @@ class SelectingLM(MLXLM):
             return texts
 
     def _process_prompt(self, prompt: Sequence[int], step_size: int = 2048) -> Any:
-        """What comes before all continuations of one request selects for them."""
+        """Select by the text before all continuations of one request."""
         if self._setting is not None and self._task_masks is None:
             self._select(prompt)
         return super()._process_prompt(prompt, step_size)
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """All that is read goes through here; none of it may be beyond the embedding."""
+        """Tokenise everything that is read; refuse tokens beyond the embedding."""
         found: list[tuple[int, ...]] = super()._tokenize(texts)
         for tokens in found:
             known_tokens(tokens, self._ifp.vocabulary)
@@ -141,7 +140,9 @@ class SelectingLM(MLXLM):
         return answers
 
     def _run(self, selection: Selection | None) -> None:
-        """Answer with the compact model of a selection, or, of none, the dense one."""
+        """Answer with the compact model of a selection, or without one the dense
+        model.
+        """
         if selection is not None and selection.compensates:
             self._model = self._ifp.compact(selection)
             return
@@ -279,7 +280,7 @@ def measure(
     Args:
         model: from :func:`ifp_mlx.load`.
         tasks: from :func:`open_tasks`.
-        settings: ways of selecting; for task masks the selector says nothing.
+        settings: ways of selecting; task masks ignore the selector.
         log: results so far, with the key :data:`KEY`.
         by: what a mask is for, a request or a task.
         limit: documents per task, from the start.
@@ -347,7 +348,7 @@ def run(
         apply_chat_template=lm.use_chat_template,
         bootstrap_iters=0,  # the intervals here are paired, and our own
     )
-    assert found is not None  # it is where several processes share the work
+    assert found is not None  # None only where several processes share the work
     return {task: by_metric(lines) for task, lines in found["samples"].items()}
 
 

@@ -1,4 +1,4 @@
-"""What has been measured already: a killed run goes on where it was."""
+"""What has been measured already, so that a killed run goes on where it stopped."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ class Log:
         folder: where ``settings.json`` and ``rows.jsonl`` are; ``None`` forgets them.
         settings: what decides the results of a key. A folder made with others is
             refused.
-        key: the names of the fields that a line is known by.
+        key: the names of the fields that identify a line.
 
     Raises:
         ValueError: if the folder was made with other settings.
@@ -36,7 +36,7 @@ class Log:
             self.lines[self.key_of(line)] = line
 
     def key_of(self, line: Line) -> tuple:
-        """Return what a line is known by."""
+        """Return the values that identify a line."""
         return tuple(line[name] for name in self._key)
 
     def __contains__(self, key: tuple) -> bool:

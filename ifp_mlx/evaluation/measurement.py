@@ -39,7 +39,7 @@ class Arm:
     Attributes:
         name: what tables and logs call it.
         setting: how it selects, or ``None`` if it does not.
-        bytes: of its weights, a number that is not quantised at 2 bytes.
+        bytes: of its weights; numbers that are not quantised count 2 bytes.
         tokens_per_second: of decoding, or ``None`` if that was not measured.
         rows: file → one line of metrics a row, in the order of the file.
     """
@@ -66,7 +66,7 @@ def arms_of(
         model: from :func:`ifp_mlx.load`.
         settings: ways of selecting.
         rivals: whole models.
-        row: any; the size of a selection depends on its setting alone.
+        row: any one; the size of a selection depends only on its setting.
     """
     dense = model.dense()
     arms = [Arm(DENSE, bytes=weight_bytes(dense))]
@@ -110,7 +110,7 @@ def measure(
     seed: int = 0,
     progress: Progress = iter,
 ) -> None:
-    """Measure what the log does not have yet, and give every arm its rows.
+    """Measure what is missing in the log, and give every arm its rows.
 
     Args:
         model: from :func:`ifp_mlx.load`.
@@ -191,8 +191,8 @@ def time_arms(
 ) -> None:
     """Measure how fast every arm decodes: all models are in memory at once.
 
-    Which units a selection keeps makes no difference to its speed, so that one
-    selection stands for all of its keep and allocation.
+    Its speed does not depend on which units a selection keeps, so one selection stands
+    for all with its keep and allocation.
 
     Args:
         model: from :func:`ifp_mlx.load`.
@@ -254,7 +254,7 @@ def evaluate(
         folder: where results are kept, so that a stopped run goes on.
         alternatives: measure the dense model quantised to about each setting's size.
         smaller_model: measure this model too, a folder or hub id.
-        speed_tokens: decode so many for the speed; 0 measures none.
+        speed_tokens: decode this many to measure speed; 0 does not measure it.
         seed: of the selector ``random``.
         progress: wraps the iterations over rows and over turns.
 

@@ -14,8 +14,8 @@ class QuantisedCompact:
     """One quantised model whose units are cut anew for every mask.
 
     FFNs are cut, then quantised: the groups of ``down_proj`` lie along the kept
-    channels, so what a weight is rounded to depends on the mask. No group lies across
-    experts, so they are quantised once, and then cut.
+    channels, so the rounding of a weight depends on the mask. No group spans two
+    experts, so experts are quantised once, and then cut.
 
     Args:
         model: from :func:`ifp_mlx.load`, not quantised.
@@ -59,7 +59,8 @@ class QuantisedCompact:
         mx.eval(self._dense.parameters())
 
     def of(self, mask: mx.array) -> nn.Module:
-        """Return the compact model of a binary mask, ``[L, F]``; the last one is gone.
+        """Return the compact model of a binary mask, ``[L, F]``, in place of the last
+        one.
 
         Raises:
             ValueError: if a layer keeps channels that fill no whole groups.

@@ -16,7 +16,7 @@ def summary(arm: Arm, first: Arm) -> dict[str, Any]:
 
     Args:
         arm: measured.
-        first: whose rows it is paired with.
+        first: the arm whose rows it is paired with.
     """
     found: dict[str, Any] = {
         "name": arm.name,
@@ -50,7 +50,7 @@ def _difference(arm: Arm, first: Arm, metric: str) -> list[float] | None:
 
 
 def first_setting(arms: Sequence[Arm]) -> Arm:
-    """Return what the others are compared with."""
+    """Return the setting that the others are compared with."""
     return next((arm for arm in arms if arm.setting is not None), arms[0])
 
 
@@ -76,7 +76,7 @@ def report(arms: Sequence[Arm], about: dict[str, Any]) -> str:
 def _title(prefill: Prefill) -> str:
     if prefill == "compact":
         return "**The prompt is read by the compact model**:"
-    return "**The prompt is read by the dense model**, only the answer is not:"
+    return "**The prompt is read by the dense model**, the answer by the compact one:"
 
 
 def _table(arms: Sequence[Arm], first: Arm, foreign: bool) -> str:

@@ -25,7 +25,7 @@ from .teacher import log_probabilities, metrics
 
 BITS = (8, 6, 5, 4, 3, 2)
 GROUPS = (64, 32)
-HALF = 2  # bytes of a number that is not quantised, as models are handed round
+HALF = 2  # bytes of a number that is not quantised, as models are published
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Rival:
     def measure(
         self, row: Row, reference: mx.array, tokenizer: Any
     ) -> tuple[Row, dict[str, float]]:
-        """Return the row in its tokens, and the metrics; no KL between other tokens.
+        """Return the row in its tokens, and the metrics; no KL if its tokens differ.
 
         Args:
             row: in the dense model's tokens.
@@ -90,7 +90,7 @@ def quantised_bytes(model: nn.Module, bits: int) -> int:
 
 
 def _sizes(model: nn.Module, bits: int | None = None) -> dict[str, int]:
-    """Return the bytes of every parameter, of weights as if they were quantised."""
+    """Return the bytes of every parameter, for weights as if they were quantised."""
     arrays = dict(tree_flatten(model.parameters()))
     found = {name: _bytes(array) for name, array in arrays.items()}
     if bits is None:
@@ -155,7 +155,7 @@ def smaller(path: str, model: IFPModel) -> Rival:
     folder: Path = resolve(path)
     source = source_of(folder)
     other, small = open_tokenizer(folder, source.config), source.dense()
-    mx.eval(small.parameters())  # now, and not while it is timed
+    mx.eval(small.parameters())  # now, not while it is timed
     same = same_tokens(model.tokenizer, other)
     same &= vocabulary_of(small) == model.vocabulary
     return Rival(f"dense, {folder.resolve().name}", small, None if same else other)

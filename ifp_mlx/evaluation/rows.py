@@ -58,7 +58,7 @@ def read_rows(
         tokenizer: mlx-lm's.
         limit: rows to take from the start; ``None`` takes all.
         answer_tokens: compare this many tokens of an answer at most.
-        vocabulary: rows of the model's embedding; ``None`` does not look at it.
+        vocabulary: rows of the model's embedding; ``None`` does not check.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -109,7 +109,7 @@ def retokenize(row: Row, tokenizer: Any, other: Any) -> Row:
 
 def selecting_tokens(row: Row, tokenizer: Any) -> list[int]:
     """Return the token ids of a row that a trained predictor reads: of a conversation,
-    what comes up to the first user message.
+    everything up to the first user message.
 
     Args:
         row: from :func:`read_rows` with ``tokenizer``.

@@ -37,12 +37,13 @@ class Run:
     """One row, run once.
 
     Attributes:
-        select: seconds to the selection; of ``activation``, of the sweep, which loads.
+        select: seconds to the selection; for ``activation``, of the whole sweep, which
+            loads too.
         load: seconds to the weights in memory.
         prefill: seconds of the prompt, to the first token.
         decode: seconds from there to the last token.
-        peak_bytes: MLX's peak meanwhile, above what was there before.
-        read_bytes: that the process asked of the system while selecting and loading;
+        peak_bytes: MLX's peak during the run, minus what was there before.
+        read_bytes: bytes that the process read while selecting and loading;
             ``None`` where the system does not count them (macOS).
     """
 
@@ -68,7 +69,7 @@ class Contest:
         choose: makes the selection of ``compact``.
         options: fields of the :class:`Request` of ``activation``.
         prompt: token ids; they select for ``activation``.
-        max_tokens: tokens to decode, whatever they are.
+        max_tokens: tokens to decode; an end of text does not stop it.
         size: ``k``, of ``stock``.
     """
 
@@ -101,7 +102,9 @@ class Contest:
         return run
 
     def _open(self, row: str) -> tuple[nn.Module, Run, list[Any] | None]:
-        """Return a row's model, what it took, and the KV cache that came with it."""
+        """Return a row's model, its times so far, and the KV cache that came with
+        it.
+        """
         start = time.perf_counter()
         if row == "dense":
             model = self.model.dense()
@@ -153,7 +156,7 @@ def stock_of_width(model: IFPModel, k: int) -> nn.Module:
 
 
 def clear() -> None:
-    """Let go of all that nobody refers to."""
+    """Free memory that nothing refers to any more."""
     gc.collect()
     mx.clear_cache()
 
@@ -168,7 +171,7 @@ def bytes_read() -> int | None:
 
 
 def forget_files(folder: Path) -> None:
-    """Let the system forget a folder's files, so that they are read from the disk.
+    """Drop a folder's files from the system's cache, so that they are read from disk.
 
     Raises:
         OSError: where a system cannot.

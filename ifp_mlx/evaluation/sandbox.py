@@ -19,8 +19,8 @@ MEMORY = 1 << 30  # bytes
 FILE_SIZE = 1 << 20  # bytes
 CUT_OFF = ["unshare", "--user", "--net", "--pid", "--fork", "--kill-child"]
 
-# It ends by repeating a word it was told, so that a program that exits early, with
-# whatever status, has not passed.
+# A program passes if this ends by repeating a word it was given; one that exits early,
+# with whatever status, does not.
 BOOT = """
 import os, resource, sys
 word = sys.stdin.buffer.read()
@@ -61,7 +61,7 @@ def passes(program: str) -> bool:
         try:
             out, _ = process.communicate(word.encode(), timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            # Not reaped yet, so that its number is still its own.
+            # The process is not reaped yet, so its id cannot be another's.
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return False

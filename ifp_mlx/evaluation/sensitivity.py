@@ -1,8 +1,8 @@
-"""How much each layer minds being pruned: measured once, kept with the model.
+"""What pruning each layer costs: measured once, kept with the model.
 
 One layer at a time is cut to a few widths, all others left whole, and the KL from the
 dense model's next-token distribution is taken over some of the calibration text. The
-allocation `sensitivity` then spends a budget where the cut layers would suffer most.
+allocation `sensitivity` then keeps more where cutting costs more.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from ..slicing.stock import StandIn, log_softmax
 from .rows import read_rows
 
 DATA_TEXTS = 12  # of a user's own files, all together
-TEXTS_HASH = "texts"  # in the file's metadata: what it was measured on
+TEXTS_HASH = "texts"  # in the file's metadata: a hash of the texts it was measured on
 PARTIAL_FILE = f"partial.{SENSITIVITY_FILE}"
 
 
@@ -76,8 +76,8 @@ def measure_sensitivity(
 def data_texts(model: IFPModel, files: Sequence[Path]) -> list[list[int]]:
     """Return the token ids of some examples of each file, prompt and answer.
 
-    The shortest that are long enough are taken: many tasks say more than one task at
-    length.
+    The shortest examples that are long enough are taken: many tasks tell more than long
+    texts of few.
 
     Args:
         model: whose tokenizer reads them.
@@ -98,7 +98,7 @@ def data_texts(model: IFPModel, files: Sequence[Path]) -> list[list[int]]:
 
 
 class Probe:
-    """A dense model, what it says about some texts, and a way to prune one layer.
+    """A dense model, its predictions for some texts, and a way to prune one layer.
 
     Args:
         model: from :func:`ifp_mlx.load`.
@@ -122,7 +122,7 @@ class Probe:
             scores = reading.scores(self.dense, model.plan, examples)
         self.scores = scores
         self.texts = texts
-        # What all texts begin with is the chat template's, and easy.
+        # All texts begin with the chat template's part, which is easy to predict.
         self.start = next(
             (
                 n
@@ -165,8 +165,8 @@ class Probe:
         return found
 
     def _can_replay(self, layer: int) -> bool:
-        """Whether later blocks see of the earlier ones no more than their output;
-        some model types share keys and values between blocks.
+        """Whether later blocks use only the output of earlier ones; some model types
+        share keys and values between blocks.
         """
         try:
             with _replayed(self.dense, layer, self.outputs[0]):
@@ -196,8 +196,8 @@ def _record(model: nn.Module, text: Sequence[int]) -> tuple[list[Any], mx.array]
 
 
 def _replayed(model: nn.Module, layer: int, outputs: list[Any]) -> Any:
-    """Let a block give an output it gave before: MLX is lazy, so that nothing up to
-    there is computed again.
+    """Let a block return its earlier output: as MLX is lazy, nothing before it is
+    computed again.
     """
     if layer < 0:
         return _replaced(model, {})
@@ -229,7 +229,7 @@ def _replaced(model: nn.Module, calls: dict[int, Any]) -> Iterator[None]:
 
 
 def hash_of(texts: Sequence[Sequence[int]]) -> str:
-    """Return what some texts are known by."""
+    """Return a hash of some texts."""
     tokens = json.dumps([list(text) for text in texts])
     return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 

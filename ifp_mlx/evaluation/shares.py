@@ -19,7 +19,8 @@ def compare(values: Values, dense: Values) -> dict[str, Any]:
     Returns:
         ``n``, ``mean``, ``interval`` (binomial where all values are 0 or 1, else of a
         bootstrap), ``minus_dense``, its paired ``minus_dense_interval``, and for 0 and
-        1 ``mcnemar``, the probability of so uneven a split between equals.
+        1 ``mcnemar``, the probability of a split this uneven between equally good
+        models.
     """
     pairs = list(zip(values, dense, strict=True))
     count, mean = len(pairs), sum(values) / len(pairs)
@@ -73,11 +74,11 @@ def _with_interval(mean: float, interval: Sequence[float], form: str) -> str:
 
 
 def at_chance(what: str, dense: dict[str, Any], chance: float) -> str | None:
-    """Return a warning if the dense model may know nothing of what it was asked.
+    """Return a warning if the dense model's answers may be guesses.
 
     Args:
-        what: was asked.
-        dense: its own :func:`compare`.
+        what: the name of the questions.
+        dense: the dense model's :func:`compare`.
         chance: how often a blind guess is right.
     """
     low, _ = dense["interval"]

@@ -31,9 +31,9 @@ class Case:
         channels: ``F``; of experts, how many there are.
         unit: what is kept.
         prompt_tokens: of the prompt.
-        max_tokens: that were decoded.
-        runs: of each row, one a turn.
-        cold: of each row that loads, its runs with nothing in the system's cache.
+        max_tokens: tokens that were decoded.
+        runs: the runs of each row, one a turn.
+        cold: the runs of each row that loads, with nothing in the system's cache.
     """
 
     target_size: int
@@ -122,7 +122,7 @@ def measure(
     runs: dict[str, list[Run]] = {row: [] for row in ROWS}
     forgotten: dict[str, list[Run]] = {row: [] for row in LOADING} if cold else {}
     for turn in progress(range(turns + 1)):
-        for row in ROWS[:: 1 if turn % 2 else -1]:  # none is always first
+        for row in ROWS[:: 1 if turn % 2 else -1]:  # so that none is always first
             run = contest.run(row)
             if turn:
                 runs[row].append(run)

@@ -1,4 +1,4 @@
-"""Means, and what chance alone could have made of them."""
+"""Means, and how much of them may be chance."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 SAMPLES = 2000
-Groups = Mapping[str, Sequence[float] | np.ndarray]  # their rows' values, by name
+Groups = Mapping[str, Sequence[float] | np.ndarray]  # values of rows, by group
 
 
 def macro_mean(groups: Groups) -> float:
@@ -48,8 +48,8 @@ def binomial_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return how probable so uneven a split of the answers that only one of two models
-    has right is, if both are as good: the exact two-sided test.
+    """Return the probability of a split this uneven, among answers that only one of two
+    models has right, if both models are equally good: the exact two-sided test.
 
     Source: McNemar 1947; exact binomial form.
     """

@@ -8,7 +8,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     Args:
         head: a title for each column.
-        rows: as many cells each; all but the first column go to the right.
+        rows: as many cells each; all columns except the first are aligned to the right.
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 

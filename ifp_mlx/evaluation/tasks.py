@@ -1,10 +1,10 @@
-"""Task masks: a few examples, or an instruction, once → a named mask to keep.
+"""Task masks: named masks to keep, made once from a few examples or an instruction.
 
-Where the checkpoint has a trained predictor, its scores for what the examples ask, on
-average, choose, with the gates that the model was trained with. Elsewhere a task mask is
-chosen by what prompt and answer use together, over all the examples, so it also knows
-the units that only answers need, which no prompt can show; it then keeps the first tokens
-of its examples, from which the kept channels can learn to make up for the dropped ones.
+If the checkpoint has a trained predictor, its mean scores for the examples' prompts
+choose, with the gates that the model was trained with. Otherwise a task mask is chosen
+by what prompts and answers use together, over all examples, so it also has the units
+that only answers need, which no prompt can show. It then keeps the first tokens of its
+examples, from which the kept channels can learn to make up for the dropped ones.
 
 It is an ordinary mask file that says how it was made and what it cost when that was
 measured; a folder of them is a library (`--task NAME` in the other commands).
@@ -28,7 +28,7 @@ from ..slicing.compensation import TEXT_TOKENS
 from .rows import Row, selecting_tokens
 from .teacher import METRICS, Evaluator
 
-# Whose scores a task mask is made from: those of the units' use, or the predictor's.
+# The scores that a task mask is made from: of the units' use, or the predictor's.
 USE, PREDICTOR = "activation", "predictor"
 
 
@@ -92,7 +92,8 @@ def make(
     Args:
         model: from :func:`ifp_mlx.load`.
         name: what to call the task.
-        examples: prompts and answers; an answer may be empty, and a predictor reads none.
+        examples: prompts and answers; an answer may be empty, and a predictor reads
+            only prompts.
         progress: wraps the iteration over examples.
         size: ``keep`` or ``target_size``, and ``allocation``, of a :class:`Request`.
 
@@ -124,12 +125,12 @@ def merge(
 ) -> TaskMask:
     """Make one mask for several tasks, of the size of one.
 
-    In every layer each task has the same say: its scores count as shares of the
-    energy that its own texts have there. Of a predictor's, whose spread is the same,
-    the highest counts: that of the task which needs a channel most.
+    In every layer each task counts the same: its scores are shares of the energy that
+    its own texts have there. Of a predictor's scores, whose spread is the same, the
+    highest counts: that of the task that needs a channel most.
 
     Args:
-        model: that the tasks were made with.
+        model: the one that the tasks were made with.
         name: what to call the merged task.
         tasks: at least two.
         size: ``keep`` or ``target_size``, and ``allocation``, of a :class:`Request`.
@@ -170,7 +171,7 @@ def _together(scores: Sequence[mx.array], selector: str) -> mx.array:
 def adopt(
     model: IFPModel, name: str, profile: str | bytes, **size: float | None
 ) -> TaskMask:
-    """Make a task mask of a profile of experts that another tool wrote.
+    """Make a task mask from a profile of experts that another tool wrote.
 
     Args:
         model: a mixture.
@@ -220,7 +221,7 @@ def measure(
     says, as ``compensated``, what it costs when its text makes up for dropped channels.
 
     Args:
-        model: that it was made with.
+        model: the one that it was made with.
         task: what to measure.
         rows: examples that it was not made from.
         progress: wraps the iteration over rows.
@@ -251,7 +252,7 @@ def _means(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def overlap(a: Selection, b: Selection) -> np.ndarray:
-    """Return how much two selections share, and what chance gives, ``[L, 2]``.
+    """Return the overlap of two selections and its chance level, ``[L, 2]``.
 
     The overlap of a layer is the shared part of the smaller selection; two random
     ones share k/F of it on average, the larger one's ``k``.
@@ -289,8 +290,8 @@ def _task(
     asked = [size.get(name) for name in ("keep", "target_size")]
     if asked == [None, None] and model.ifp.target_size is None:
         size |= {"keep": SAFE_KEEP}  # nothing here could say what is enough
-    # The tokens select nothing here: the scores are known. The selector says whether
-    # there are gates.
+    # The tokens select nothing, since the scores are known. The selector decides
+    # whether there are gates.
     selector = about.get("selector", USE)
     selection = model.select([0], selector=selector, scores=scores, **size)
     return _named(model, name, selection, scores, about, text)

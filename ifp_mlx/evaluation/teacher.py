@@ -31,11 +31,11 @@ class Setting:
         keep: kept share of the units.
         allocation: how they are spread over the layers.
         prefill: which model reads the prompt.
-        bits: that the compact model is quantised to, or ``None``.
+        bits: to which the compact model is quantised, or ``None``.
         compensate: whether kept channels make up for dropped ones, by what selects.
-        check: of generated answers, how the whole model checks them; they, and those
-            with ``off``, are made as ``generate`` makes them. ``None``: the compact model
-            alone, which reads the question too.
+        check: how the whole model checks generated answers; these, also with ``off``,
+            are made as ``generate`` makes them. ``None``: the compact model alone,
+            which reads the question too.
     """
 
     selector: str
@@ -47,7 +47,7 @@ class Setting:
     check: Check | None = None
 
     def request(self, tokens: Sequence[int], seed: int = 0) -> Request:
-        """Return what is asked of a model to have this of a prompt's tokens."""
+        """Return the request for this setting, to select by a prompt's tokens."""
         return Request(
             instruction=list(tokens),
             keep=self.keep,
@@ -73,7 +73,7 @@ class Setting:
 
 
 class Reference(NamedTuple):
-    """What the dense model made of a row.
+    """The dense model's reading of a row.
 
     Attributes:
         log_probabilities: at each token of the answer, ``[A, V]``.
@@ -194,7 +194,7 @@ class Evaluator:
 def log_probabilities(model: nn.Module, row: Row) -> mx.array:
     """Return a model's log-probabilities at the answer, float32 ``[A, V]``.
 
-    Logits are computed there alone: of the rest of the prompt only the cache is.
+    Logits are computed only there; for the rest of the prompt only the cache is.
     """
     cache = prefill(model, row.prompt[:-1], PREFILL_STEP)
     tokens = [row.prompt[-1], *row.answer[:-1]]
@@ -213,12 +213,12 @@ def read_row(model: nn.Module, row: Row) -> Reference:
 
 def continued(model: nn.Module, row: Row, prompt: Reference) -> mx.array:
     """Return the log-probabilities at the answer, ``[A, V]``, of a model that goes on
-    where another has read the prompt. The first are the other's.
+    after another has read the prompt. The first row is the other's.
 
     Args:
         model: with the same attention as the other.
         row: ``A`` answer tokens.
-        prompt: what the other made of the row; its cache is left as it is.
+        prompt: the other's reading of the row; its cache is not changed.
     """
     assert prompt.cache is not None, "the cache was to be kept"
     first = prompt.log_probabilities[:1]

@@ -16,10 +16,10 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Unwritten(OSError):
-    """There is no room for a file or folder, or no leave to make it.
+    """A file or folder cannot be written, for want of room or permission.
 
     Attributes:
-        why: as the system says it.
+        why: the system's reason.
     """
 
     def __init__(self, path: str | os.PathLike[str], why: str) -> None:
@@ -32,11 +32,12 @@ class Unwritten(OSError):
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise :class:`Unwritten` of ``path`` when it cannot be written, whoever finds out.
+    """Raise :class:`Unwritten` for ``path`` if it cannot be written, whatever the
+    error.
 
-    For a full disk, Python's own error names no file, MLX raises a ``RuntimeError``, and
-    what copies a tree a list of errors; inside another such block it is the outer path
-    that counts. An error of another file stays what it is.
+    For a full disk Python's own error names no file, MLX raises a ``RuntimeError``, and
+    copying a tree a list of errors. Inside another such block the outer path counts. An
+    error about another file stays unchanged.
     """
     try:
         yield
@@ -57,7 +58,7 @@ def _reason(error: Exception, target: Path) -> str | None:
         if isinstance(named, str) and _is_place_of(target, Path(named)):
             return error.strerror
         return error.strerror if error.errno in NO_ROOM else None
-    # MLX begins what it says with the function.
+    # MLX's message begins with the name of a function.
     said = re.fullmatch(r"\[(?:write|save\w*)\] (.+?)\.?", str(error))
     return said and said[1]
 
@@ -76,12 +77,12 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` when the block ends well.
 
-    What a killed process left of the same folder is deleted first: its scratch folder
-    is the one that nobody holds a lock on.
+    Scratch folders that killed processes left behind are deleted first: those are the
+    ones without a lock.
 
     Args:
         path: the folder to make; its parents are made too.
-        replace: whether a folder that is there gives way to the new one, at the end.
+        replace: whether the new folder replaces an existing one, at the end.
 
     Raises:
         FileExistsError: if ``path`` is already there, unless it is to be replaced.
@@ -102,10 +103,10 @@ def new_folder(
 
 @contextmanager
 def scratch_beside(target: Path) -> Iterator[Path]:
-    """Yield a scratch folder on the disk where ``target`` is to be; it goes in the end.
+    """Yield a scratch folder on the disk where ``target`` is to be; deleted at the end.
 
     Raises:
-        Unwritten: of ``target``, if the disk is full, or nothing may be written there.
+        Unwritten: for ``target``, if the disk is full, or nothing may be written there.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def scratch_beside(target: Path) -> Iterator[Path]:
 
 
 def _give_way(target: Path, new: Path) -> None:
-    """Put ``new`` where ``target`` is, which then is deleted."""
+    """Put ``new`` in the place of ``target``, and delete the old one."""
     old, lock = _locked_scratch(target)
     try:
         target.rename(old)
@@ -137,7 +138,9 @@ def _locked_scratch(target: Path) -> tuple[Path, int]:
             lock = os.open(made, os.O_RDONLY)
             with contextlib.suppress(OSError):  # not every file system has locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.path.exists(made):  # else another took it for a leftover just now
+            if os.path.exists(
+                made
+            ):  # else another process has just deleted it as a leftover
                 return Path(made), lock
             os.close(lock)
 

@@ -1,12 +1,12 @@
-"""Where things that can be made again are kept on this machine."""
+"""Where this machine keeps things that can be made again."""
 
 import os
 from pathlib import Path
 
 
 def cache_place(name: str) -> Path:
-    """Return the user's folder or file for one kind of cached thing; it need not be there,
-    and cannot be if the user has no home.
+    """Return the user's folder or file for one kind of cached thing; it need not exist,
+    and cannot if the user has no home.
     """
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

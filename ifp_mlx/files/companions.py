@@ -1,4 +1,4 @@
-"""What belongs to a model besides its weights and config.json."""
+"""The files of a model besides its weights and config.json."""
 
 import shutil
 from pathlib import Path
@@ -23,12 +23,14 @@ def copy_companions(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target / file.name)
-    if (template := lone_template(source)) is not None:  # for those that read no other
+    if (
+        template := lone_template(source)
+    ) is not None:  # for programs that read no other
         (target / TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def lone_template(folder: Path) -> str | None:
-    """Return the chat template of a folder that has it in ``chat_template.json`` alone,
+    """Return the chat template of a folder that has it only in ``chat_template.json``,
     which mlx-lm does not read; else ``None``.
 
     Raises:

@@ -24,7 +24,7 @@ def visualize(
     Args:
         model: its name, for the title.
         tally: the selections, all of one model.
-        output: the HTML file; one that is there is replaced.
+        output: the HTML file; an existing one is replaced.
         quality: settings measured by ``evaluate``.
         speed: settings timed by ``benchmark``.
         png_folder: where the pictures go as PNG files; needs matplotlib.

@@ -49,7 +49,7 @@ def page(
 
 
 def _data(tally: Tally) -> str:
-    """What the script draws, and every figure of the page for whoever wants them."""
+    """Return the data of the page's script, and every figure of the page, as JSON."""
     data = {
         "names": list(tally.names),
         "layers": int(tally.sizes.shape[1]),
@@ -158,7 +158,7 @@ _ORDER = (
 
 
 def _key(count: int, own: str = "by this one alone", none: str = "dropped") -> str:
-    """Return what the colours mean for so many masks."""
+    """Return what the colours mean for this many masks."""
     kinds = {"all": "kept by all", "some": "by some", "own": own, "none": none}
     if count < 3:
         del kinds["some"]
@@ -337,7 +337,7 @@ def _made(tally: Tally) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True
 ) -> str:
-    """Return a table; all columns but the first are numbers, or none is."""
+    """Return a table; all columns except the first are numbers, or none are."""
     kinds = ["", *[' class="number"' if numbers else ""] * (len(head) - 1)]
     columns = "".join(
         f'<th scope="col"{kind}>{escape(name)}</th>'

@@ -24,7 +24,7 @@ def draw_all(
     Args:
         tally: the selections, counted.
         points: what was measured by keep, or nothing.
-        folder: made if it is not there; files of the same names are replaced.
+        folder: made if missing; files of the same names are replaced.
         dpi: dots per inch.
 
     Raises:
@@ -102,7 +102,7 @@ def draw_matrices(
         layers: ``[N, N]`` each, shares.
         titles: of the squares.
         names: ``N`` names.
-        chance: what two random masks share; the colours turn there.
+        chance: the share of two random masks, at which the colours change.
         units: what is shared, in words.
 
     Source: Hou et al. 2025 (arXiv:2501.02086) fig. 3.

@@ -218,7 +218,7 @@ def _line(line: Series, places: Sequence[tuple[float, float]]) -> str:
 
 
 def stacked(title: str, units: str, shares: np.ndarray, expected: np.ndarray) -> str:
-    """Draw for every layer what share of its units is kept by how many.
+    """Draw for every layer how large a share of its units is kept by how many.
 
     Args:
         title: what it shows.

@@ -1,7 +1,7 @@
 """Named devices: how fast their memory, their storage and their arithmetic are.
 
 The figures, and where each one comes from, are in ``devices.toml``. How much of the
-peaks a program gets is a matter of the program, and so a :class:`Runtime` of its own,
+peaks a program reaches depends on the program, so that is a separate :class:`Runtime`,
 with one constant for each phase.
 """
 
@@ -26,7 +26,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a program makes of a device's peaks; ``devices.toml`` says what is what."""
+    """The shares of a device's peaks that a program reaches; see ``devices.toml``."""
 
     prefill: float
     decode: float
@@ -37,7 +37,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Device:
-    """A profile; ``devices.toml`` says what is what."""
+    """A device's profile; ``devices.toml`` explains the fields."""
 
     name: str
     about: str

@@ -21,7 +21,7 @@ from .devices import Device, Figure, Runtime, profile
 TURNS = 5
 MEMORY_BYTES, STORAGE_BYTES = 128 << 20, 256 << 20
 SIDE = 1024  # of the matrices that are multiplied
-LAYERS = 16  # of the model whose layers take no time but their start
+LAYERS = 16  # of a model so small that its layers take only their start
 
 
 def here(folder: Path | None = None, *, again: bool = False) -> Device:
@@ -38,7 +38,10 @@ def here(folder: Path | None = None, *, again: bool = False) -> Device:
     path = cache_file(folder)
     if again or not path.exists():
         found = measure(folder)
-        with suppress(OSError), new_file(path) as scratch:  # else it is measured again
+        with (
+            suppress(OSError),
+            new_file(path) as scratch,
+        ):  # if that fails, it is measured again next time
             scratch.write_text(json.dumps(asdict(found), indent=2) + "\n")
         return found
     try:
@@ -142,7 +145,7 @@ def _storage_speed(folder: Path) -> float | None:
     if not files or not hasattr(os, "posix_fadvise"):
         return _uncached_speed(files[0]) if files else None
     speeds = []
-    for _ in range(2):  # the reading itself would fill the cache
+    for _ in range(2):  # reading itself may fill the cache
         with files[0].open("rb", buffering=0) as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             speeds.append(_read_speed(stream))

@@ -1,8 +1,8 @@
 """How long a device takes: a model of bytes, operations and kernels started.
 
-A forward pass takes the longer of two times, that of its arithmetic and that of the
-bytes it reads, and something for every layer, however small. Prefill is bound by the
-one, decoding at batch 1 by the other. No constant belongs to a model or to a row.
+A forward pass takes the longer of two times, that of its arithmetic and that of reading
+its bytes, plus a little for every layer, however small. Arithmetic limits prefill,
+bytes limit decoding at batch 1. No constant belongs to a single model or row.
 """
 
 import math
@@ -23,10 +23,10 @@ class Work:
 
     Attributes:
         core: per token, in all layers, without units and attention itself.
-        channel: per token, of one unit in one layer, a channel or an expert.
-        head: of the output layer, for one token.
-        attention: of a token and one that it looks at, in each layer.
-        lookup_bytes: of embeddings, of which a token reads one row alone.
+        channel: per token, for one unit, a channel or an expert, in one layer.
+        head: per token, for the output layer.
+        attention: for a token and one that it looks at, in each layer.
+        lookup_bytes: of embeddings, of which a token reads only one row.
         slots: ``K``, the experts that a token is sent to in a layer; ``None`` where it
             goes through every unit.
     """
@@ -78,8 +78,8 @@ class Work:
         return round(self.core + self.channel * sum(self.used(sizes, 1)))
 
     def used(self, sizes: Sizes, tokens: int) -> list[float]:
-        """Return how many of a layer's units some tokens go through together: of
-        experts as many as there would be if each token were sent to any, evenly.
+        """Return how many of a layer's units some tokens go through together; for
+        experts the number expected if each token were sent to any, evenly.
         """
         if self.slots is None:
             return [float(size) for size in sizes]
@@ -93,7 +93,7 @@ class Times:
 
     Attributes:
         select: from the instruction to the selection.
-        load: of the units, from storage; ``None`` where they never are there.
+        load: of the units, from storage; ``None`` where the device has no figure for it.
         load_warm: of the units, from memory: the system's cache, or all of them.
         prefill: of the prompt.
         decode: of all the tokens asked for.
@@ -116,9 +116,9 @@ class Job:
     """What is to be done.
 
     Attributes:
-        prompt_tokens: of the prompt, which is read by the compact model.
-        max_tokens: to be decoded.
-        instruction_tokens: of what selects.
+        prompt_tokens: tokens of the prompt, which the compact model reads.
+        max_tokens: tokens to be decoded.
+        instruction_tokens: tokens of the instruction, which selects.
         samples: answers decoded together.
     """
 
@@ -149,8 +149,8 @@ def forward_seconds(
 def decode_seconds(
     device: Device, work: Work, footprint: Footprint, sizes: Sizes, job: Job
 ) -> float:
-    """Return the seconds of decoding: every token reads its cache and all weights, but
-    of experts those that it is sent to.
+    """Return the seconds of decoding: every token reads its cache and all weights,
+    except experts that it is not sent to.
     """
     middle = job.prompt_tokens + job.max_tokens // 2
     read = _weights_read(work, footprint, sizes, job.samples)
@@ -165,7 +165,8 @@ def load_seconds(device: Device, count: float, *, warm: bool) -> float | None:
     Args:
         device: to load on.
         count: bytes.
-        warm: they are in memory already, and copied; else read from storage.
+        warm: whether they are in memory already, and only copied; else they are read
+            from storage.
     """
     if warm:
         return 2 * count / (device.memory.value * device.runtime.load)
@@ -223,7 +224,7 @@ def predictor_seconds(
 
     Args:
         device: it runs on.
-        weights: of its language model, all of which every token is multiplied with.
+        weights: of its language model; every token is multiplied with all of them.
         count: its bytes, the head's included.
         layers: of its language model.
         tokens: of the instruction.
@@ -245,8 +246,8 @@ def _weights_read(work: Work, footprint: Footprint, sizes: Sizes, tokens: int) -
 
 
 def _unit_weights(shapes: Shapes, plan: Plan) -> dict[str, int]:
-    """Return the sizes of the weights that units are made of. A router is none: every
-    token goes through the whole of it.
+    """Return the sizes of the weights that units consist of. A router does not count:
+    every token goes through all of it.
     """
     matrices = 3 if plan.unit == "expert" else 2  # dimensions
     names = {

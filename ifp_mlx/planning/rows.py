@@ -1,8 +1,9 @@
 """What fits, and how long it will take, before anything is loaded.
 
-Bytes are those of the files and shapes (:mod:`ifp_mlx.model.footprint`). Times are predicted
-from a device's bandwidths and arithmetic (:mod:`ifp_mlx.planning.roofline`): good for choosing,
-not for quoting. ``examples/guides/plan.md`` holds them against what the paper measured.
+Bytes are those of the files and shapes (:mod:`ifp_mlx.model.footprint`). Times are
+predicted from a device's bandwidths and arithmetic (:mod:`ifp_mlx.planning.roofline`):
+good for choosing, not for quoting. ``examples/guides/plan.md`` compares them with the
+paper's measurements.
 
 Exit status: 0 if it fits or no memory was named, 1 if it does not, 2 on a mistake.
 """
@@ -39,7 +40,7 @@ class Subject:
         work: its multiplications.
         predictor: the multiplications per token and the layers of its predictor.
         selective: whether only the selected units are read from storage, as from a
-            channel store; of channels in a plain folder all are, and most let go.
+            channel store; from a plain folder all channels are read.
         card: what was measured of its quality, or ``None``.
     """
 
@@ -183,7 +184,7 @@ def _config(name: str, path: Path) -> dict[str, Any]:
 
     try:
         return read_config(Path(hf_hub_download(name, "config.json")))
-    except Exception as error:  # the client lets those of its HTTP library through
+    except Exception as error:  # the client passes its HTTP library's errors on
         raise FileNotFoundError(
             f"{name} is no folder, and its config.json does not come from the Hugging "
             f"Face Hub ({type(error).__name__}: {error}); give a folder or a file."

@@ -1,1 +1,1 @@
-"""A conversation on a terminal: what is typed, what is shown, and what stops it."""
+"""A conversation in a terminal: its input, its output, and how it is stopped."""

@@ -14,7 +14,9 @@ NAMES = {
     "channels": "loading",
     "prefill": "reading",
 }
-SOON = {"prefill": 0.3}  # seconds; what every answer has is shown if it takes longer
+SOON = {
+    "prefill": 0.3
+}  # seconds; a stage that every answer has is shown only if it takes longer
 
 
 class Bars:

@@ -1,4 +1,4 @@
-"""What a line that begins with / asks for in a conversation."""
+"""The commands of a conversation: lines that begin with /."""
 
 import difflib
 import json
@@ -10,7 +10,7 @@ from ..files.paths import path_of
 from .conversation import Conversation, Source
 from .figures import selected, statistics
 
-# What a saved conversation tells of its last answer's selection.
+# What a saved conversation says about its last answer's selection.
 SELECTION = (
     "mask_id",
     "identity",
@@ -24,12 +24,12 @@ OFF = "off"  # takes back what was chosen
 
 
 class Command(NamedTuple):
-    """One of them.
+    """One command.
 
     Attributes:
         argument: what follows its name.
         about: for ``/help``.
-        run: does it; returns what is to be shown.
+        run: does it; returns the text to show.
     """
 
     argument: str
@@ -38,14 +38,14 @@ class Command(NamedTuple):
 
 
 def obey(talk: Conversation, line: str) -> str:
-    """Do what a line asks for; return what is to be shown, maybe nothing.
+    """Do what a line asks for; return the text to show, maybe empty.
 
     Args:
-        talk: which it changes.
+        talk: the conversation, which it may change.
         line: ``/NAME``, and what follows.
 
     Raises:
-        EOFError: if it asks to end.
+        EOFError: if the line asks to end.
         ValueError: if there is no such command.
         IFPError, OSError: if it cannot be done.
     """
@@ -160,7 +160,7 @@ COMMANDS = {
     "/task": Command(
         "[NAME|off]", "select by a task of the library; or list them", _task
     ),
-    "/keep": Command("SHARE|auto", "keep so much from the next answer on", _keep),
+    "/keep": Command("SHARE|auto", "keep this share from the next answer on", _keep),
     "/select": Command(
         "[TEXT|off]", "select by this instruction; or say what is selected", _select
     ),

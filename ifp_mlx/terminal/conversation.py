@@ -1,4 +1,4 @@
-"""A conversation that is held at a terminal: what is said, and what selects."""
+"""A conversation in a terminal: its messages, and what selects for its answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,12 +21,12 @@ DECIDED = (
 
 
 class Source(NamedTuple):
-    """What selects beforehand, for all answers.
+    """What selects before the first message, for all answers.
 
     Attributes:
-        words: for people.
-        mask_file: it, or
-        instruction: the text.
+        words: what it is, for people.
+        mask_file: a mask file, or
+        instruction: a text that selects.
     """
 
     words: str
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
 
 class Conversation:
-    """Messages, what selects for the next answer, and what the answers took.
+    """Messages, what selects for the next answer, and the cost of the answers.
 
     Args:
         engine: answers.
@@ -47,12 +47,13 @@ class Conversation:
         report: told of progress.
 
     Attributes:
-        stop: cancels what is being done; who reads the next line puts another here.
-        source: what selects beforehand, or ``None``: the first message selects.
-        found: what is selected now, if anything is.
+        stop: cancels the work in progress; the reader of the next line sets a new one.
+        source: what selects before the first message, or ``None``: that selects.
+        found: the current selection, if there is one.
         last: the figures of the last answer.
         answers: how many there were.
-        read, generated: tokens of them all; those from the KV cache are not read.
+        read, generated: tokens of all answers; those from the KV cache do not count as
+            read.
         status: one line on the last answer.
         saved: files that hold the conversation.
 
@@ -118,7 +119,7 @@ class Conversation:
         """Select by this from now on, and load what it needs; ``None``: by messages.
 
         Raises:
-            IFPError: if it cannot be had; then all stays as it was.
+            IFPError: if it cannot be had; then nothing changes.
         """
         self._change(source, self._choosing)
 
@@ -162,7 +163,7 @@ class Conversation:
         self._follow(chat)
 
     def _forget_found(self) -> None:
-        """What messages selected goes with them."""
+        """Forget what messages selected, along with the messages."""
         if self.source is None:
             self.found = None
 

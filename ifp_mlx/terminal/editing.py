@@ -1,4 +1,4 @@
-"""The prompt that a line is edited at, by prompt_toolkit."""
+"""The prompt at which a line is edited, by prompt_toolkit."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ class CommandCompleter(Completer):
     """Completes commands, and what follows them: tasks, shares, files.
 
     Args:
-        talk: whose tasks there are.
+        talk: its tasks are offered.
     """
 
     def __init__(self, talk: Conversation) -> None:
@@ -58,12 +58,12 @@ class CommandCompleter(Completer):
 def editor_of(
     talk: Conversation, prompt: str, history: Path | None = None, **more: Any
 ) -> Callable[[], str]:
-    """Return what reads a line that is typed and edited.
+    """Return a function that reads a line that is typed and edited.
 
     Args:
-        talk: whose tasks are completed, and whose status stands below.
+        talk: its tasks are completed, and its status stands below.
         prompt: stands before the line.
-        history: keeps what was typed.
+        history: the file that keeps what was typed.
         more: for prompt_toolkit's session.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a conversation took, in words."""
+"""The figures of a conversation, in words."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def share_of(found: Done | Task) -> str:
 
 
 def quality(found: Done | Task) -> list[str]:
-    """Return how far it says what the whole model says, if that is known."""
+    """Return how far it agrees with the whole model, if that is known."""
     said = []
     if found.agreement is not None:
         said.append(f"agreement {found.agreement:.0%}")

@@ -1,7 +1,7 @@
 """Where the lines of a conversation come from.
 
-A terminal gives them with an editor, which the extra ``chat`` brings, or without one;
-anything else gives them as they are, one a line.
+On a terminal they are typed, in an editor if the extra ``chat`` is installed; from
+anything else each line of input is one.
 """
 
 import sys
@@ -37,7 +37,7 @@ def reader_of(talk: Conversation, history: Path | None = None) -> Reader:
     """Return what reads the lines of a conversation.
 
     Args:
-        talk: whose tasks are completed, and whose status is shown.
+        talk: its tasks are completed, and its status is shown.
         history: keeps what was typed; ``None`` forgets it at the end.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

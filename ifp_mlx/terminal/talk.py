@@ -18,7 +18,8 @@ ENDS = "Ctrl-D or /quit ends the conversation."
 def hold(talk: Conversation, reader: Reader, bars: Bars) -> None:
     """Hold a conversation until its lines end.
 
-    What cannot be done is a sentence on standard error, and the conversation goes on.
+    A request that cannot be met gives a sentence on standard error, and the
+    conversation goes on.
 
     Args:
         talk: the conversation.

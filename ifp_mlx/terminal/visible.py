@@ -1,8 +1,8 @@
-"""Text from models and files, shown so that a terminal obeys none of it.
+"""Text from models and files, shown so that it cannot control a terminal.
 
-A terminal takes control characters for orders: to clear the screen, to retitle the
-window, to write elsewhere. What a model says, or what stands in a file from elsewhere, is
-no order, so these characters are spelled out. In a file or a pipe text stays as it is.
+A terminal obeys control characters: they clear the screen, change the window's title,
+or write elsewhere. Text from a model or a foreign file must not do that, so these
+characters are shown as text. In a file or a pipe the text stays as it is.
 """
 
 import sys
@@ -18,7 +18,7 @@ del _SPELLED[ord("\n")], _SPELLED[ord("\t")]
 
 
 def visible(text: str) -> str:
-    """Return a text with its control characters spelled out."""
+    """Return a text with its control characters shown as text."""
     return text.translate(_SPELLED)
 
 
@@ -28,10 +28,10 @@ def say(text: str) -> None:
 
 
 class Visible:
-    """A text stream that spells out control characters; all else is the stream's own.
+    """A text stream that shows control characters as text, and else acts as its stream.
 
     Args:
-        stream: what it writes to.
+        stream: the stream it writes to.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -47,7 +47,7 @@ class Visible:
 
 @contextmanager
 def visible_output() -> Iterator[None]:
-    """Let all that is printed on standard output be visible where that is a terminal."""
+    """Show control characters as text on standard output, where that is a terminal."""
     if not sys.stdout.isatty():
         yield
         return

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-PAD = 32  # lengths are padded to its multiples, so that few shapes are compiled
+PAD = 32  # lengths are padded to multiples of it, so that few shapes are compiled
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Record:
     """One example: what selects, what is read, and what is learned from it.
 
     Attributes:
-        instruction: token ids for the predictor; or several times such, of which
-            ``selectors`` says for every token which selects when it is predicted.
+        instruction: token ids for the predictor; or several such lists: ``selectors``
+            then says for every token which of them selects when it is predicted.
         tokens: token ids for the model.
         loss: bool of each token, whether it is a target that counts.
         task: the number of its task, -1 if it names none.
@@ -69,8 +69,8 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Training batches in an order that depends on the seed and the epoch alone, so
-    that a batch's number is all that a resumed run has to know.
+    """Training batches in an order that depends only on the seed and the epoch, so that
+    a resumed run need know no more than a batch's number.
 
     Args:
         records: at least ``batch_size``.
@@ -105,7 +105,7 @@ class Batches:
     def _shuffle(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.records))[: self.per_epoch * self.batch_size]
-        # Rows of like length lie together, so that little padding is computed.
+        # Rows of similar length lie together, so that little padding is computed.
         window = 32 * self.batch_size
         for start in range(0, len(order), window):
             part = order[start : start + window]
@@ -136,11 +136,11 @@ def collate(records: Sequence[Record]) -> Batch:
 
 
 def _instructions(records: Sequence[Record]) -> tuple[mx.array, mx.array]:
-    """Return the instructions and their lengths, of one or several each."""
+    """Return the instructions of records, one or several each, and their lengths."""
     if records[0].selectors is None:
         rows = [record.instruction for record in records]
         return mx.array(_padded(rows)), mx.array([len(r) for r in rows], dtype=mx.int32)
-    # Absent ones, which select nothing, are a copy of the first.
+    # Missing ones, which select nothing, are filled with a copy of the first.
     most = max(len(record.instruction) for record in records)
     parts = [(*r.instruction, *[r.instruction[0]] * most)[:most] for r in records]
     flat = [part for row in parts for part in row]

@@ -39,7 +39,7 @@ def trained_card(
         config: of the run, nothing in it left open.
         plan: of the model.
         source: folder of the model it was trained from.
-        found: the last that was measured: :data:`LOSSES`, each where there is one.
+        found: the latest measurements: those of :data:`LOSSES` that there are.
     """
     licence = licence_of(source)
     front = f"license: {licence}\n" if licence else ""

@@ -1,4 +1,4 @@
-"""The trainer's state on disk: the last of it, whole and checked."""
+"""The trainer's latest state on disk, complete and checked."""
 
 import hashlib
 import json
@@ -17,8 +17,7 @@ TENSORS, ABOUT = "state.safetensors", "state.json"
 def save(folder: Path, step: int, tensors: dict[str, mx.array]) -> None:
     """Write the state after a step beside the older one, read it back, then drop that.
 
-    One is enough, and large: it holds every weight three times, with what the optimiser
-    knows of it.
+    One is enough, since it is large: it holds every weight and two moments of it.
 
     Args:
         folder: holds the checkpoints of one run.
@@ -27,7 +26,7 @@ def save(folder: Path, step: int, tensors: dict[str, mx.array]) -> None:
     """
     target = folder / f"step-{step:08d}"
     if target.exists() and _whole(target) is not None:
-        return  # the same bits, of the run that this one goes on from
+        return  # the same bits are there already, from the run that this one continues
     shutil.rmtree(target, ignore_errors=True)
     with new_folder(target) as scratch:
         path = scratch / TENSORS
@@ -47,7 +46,7 @@ def newest(folder: Path) -> int | None:
 def load(folder: Path) -> tuple[int, dict[str, mx.array]] | None:
     """Return step and tensors of the newest whole checkpoint, ``None`` without any.
 
-    A damaged one is passed over, and said so on standard error.
+    A damaged one is skipped, with a note on standard error.
 
     Raises:
         ValueError: if there are checkpoints, but none is whole.
@@ -71,7 +70,7 @@ def _whole(path: Path) -> tuple[int, dict[str, mx.array]] | None:
         if _digest(path / TENSORS) != about["sha256"]:
             raise ValueError("its content does not match its checksum")
         loaded = cast(dict[str, mx.array], mx.load(str(path / TENSORS)))
-        mx.eval(loaded)  # the file may be gone when a lazy array would be read
+        mx.eval(loaded)  # now, since the file may be gone when a lazy array is read
         return int(about["step"]), loaded
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         print(f"Refused checkpoint {path}: {error}.", file=sys.stderr)

@@ -1,8 +1,8 @@
 """What a run costs: multiplications, by one definition for every way of training.
 
 A weight that a token passes is one multiplication. A pass whose weights are trained
-counts three times (forward, and twice backward), one whose weights are not but whose
-masker is, twice, and one that is only read, once. Attention's own products are left out:
+counts three times (forward, and twice backward); a pass whose masker alone is trained
+counts twice, and a pass without training once. Attention's own products are left out:
 they are the same for every way of training, and small at these lengths.
 """
 
@@ -27,8 +27,8 @@ class Cost:
     Attributes:
         model: of the model's passes, forward and backward.
         predictor: of the predictor's.
-        teacher: of the dense model's, that the KL is from.
-        warm_start: of all that comes before step 0.
+        teacher: of the passes of the dense model that gives the KL.
+        warm_start: of everything before step 0.
     """
 
     model: float
@@ -43,8 +43,8 @@ class Cost:
 
 
 def weights_per_token(model: nn.Module, plan: Plan | None = None) -> int:
-    """Return how many weights of a stock model a token passes: its embedding only where
-    it is the last layer too, and of a mixture the experts that a token is given to.
+    """Return how many weights of a stock model a token passes: the embedding only if it
+    is the last layer too, and in a mixture the experts that a token is sent to.
 
     Args:
         model: dense; its weights need not be read.
@@ -84,7 +84,7 @@ def cost_of(
         records: the training examples.
         fresh: whether the predictor is new, and has a warm start.
         grouped: whether it learns groups of examples before step 0.
-        teacher: the dense model of the KL, or ``None``.
+        teacher: the dense model that gives the KL, or ``None``.
     """
     read, asked = (
         float(np.mean(sizes)) for sizes in zip(*map(_sizes, records), strict=True)
@@ -96,7 +96,8 @@ def cost_of(
     taught = 0 if teacher is None else weights_per_token(teacher)
     warm = 0.0
     if fresh and config.masker != "dense":
-        none = 64 if predictor is None else 0  # one mask begins with some all the same
+        # A single mask also reads some examples first.
+        none = 64 if predictor is None else 0
         first = min(config.warm_start or none, len(records))
         warm = first * (read * each + asked * small)
     if grouped:

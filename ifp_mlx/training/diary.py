@@ -1,4 +1,4 @@
-"""The log of a run, which a resumed run takes up where it was."""
+"""The log of a run, which a resumed run continues."""
 
 import json
 import time
@@ -13,7 +13,7 @@ LOG = "log.jsonl"
 
 
 class Pace:
-    """How fast steps are made: a context around each, whose batches go through it."""
+    """How fast steps are made: a context around each step, which counts its batches."""
 
     def __init__(self) -> None:
         self._began = 0.0
@@ -37,8 +37,8 @@ class Pace:
         self.steps += 1
 
     def take(self) -> Report:
-        """Return seconds of a step, and tokens a second, padding included, since the
-        last time.
+        """Return seconds per step and tokens per second, padding included, since the
+        last call.
         """
         found = {
             "seconds_per_step": self.seconds / max(self.steps, 1),
@@ -74,7 +74,7 @@ class Diary:
                 scratch.write_text("".join(text), encoding="utf-8")
 
     def note(self, step: int, report: Report) -> None:
-        """Take down what is known after a step."""
+        """Write down what is known after a step."""
         line = {"step": step, **report}
         self.lines.append(line)
         if self.path is not None:

@@ -1,4 +1,4 @@
-"""What a run will take, before it is made: multiplications and memory."""
+"""What a run will need, before it is made: multiplications and memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from .recipe import TrainConfig
 from .run import new_masker, read_examples, run_cost
 from .trainee import adapt, open_trainee
 
-FLOATS = 4  # bytes of one, in which losses and moments are computed
+FLOATS = 4  # bytes of a float32, in which losses and moments are computed
 # Arrays [T, D] and [T, F] that a layer keeps for the backward pass, about.
 HIDDEN, CHANNELS = 14, 6
 LOGITS = 4  # arrays [T, V]
@@ -67,7 +67,7 @@ def estimate(config: TrainConfig) -> Estimate:
     modules = (trainee.model, masker)
     trained = [w for m in modules for _, w in tree_flatten(m.trainable_parameters())]
     weights = [w for m in modules for _, w in tree_flatten(m.parameters())]
-    # A gradient, and twice a moment; a second gradient where they are added up.
+    # A gradient and two moments; a second gradient where gradients are added up.
     copies = 3 + (config.accumulate > 1)
     lengths = sorted(len(record.tokens) for record in examples.train)
     longest = float(np.mean(lengths[-config.batch_size :]))

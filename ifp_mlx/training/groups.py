@@ -1,9 +1,10 @@
 """Which training examples belong together, for masks that stay the same within a task.
 
-Masks that differ between two wordings of one question teach less than one mask for all;
-masks that stay the same within a task and differ between tasks are what learns. Rows say
-which task they are of; where they do not, examples with the same answer mostly ask the
-same in other words, so what differs between their instructions says nothing of the task.
+If masks differ between two wordings of one question, the model learns less than with
+one mask for all; it learns most if masks are the same within a task and differ between
+tasks. Rows may name their task. Where they do not, examples with the same answer mostly
+ask the same in other words, so words that differ between their instructions say nothing
+of the task.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from .batches import Record
 
 How = Literal["auto", "task", "words", "off"]
 CLUSTERS = 32
-DIRECTIONS = 24  # in which instructions are compared by their words
+DIRECTIONS = 24  # of word counts, in which instructions are compared
 WORDS = 512  # the commonest tokens are looked at
 FITTED = 4096  # examples that centres are found from
 
@@ -27,7 +28,7 @@ def groups_of(records: Sequence[Record], how: How, seed: int) -> np.ndarray | No
     Args:
         records: the training examples.
         how: ``task`` by the rows' ``task``; ``words`` by the words that examples with
-            the same answer share; ``auto`` the first of these that the data allow.
+            the same answer share; ``auto`` for the first of these that the data allow.
         seed: of the centres that words are grouped around.
 
     Raises:
@@ -56,7 +57,9 @@ def groups_of(records: Sequence[Record], how: How, seed: int) -> np.ndarray | No
 
 
 def _answers(records: Sequence[Record]) -> list[int]:
-    """Return a number for the answer of every example, the same for the same."""
+    """Return a number for the answer of every example; equal answers have one
+    number.
+    """
     numbers: dict[bytes, int] = {}
     texts = (record.tokens[record.loss].tobytes() for record in records)
     return [numbers.setdefault(text, len(numbers)) for text in texts]

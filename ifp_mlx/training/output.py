@@ -10,7 +10,7 @@ from . import checkpoints
 from .recipe import TrainConfig
 
 SETTINGS, CHECKPOINTS, RESULT = "settings.json", "checkpoints", "model"
-# What a run that goes on may change.
+# Settings that may change when a run goes on.
 FREE = {"output", "watch", "eval_batches", "log_every", "eval_every", "save_every"}
 FREE |= {"compile", "grad_checkpoint"}
 
@@ -40,8 +40,8 @@ def check_unfinished(config: TrainConfig) -> None:
 
 
 def claim(config: TrainConfig, log: Callable[[str], None]) -> None:
-    """Make the output folder this run's: keep its settings there, or hold them against
-    those that are there. What fewer steps made is set aside.
+    """Make the output folder this run's: keep its settings there, or compare them with
+    those that are there. The result of a run with fewer steps is set aside.
 
     Raises:
         ValueError: if a setting differs that a run which goes on cannot change.

@@ -1,9 +1,9 @@
-"""What the dense parent says at every token, computed once and kept small on disk.
+"""The dense parent's distribution at every token, computed once and kept on disk.
 
-Of a distribution over the vocabulary, the most likely tokens are kept as they are, and
-the rest is sampled: a KL over both is an unbiased estimate of the exact one, where the
-most likely tokens alone would lose what the rest is worth. A token takes a few hundred
-bytes, and a training step neither the parent nor its output layer.
+Of each distribution over the vocabulary the most likely tokens are kept as they are,
+and the rest is sampled. A KL over both is an unbiased estimate of the exact one; the
+most likely tokens alone would leave out the rest's part. A token takes a few hundred
+bytes, and a training step needs neither the parent nor its output layer.
 
 Source: the estimate is that of Anshumann et al. 2025 (arXiv:2503.16870), with the
 largest probabilities taken out of the sampling.
@@ -26,7 +26,7 @@ from ..slicing.stock import log_softmax
 from .batches import Batch, Record
 
 INDEX = "index.json"
-PART = 32  # records of a file: what a killed run has to compute again at most
+PART = 32  # records of a file: the most that a killed run has to compute again
 BLOCK = 256  # of the vocabulary, for running sums
 CHUNK = 64  # tokens whose distributions are in memory at once
 
@@ -37,7 +37,7 @@ class Form:
 
     Attributes:
         top: the most likely tokens.
-        samples: draws from the rest, of which each stands for an equal part of it.
+        samples: draws from the rest; each stands for an equal part of it.
     """
 
     top: int = 48
@@ -77,7 +77,7 @@ class ParentCache:
         has weight 0.
 
         Args:
-            batch: whose ``tasks`` say which records its rows are.
+            batch: its ``tasks`` are the numbers of its rows' records.
         """
         assert batch.tasks is not None
         B, T = batch.tokens.shape
@@ -122,14 +122,14 @@ def fill_cache(
     *,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> ParentCache:
-    """Compute what of the cache is not there yet, or is damaged, and open it.
+    """Compute the missing or damaged parts of the cache, and open it.
 
     Args:
         folder: may hold a cache that was begun with the same records and settings.
         open_parent: returns the dense model; called only if something is missing.
         records: what the parent is to read; ``task`` must number them from 0.
         form: how distributions are kept.
-        about: what else the content depends on.
+        about: settings on which the content depends besides.
         progress: wraps the iteration over the missing parts.
 
     Raises:
@@ -217,7 +217,7 @@ def compress(logp: np.ndarray, form: Form, rng: np.random.Generator) -> np.ndarr
     ids = np.concatenate([top, sampled_ids.reshape(T, form.samples)], axis=1)
     kept = np.zeros(T, dtype=form.dtype(V))
     kept["ids"] = ids
-    # What is next to impossible stays a number in float16.
+    # Clipped, so that very small probabilities stay finite in float16.
     kept["logp"] = np.maximum(np.take_along_axis(logp, ids, axis=1), -1e4)
     return kept
 
@@ -225,8 +225,8 @@ def compress(logp: np.ndarray, form: Form, rng: np.random.Generator) -> np.ndarr
 def _inverse(mass: np.ndarray, shares: np.ndarray) -> list[int]:
     """Return where the running sum of ``mass``, ``[V]``, passes shares of its total.
 
-    Summed by blocks first: a running sum over a whole vocabulary is what would take
-    longest here.
+    It is summed by blocks first, since a running sum over a whole vocabulary would take
+    most of the time.
     """
     starts = np.arange(0, len(mass), BLOCK)
     upto = np.cumsum(np.add.reduceat(mass, starts, dtype=np.float64))

@@ -28,12 +28,13 @@ class Reader:
 
     A row holds what :func:`ifp_mlx.selection.conversations.conversation_of` knows. Its
     ``task`` may name its task, and its ``select`` may be a text that selects instead of
-    the beginning of the conversation, such as the description of its task. In the stage ``pretrain`` every chunk of the text but the first is an
-    example of its own, whose instruction is the chunk before. In the stage ``sft`` the
-    conversation up to the first user message is the instruction, and the assistant's
-    answers after it are learned. No instruction holds a token that is learned with it.
-    The stage ``recover`` reads conversations alike and takes plain text as it is: its
-    mask is fixed, and nothing has to be told apart.
+    the beginning of the conversation, such as the description of its task. In the stage
+    ``pretrain`` every chunk of a text except the first is an example, whose instruction
+    is the chunk before. In the stage ``sft`` the conversation up to the first user
+    message is the instruction, and the assistant's answers after it are learned. No
+    instruction holds a token that is learned with it. The stage ``recover`` reads
+    conversations in the same way and takes plain text as it is: its mask is fixed, so
+    the text needs no part that selects.
 
     Args:
         tokenizer: mlx-lm's ``TokenizerWrapper`` of the model.
@@ -41,12 +42,12 @@ class Reader:
         max_length: most tokens of an example. In ``pretrain``, as much of the text
             before the learned chunk is read as fits.
         chunk: tokens of a chunk.
-        chunk_masks: ``each`` makes one example of as many chunks as fit, each of which
-            is learned under the mask of the one before it.
+        chunk_masks: ``each`` puts as many chunks as fit into one example; each chunk is
+            learned under the mask of the one before it.
         predictor_tokenizer: of the predictor's language model, if it has its own.
         skip_bad: leave bad rows out instead of refusing the file.
-        vocabulary: rows of the model's embedding, for a row with a token beyond them to
-            be bad; ``None`` does not look at it.
+        vocabulary: rows of the model's embedding; a row of data with a token beyond
+            them is bad. ``None`` does not check.
 
     Attributes:
         tasks: the number of every task's name.
@@ -166,8 +167,8 @@ class Reader:
             yield self._record(tokens[start - self.chunk : start], read, loss, task)
 
     def _texts(self, tokens: list[int], task: int) -> Iterator[Record]:
-        """Yield texts of as many chunks as fit, which share one chunk: in each the first
-        is read, under its own mask, and the others are learned.
+        """Yield texts of as many chunks as fit. Each begins with the last chunk of the
+        one before: that is read, under its own mask, and the others are learned.
         """
         chunk, most = self.chunk, self.max_length // self.chunk
         for first in range(0, len(tokens) - chunk, (most - 1) * chunk):
@@ -203,7 +204,7 @@ class Reader:
 
 
 def _rows(data: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Yield where each row stands, and the row: bytes of a line, or a dictionary."""
+    """Yield each row's place and the row: bytes of a line, or a dictionary."""
     folder = path_of(data)
     if folder.is_dir():
         if not (folder / "train.jsonl").is_file():
@@ -258,11 +259,11 @@ def _parse(line: Any) -> dict[str, Any]:
 def _conversation(
     tokenizer: Any, messages: Sequence[Message]
 ) -> tuple[list[int], list[bool]]:
-    """Return a conversation's token ids, and which of them the assistant answers.
+    """Return a conversation's token ids, and for each whether the assistant answers it.
 
-    Prompts and answers are tokenised apart, as they are when the answer is generated.
-    What comes after the last answer is left out, and answers before the first user
-    message are read but not learned: they are part of the instruction.
+    Prompts and answers are tokenised apart, as when answers are generated. Anything
+    after the last answer is left out. Answers before the first user message are read
+    but not learned, since they are part of the instruction.
     """
     tokens: list[int] = []
     loss: list[bool] = []
@@ -278,7 +279,8 @@ def _conversation(
                 "has several answers, and there is no chat template that leaves "
                 "earlier ones as they were; split it into conversations with one answer"
             )
-        plain = not tokenizer.has_chat_template  # which would write the special tokens
+        # A chat template writes the special tokens itself.
+        plain = not tokenizer.has_chat_template
         asking = encode(tokenizer, prompt[len(before) :], special=plain)
         answer = encode(tokenizer, through[len(prompt) :], special=False)
         if plain:

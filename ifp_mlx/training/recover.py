@@ -1,7 +1,7 @@
-"""Recovery: what a fixed mask keeps learns to say what the dense model says.
+"""Recovery: the part that a fixed mask keeps learns to answer like the dense model.
 
-The mask is sliced first and training is of the compact model itself, so a step costs
-what a small model costs; the dense parent reads the examples once, before.
+The model is sliced first and the compact model itself is trained, so a step costs what
+a small model costs. The dense parent reads the examples once, before.
 """
 
 import time
@@ -35,7 +35,7 @@ from .validation import Report
 
 Say = Callable[[str], None]
 PARENT = "parent"
-SOLVED_ON = 1024  # tokens of the examples from which the compensation is solved
+SOLVED_ON = 1024  # tokens of the examples that the compensation is solved on
 
 
 def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[str, Any]:
@@ -138,13 +138,13 @@ def read(
 
 
 def _numbered(record: Record, number: int, config: TrainConfig) -> Record:
-    """Weigh every token; the task says which record it is, as the cache wants it."""
+    """Return a record with weights for its tokens, and its number as ``task``."""
     weights = np.where(record.loss, 1.0, config.prompt_weight).astype(np.float32)
     return replace(record, loss=weights, task=number)
 
 
 def _same_mask(selection: Selection, path: Path) -> None:
-    """Keep the mask with the run, or hold it against the one that is there."""
+    """Keep the mask with the run, or compare it with the one that is there."""
     if not path.is_file():
         selection.save(path)
     elif (found := Selection.load(path).mask_id) != selection.mask_id:
@@ -182,7 +182,7 @@ def start(
     config: TrainConfig,
 ) -> nn.Module:
     """Return the compact model that training begins with."""
-    channels = selection.unit == "channel"  # experts have nothing to make up with
+    channels = selection.unit == "channel"  # experts cannot make up for others
     if config.compensate and channels and selection.gates is None:
         order = np.random.default_rng(config.seed).permutation(len(records))
         texts = np.concatenate([records[i].tokens for i in order])
@@ -198,11 +198,11 @@ def start(
 class Closeness:
     """How close a compact model is to the dense one, on the answers of some rows.
 
-    The dense model is opened for every measurement and let go, so that it takes no
-    memory while the compact one is trained.
+    The dense model is opened for every measurement and freed afterwards, so that it
+    takes no memory while the compact one is trained.
 
     Args:
-        parent: whose dense model is the reference.
+        parent: its dense model is the reference.
         rows: what is compared.
 
     Attributes:
@@ -258,7 +258,7 @@ def recovered(
         "KL after": f"{after['kl']:.4g} nats per token",
     }
     notes = selection.origin.notes | said
-    # What was measured was the mask without training.
+    # Measurements were of the mask without training.
     origin = replace(selection.origin, evaluation=None, notes=notes)
     return replace(selection, origin=origin, trained=how)
 

@@ -1,4 +1,4 @@
-"""What is trained: opened, given a predictor, adapted, and written as a checkpoint."""
+"""The model to be trained: opened, given a predictor, adapted, and written."""
 
 import copy
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ class Trainee:
         config: its config.json.
         tokenizer: mlx-lm's ``TokenizerWrapper``.
         model: mlx-lm's own class, its weights in memory.
-        plan: what is masked of it.
-        own: what it says of its selections, if it is a checkpoint with a predictor.
+        plan: which of its units are masked.
+        own: its ifp_config.json, if it is a checkpoint with a predictor.
     """
 
     path: Path
@@ -63,7 +63,7 @@ def open_trainee(config: TrainConfig) -> Trainee:
     else:
         source = source_of(path)
         about, model = source.config, source.dense()
-    plan = plan_of(model, about)  # or it says why not
+    plan = plan_of(model, about)  # refuses a model that cannot be masked
     trained = (path / PREDICTOR_FOLDER).exists() and not config.from_scratch
     own = IFPConfig.load(path) if trained else None
     check_mixture(plan, about, config.of(plan.unit, own))
@@ -75,11 +75,11 @@ def open_trainee(config: TrainConfig) -> Trainee:
 
 
 def dense_parent(trainee: Trainee, config: TrainConfig) -> Parent | None:
-    """Return the parent of the KL, if that has a weight: the teacher, or the model as it
-    is stored.
+    """Return the model that gives the KL, if the KL has a weight: the teacher, or the
+    model as it is stored.
 
     Raises:
-        ValueError: if there is none, or it has other tokens.
+        ValueError: if there is no such model, or it has other tokens.
     """
     parent = teacher_of(trainee, config)
     return None if parent is None else lambda batch: parent(batch.tokens[:, :-1])
@@ -118,7 +118,7 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
     predictor.set_dtype(mx.float32)
     backbone = predictor.backbone
     if "lm_head" in backbone:
-        backbone.lm_head.freeze()  # never used; weight decay would eat it
+        backbone.lm_head.freeze()  # never used; weight decay would shrink it
     if config.predictor != "new":
         for module in backbone.modules():
             if isinstance(module, nn.Embedding):
@@ -128,7 +128,7 @@ def make_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
 
 
 def trained_predictor(trainee: Trainee, config: TrainConfig) -> Path | None:
-    """Return the folder of the predictor that goes on, ``None`` if a new one is made."""
+    """Return the folder of the predictor to continue, ``None`` for a new one."""
     if config.predictor == "auto":
         return None if trainee.own is None else trainee.path / PREDICTOR_FOLDER
     folder = path_of(config.predictor)
@@ -169,7 +169,7 @@ def _new_predictor(trainee: Trainee, config: TrainConfig) -> SparsityPredictor:
 
 
 def adapt(model: nn.Module, plan: Plan, config: TrainConfig) -> None:
-    """Freeze what is not trained, put in LoRA or DoRA layers, and mask, in place.
+    """Freeze what is not trained, add LoRA or DoRA layers, and mask, in place.
 
     Masks come last: what an adapter adds to a layer's output is masked too.
 
@@ -277,8 +277,9 @@ def _of_layers(about: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def _new_config(trainee: Trainee, config: TrainConfig) -> dict[str, Any]:
-    """Return the config of a small model of the same kind; beside a mixture, or where the
-    config.json is not of one language model, of a plain llama, which has no experts.
+    """Return the config of a small model of the same kind; for a mixture, or if the
+    config.json is not of a single language model, that of a plain llama, which has no
+    experts.
     """
     width, heads = config.predictor_width, 4
     if width % (2 * heads):

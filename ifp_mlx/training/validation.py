@@ -1,4 +1,4 @@
-"""What is known of a masked model: its loss, its masks, its equality to the slice."""
+"""What is measured of a masked model: its loss, its masks, and the slice's error."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,7 +31,8 @@ def evaluate_loss(
         masker: where the masks come from.
         batches: validation examples.
         budget: how scores become masks.
-        form: default: what inference does, hard masks with the budget's gates.
+        form: of the masks; default: as in inference, hard masks with the budget's
+            gates.
     """
     pair = Pair(model, masker)
     total = targets = 0.0
@@ -45,7 +46,7 @@ def evaluate_loss(
 
 class Validation:
     """What is measured at every validation: the loss with the mask of inference, and
-    how much instructions share of their masks.
+    how much the masks of instructions overlap.
 
     Args:
         model: as in :func:`train`.

@@ -1,11 +1,11 @@
-"""A predictor's head in closed form: what the frozen model shows, before training.
+"""A predictor's head in closed form, from the frozen model, before training.
 
 A head that begins at random gives all instructions nearly the same mask, and training
-then makes the masks the same. Here the head begins as the ridge regression from the
-instruction to how strongly the model uses each of its channels or experts, on the
-instruction and on what follows it: what each example uses, or what the examples of its
-group use on average. Told of groups, the predictor is then trained alone to tell them
-apart.
+then makes the masks the same. Here the head begins as a ridge regression. From the
+instruction it predicts how strongly the model uses each of its channels or experts, on
+the instruction and the text after it: the use by each example, or the average use in
+the example's group. If there are groups, the predictor alone is then trained to tell
+them apart.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,7 @@ from .step import schedule
 Importance = Callable[[nn.Module, Batch], np.ndarray]
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 3))
-ALWAYS = 1000.0  # a score no other comes near: those have a spread of 1
+ALWAYS = 1000.0  # a score far above all others, whose spread is 1
 WEAKEST = 0.05  # directions below this share of the strongest are noise
 
 
@@ -81,7 +81,7 @@ def expert_importance(plan: Plan, model: nn.Module, batch: Batch) -> np.ndarray:
 
 def _logarithm(energy: list[mx.array]) -> np.ndarray:
     used = mx.sqrt(mx.stack(energy, axis=1))
-    # The offset keeps what is hardly used from filling the logarithm's scale.
+    # The offset keeps hardly used units from dominating the logarithm.
     return np.array(mx.log(used + 0.1 * used.mean(axis=-1, keepdims=True)))
 
 
@@ -102,16 +102,16 @@ def warm_start(
         model: the stock model, dense.
         batches: ``N`` examples, some hundreds.
         centred: leave out the mean over instructions, and give every channel the same
-            spread; else a global prior remains, to which the instruction adds.
-        decorrelate: make the instruction's part equally strong in all the directions
-            it has, but for the weakest, so that similar tasks are told apart.
+            spread; otherwise a global prior stays, to which the instruction adds.
+        decorrelate: make the instruction's part equally strong in all its directions
+            except the weakest, so that similar tasks are told apart.
         importance: measures the model's use of its units.
         progress: wraps the iteration over batches.
 
     Returns:
         ``prior``: mean importance, float32 ``[L, F]``; ``explained``: share of the
-        importance's variance over instructions that the instruction predicts, each
-        example left out of its own fit in turn; ``rank``: directions in use.
+        importance's variance over instructions that the instruction predicts, by a fit
+        without the example itself; ``rank``: directions in use.
     """
     wanted, features = [], []
     for batch in progress(batches):
@@ -139,12 +139,12 @@ def group_start(
     groups, in place: the head in closed form, then all of it by gradient.
 
     Args:
-        predictor: its head is solved, and what is not frozen of it trained.
+        predictor: its head is solved, and all its unfrozen weights are trained.
         model: the stock model, dense.
         batches: ``N`` examples, their ``tasks`` the numbers of their groups.
-        later: gives the batch of a step, of groups too.
-        steps: of the predictor alone.
-        rate: the highest learning rate of these.
+        later: gives the batch of a step, whose ``tasks`` are groups too.
+        steps: of training the predictor alone.
+        rate: their highest learning rate.
         centred: as in :func:`warm_start`.
         decorrelate: as in :func:`warm_start`; here in all directions alike.
         importance: measures the model's use of its units.
@@ -173,8 +173,8 @@ def group_start(
 def _codes(
     used: np.ndarray, group: np.ndarray, rank: int, *, centred: bool, decorrelate: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return orthogonal codes of the groups ``[groups, r]``, the channels that each part
-    of a code stands for ``[r, L·F]``, and the mean over groups ``[L·F]``.
+    """Return orthogonal codes of the groups, ``[groups, r]``, what each number of a
+    code means for the channels, ``[r, L·F]``, and the mean over groups, ``[L·F]``.
     """
     found = np.unique(group)
     means = np.stack([used[group == number].mean(axis=0) for number in found])
@@ -199,7 +199,7 @@ def _set_head(
     group: np.ndarray,
     channels: np.ndarray,
 ) -> None:
-    """Set the head so that it foretells the code of an instruction's group."""
+    """Set the head so that it predicts the code of an instruction's group."""
     x = features.astype(np.float64)
     middle = x.mean(axis=0)
     fit, _ = _ridge(x - middle, codes[group])
@@ -220,7 +220,9 @@ def _tell_apart(
     rate: float,
     progress: Callable[[Iterable], Iterable],
 ) -> float:
-    """Train the predictor alone to foretell codes; return the share left at the end."""
+    """Train the predictor alone to predict codes; return the variance left, as a
+    share.
+    """
     rank = codes.shape[1]
 
     def loss(batch: Batch) -> mx.array:
@@ -310,7 +312,7 @@ def share_channels(
     """Keep the most used channels of every layer for all instructions, in place.
 
     Args:
-        predictor: its head's bias says so from now on.
+        predictor: its head's bias is set accordingly.
         prior: ``[L, F]``.
         shared: channels per layer, a multiple of ``granularity``.
         granularity: channels per selectable block.
@@ -325,12 +327,12 @@ def share_channels(
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the map ``[D, N]`` from targets to ridge coefficients, its strength chosen
-    by leaving one out, and the share of the variance explained then.
+    """Return the map ``[D, N]`` from targets to ridge coefficients, with a strength
+    chosen by leave-one-out, and the share of the variance explained.
     """
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     whole = float((y**2).sum())
-    power = max(float((s**2).mean()), 1e-12)  # of one example there is none
+    power = max(float((s**2).mean()), 1e-12)  # a single example has none
     best = (-np.inf, STRENGTHS[-1])
     for strength in STRENGTHS:
         shrink = s**2 / (s**2 + strength * power)
@@ -341,7 +343,7 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
         best = max(best, (1 - float((left_out**2).sum()) / max(whole, 1e-12), strength))
     explained, strength = best
     inverse = s / (s**2 + strength * power)
-    # Where nothing differs, nothing is explained.
+    # Without differences there is nothing to explain.
     return (vt.T * inverse) @ u.T, explained if whole else 0.0
 
 
@@ -354,7 +356,7 @@ def _low_rank(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split the fitted map into the head's two matrices, ``[r, D]`` and ``[L·F, r]``.
 
-    What passes between the two has a spread of 1, so that one learning rate suits both.
+    The values between the two have a spread of 1, so that one learning rate suits both.
     """
     fitted = (x @ fit).astype(np.float32) @ y  # [N, L·F]
     power, u = np.linalg.eigh(fitted @ fitted.T)

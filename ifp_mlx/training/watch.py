@@ -11,13 +11,14 @@ from .maskers import Budget, Masker
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much of what they keep two instructions share, mean over pairs and layers.
+    """The share of kept units that two instructions have in common, mean over pairs and
+    layers.
 
     Attributes:
         within: of different instructions of one task; ``None`` without such pairs.
         between: of instructions of different tasks, or of any two where the tasks are
             not known.
-        chance: what two random masks share, ``k / F``.
+        chance: the share of two random masks, ``k / F``.
     """
 
     within: float | None
@@ -100,8 +101,8 @@ class CollapsedError(ValueError):
 class Watcher:
     """Raises once the masks have been the same for all instructions for a while.
 
-    The loss does not show it: a run whose predictor has collapsed learns as smoothly
-    as a static mask does, and is one.
+    The loss does not show it: a run whose predictor has collapsed is a run with a
+    static mask, and learns as smoothly.
 
     Attributes:
         floor: the least :attr:`Overlap.dependence`.
