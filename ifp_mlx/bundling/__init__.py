@@ -1,1 +1,1 @@
-"""Bundles that an app can take: a core, tasks on demand, and what is known of them."""
+"""Bundles for apps: a core, tasks on demand, and metadata."""

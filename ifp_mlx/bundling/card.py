@@ -48,7 +48,7 @@ def card_of(about: dict[str, Any], parts: list[Part]) -> str:
     """Return the README.md of a bundle.
 
     Args:
-        about: what metadata.json says.
+        about: the content of metadata.json.
         parts: of the bundle.
     """
     task, first = next(iter(about["tasks"].items()))

@@ -1,7 +1,7 @@
-"""What tasks of one model share, stored once, and what each has of its own.
+"""The files of a bundle: what a model's tasks share, once, and each task's own.
 
-Whatever is equal in the folders of all tasks is the core: tensors one by one, and files.
-No list of names decides that, so it holds for any architecture and quantisation.
+Whatever is equal in the folders of all tasks is the core: tensors one by one, and
+files. No list of names decides it, so this works for any architecture and quantisation.
 """
 
 import filecmp
@@ -37,7 +37,7 @@ def carried(folder: Path) -> dict[str, Path]:
 
 
 def lay_out_files(tasks: dict[str, dict[str, Path]], target: Path) -> None:
-    """Copy files: those that are equal in all tasks into the core.
+    """Copy files; those that are equal in all tasks go into the core.
 
     Args:
         tasks: by the task's name, files or folders by the name they get.
@@ -55,7 +55,7 @@ def lay_out_weights(
     tasks: dict[str, Path], target: Path, *, progress: ProgressBar = iter
 ) -> None:
     """Write tensors: those that are equal in all tasks into the core, the others into a
-    file of each task, which an index names beside the core's.
+    file per task. A task's index names both files.
 
     Args:
         tasks: by the task's name, the folder of its compact model.
@@ -114,9 +114,9 @@ def take(bundle: Bundle, task: str, out: Path, *, progress: ProgressBar = iter) 
 
 def _link(source: Path, target: Path) -> None:
     try:
-        # Of a file that lies elsewhere, not of the link to it, which may lead nowhere.
+        # Link the file itself, not a link to it, which may lead nowhere.
         os.link(source.resolve(), target)
-    except FileExistsError:  # a copy would write into what was linked
+    except FileExistsError:  # a copy would write into the linked file
         raise
     except OSError:
         shutil.copyfile(source, target)

@@ -36,14 +36,14 @@ SOURCES = ("Package.swift", "Sources", "Tests")
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a developer says of a bundle, and nobody else knows.
+    """Facts of a bundle that only its developer knows.
 
     Attributes:
         version: of the bundle, in the developer's own counting.
         license: of the base model; default: what the folders say.
         source: where the base model is from, such as an address.
         prefetch: tasks that are fetched with the app, not on demand.
-        replace: whether a bundle that is there gives way.
+        replace: whether an existing bundle is replaced.
     """
 
     version: str = "1.0"
@@ -74,7 +74,7 @@ def bundle_folders(
     Args:
         tasks: by the task's name, the folder that ``ifp_mlx compact`` made.
         out: the folder to make; its name is the bundle's.
-        wishes: what the developer says of it.
+        wishes: the developer's facts.
         progress: wraps the iteration over tasks.
 
     Raises:
@@ -110,9 +110,9 @@ def bundle_folders(
 def bundle_packages(packages: list[Package], out: Path, wishes: Wishes) -> Path:
     """Make a bundle of Core ML packages of one model.
 
-    One package is the core, with a function for each task: Core ML stores what its
-    functions share once, and cannot load a package of which a piece is missing. Several
-    packages, of one function each, are downloaded on demand and share their tokenizer.
+    A single package, with a function for each task, is the core: Core ML stores once
+    what its functions share, and cannot load an incomplete package. Several packages,
+    of one function each, are downloaded on demand and share their tokenizer.
 
     Args:
         packages: made by ``ifp_mlx to-coreml``.
@@ -164,7 +164,7 @@ def find_package(path: Path) -> Package:
 
 
 def _functions(packages: list[Package]) -> dict[str, tuple[Package, str]]:
-    """Return by the task's name its package and function."""
+    """Return package and function of each task, by the task's name."""
     named = {p.folder.name: (p, list(p.about.get("functions", {}))) for p in packages}
     if len(packages) == 1:
         [(package, functions)] = named.values()
@@ -186,8 +186,8 @@ def _functions(packages: list[Package]) -> dict[str, tuple[Package, str]]:
 
 
 def check_wishes(out: Path, tasks: Collection[str], wishes: Wishes) -> None:
-    """Raise ``ValueError`` or ``FileExistsError`` if a bundle cannot be made so; long
-    jobs call this before they start, what makes a bundle again.
+    """Raise ``ValueError`` or ``FileExistsError`` if a bundle cannot be made like this.
+    Long jobs call it before they start; making a bundle checks again.
 
     Args:
         out: the folder to make.
@@ -212,7 +212,7 @@ def _selection(path: Path) -> Selection | None:
 
 
 def _task(mask: Selection | None) -> dict[str, Any]:
-    """Return what metadata.json says of a task, without its parts."""
+    """Return a task's entry in metadata.json, without its parts."""
     about: dict[str, Any] = dict.fromkeys(
         ("instruction", "mask_id", "identity", "unit", "keep", "agreement", "kl")
     )
@@ -248,7 +248,7 @@ def _finish(
     first: Path,
     wishes: Wishes,
 ) -> None:
-    """Write what stands around the parts: metadata, manifests, Swift, card and sums."""
+    """Write everything except the parts: metadata, manifests, Swift, card and sums."""
     name = out.absolute().name
     parts = [_part(scratch, name, CORE, "essential")]
     for task in tasks:

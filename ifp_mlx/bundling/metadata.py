@@ -1,6 +1,6 @@
-"""metadata.json: what an app must know of a bundle, written and read.
+"""metadata.json: what an app must know about a bundle, written and read.
 
-What each key means stands in metadata.schema.json, which goes into every bundle.
+metadata.schema.json, which goes into every bundle, says what each key means.
 """
 
 import json
@@ -22,8 +22,8 @@ MINIMUM_OS: dict[Kind, dict[str, str]] = {
     "mlx": {"iOS": "17.0", "macOS": "14.0"},
     "coreml": {"iOS": "18.0", "macOS": "15.0"},
 }
-# A bundle's and a task's name become folders and IDs of asset packs, for which the
-# documentation promises no more than this.
+# The names of bundles and tasks become folders and IDs of asset packs; Apple's
+# documentation promises only these characters for IDs.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """What is downloaded together: the core, or what one task adds to it.
+    """Files that are downloaded together: the core, or what one task adds to it.
 
     Attributes:
         name: ``core``, or the task's.
@@ -68,7 +68,7 @@ class Part:
         return folder_of(self.name)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what metadata.json says of it."""
+        """Return its entry in metadata.json."""
         files = {path: vars(file) for path, file in sorted(self.files.items())}
         about = {"download": self.download, "asset_pack": self.asset_pack}
         return {**about, "folder": self.folder, "bytes": self.bytes, "files": files}
@@ -76,7 +76,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What is known of a bundle that was read.
+    """A bundle that was read.
 
     Attributes:
         folder: where it is.
@@ -110,7 +110,7 @@ def folder_of(part: str) -> str:
 def check_names(bundle: str, tasks: Iterable[str]) -> None:
     """Raise ``ValueError`` if a bundle's name or a task's cannot be one.
 
-    Disks of Apple's systems mostly take names in upper and lower case for the same.
+    Most disks of Apple's systems do not distinguish upper and lower case.
     """
     known: dict[str, str] = {}
     for what, name in [("bundle", bundle), *(("task", task) for task in tasks)]:
@@ -134,7 +134,7 @@ def check_names(bundle: str, tasks: Iterable[str]) -> None:
 
 
 def write_metadata(folder: Path, about: dict[str, Any], parts: Iterable[Part]) -> None:
-    """Write metadata.json, and the schema that says what it means, into ``folder``."""
+    """Write metadata.json, and the schema that explains it, into ``folder``."""
     said = {"$schema": SCHEMA, "format": FORMAT, **about}
     said["parts"] = {part.name: part.as_json() for part in parts}
     text = json.dumps(said, indent=2, ensure_ascii=False)
@@ -175,7 +175,7 @@ def _part(name: str, said: dict[str, Any]) -> Part:
 
 
 def _contradictions(about: dict[str, Any], parts: dict[str, Part]) -> Iterator[str]:
-    """Yield what an app, or this package, could not rely on."""
+    """Yield faults of a bundle's metadata, each in words."""
     for part in parts.values():
         if not NAME.fullmatch(part.name):
             yield f"{part.name!r} is no name of a part"
@@ -202,7 +202,9 @@ def _contradictions(about: dict[str, Any], parts: dict[str, Part]) -> Iterator[s
 
 
 def _is_inside(path: str, folder: str) -> bool:
-    """Whether a path is that of a file in a folder of the bundle, written in one way."""
+    """Whether a path, in its normal form, is that of a file in a folder of the
+    bundle.
+    """
     steps = path.split("/")
     odd = {"", ".", ".."} & {*steps} or "\\" in path or "\0" in path
     return path.startswith(f"{folder}/") and not odd

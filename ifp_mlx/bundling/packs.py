@@ -12,7 +12,7 @@ from .metadata import METADATA, Download, Part
 
 FOLDER = "asset-packs"
 PLATFORMS = ["iOS", "macOS"]
-# At both, so that an update of the app never finds last year's core.
+# At both events, so that an app's update never finds an old core.
 EVENTS = ["firstInstallation", "subsequentUpdate"]
 
 
@@ -24,13 +24,13 @@ def pack_id(bundle: str, part: str) -> str:
 def write_manifests(folder: Path, bundle: str, parts: list[Part]) -> None:
     """Write a manifest for every part, and one for metadata.json.
 
-    The metadata has a pack of its own, a few kilobytes large: a task that is added
-    changes it, and must not make every device fetch the core again.
+    The metadata has a pack of its own, of a few kilobytes: adding a task changes it,
+    and must not make every device fetch the core again.
 
     Args:
         folder: the bundle's; manifests go to ``asset-packs`` in it. The paths in them
-            begin with the bundle's name, for they are resolved where the tool is run,
-            which is the folder around it, and all packs of an app share one root.
+            begin with the bundle's name, since the tool runs in the folder around it,
+            and all packs of an app share one root.
         bundle: its name.
         parts: of it.
     """

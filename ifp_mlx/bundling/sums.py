@@ -36,7 +36,7 @@ def write_sums(folder: Path, known: dict[str, Entry]) -> None:
 
 
 def verify(folder: Path, *, progress: ProgressBar = iter) -> Bundle:
-    """Read a bundle and compare all its files with what metadata.json and SHA256SUMS say.
+    """Read a bundle and compare all its files with metadata.json and SHA256SUMS.
 
     Args:
         folder: of the bundle.

@@ -2,9 +2,9 @@
 
 python convert/coreml_verify.py --package X.mlpackage --model M --mask-file F
 
-The program and the weights are read back from disk, by none of the exporter's code. It
-proves the file, not Apple's compiler: a device may sum in float16 inside an operation,
-and fuse what is rounded here.
+The program and the weights are read back from disk, without the exporter's code. This
+proves that the file is right, not that Apple's compiler is: a device may sum in float16
+inside an operation, or fuse operations between which values are rounded here.
 """
 
 import argparse
@@ -45,8 +45,8 @@ class Report:
             every decode step.
         positions: how many positions were compared: prompt and decode steps.
         same_argmax: at how many of them the largest logit is the same token.
-        seconds: what the package took, prefill and decode.
-        peak_memory_bytes: of this process while the package ran, resident.
+        seconds: time of the package, prefill and decode.
+        peak_memory_bytes: peak resident memory of this process while the package ran.
     """
 
     max_logit_error: float
@@ -66,7 +66,7 @@ class Report:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields; an infinite error, which JSON has not, is ``None``."""
+        """Return the fields; an infinite error, which JSON cannot hold, is ``None``."""
         finite = math.isfinite(self.max_logit_error)
         return asdict(self) | ({} if finite else {"max_logit_error": None})
 
@@ -92,8 +92,8 @@ def verify(
         function: which function of the package.
         steps: tokens to decode after the prompt, one at a time.
         consumer: ``default``, or ``hf``: the attention mask is one longer and has one
-            row, as swift-transformers sends it. Either way it is all zero: causality
-            is the package's own business.
+            row, as swift-transformers sends it. Either way it is all zero, since the
+            package adds causality itself.
         reference_file: an ``.npz`` to which the prompt and MLX's greedy tokens and
             logits are added, for ``examples/benchmarks/coreml_on_mac.py``.
 
@@ -134,8 +134,8 @@ def reference(
     """Return the MLX model's greedy tokens and logits.
 
     Returns:
-        ``steps + 1`` tokens, and float32 ``[T + steps, V]``, of which the last
-        ``steps + 1`` rows are what those tokens were chosen from.
+        ``steps + 1`` tokens, and logits, float32 ``[T + steps, V]``; the tokens were
+        chosen from its last ``steps + 1`` rows.
     """
     from mlx_lm.models.cache import make_prompt_cache
 

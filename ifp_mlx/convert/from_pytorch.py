@@ -48,8 +48,8 @@ def convert(
 ) -> Path:
     """Convert a checkpoint into an MLX model folder.
 
-    Memory holds about one shard of the output (1 GiB) at a time and, while it is made,
-    a tensor twice: the largest are the stacked experts of a mixture. A killed
+    About one shard of the output (1 GiB) is in memory at a time, and a tensor twice
+    while it is made; the largest tensors are the stacked experts of a mixture. A killed
     conversion leaves no half-written folder.
 
     Args:
@@ -59,14 +59,14 @@ def convert(
         mlx_path: the folder to make.
         dtype: ``float16``, ``bfloat16`` or ``float32``; default: the source's own,
             ``bfloat16`` for GGUF.
-        quantize: whether to quantise the weights, those of a GGUF file anew.
+        quantize: whether to quantise the weights; a GGUF file's are quantised anew.
         q_bits: bits per weight; default: 4 for ``affine``, else the mode's own.
         q_group_size: weights per scale; default: 64 for ``affine``, else the mode's.
         q_mode: ``affine``, ``mxfp4``, ``nvfp4`` or ``mxfp8``.
         predictor: a sparsity predictor's folder; default: ``predictor`` in ``hf_path``.
-            Never quantised: what it picks should not depend on ``quantize``.
-        channel_store: make a channel store (:mod:`ifp_mlx.channel_store`), for which
-            the disk holds the model twice for a while.
+            It is never quantised, so that its choices do not depend on ``quantize``.
+        channel_store: make a channel store (:mod:`ifp_mlx.channel_store`); the model is
+            on disk twice for a while.
 
     Raises:
         FileExistsError: if ``mlx_path``, which is returned, is already there.
@@ -92,7 +92,7 @@ def convert(
         if (second / HEAD).exists():
             inner = plain / "predictor"
             inner.mkdir()
-            # It may read the model's own tokens, and then has no tokenizer.
+            # A predictor that reads the model's own tokens has no tokenizer.
             own = any(second.glob("tokenizer*"))
             _convert_model(second, inner, dtype, None, need_tokenizer=own)
             shutil.copyfile(second / HEAD, inner / HEAD)
@@ -125,7 +125,7 @@ def _convert_model(
     if need_tokenizer and not (folder / "tokenizer.json").exists():
         unpack_sentencepiece(companions, folder)
     elif need_tokenizer:
-        open_tokenizer(companions, config)  # or it says what is wrong with it
+        open_tokenizer(companions, config)  # refuses a broken one
     model = source_of(origin).dense()
     if dtype is not None:
         _cast(model, getattr(mx, dtype))
@@ -143,7 +143,7 @@ def _convert_model(
 def _handed_over(
     weights: dict[str, "mx.array"],
 ) -> Iterator[tuple[str, "mx.array"]]:
-    """Yield the weights without keeping them: evaluated, they take memory."""
+    """Yield the weights without keeping them, since evaluated ones take memory."""
     while weights:
         name = next(iter(weights))
         yield name, weights.pop(name)
@@ -215,7 +215,7 @@ def _quantized(
 def _unpack(source: Path, scratch: Path, dtype: str | None) -> tuple[Path, Path]:
     """Return a folder with safetensors, and the one with the files beside them.
 
-    What is not safetensors is first rewritten to ``scratch``.
+    Other formats are first rewritten to ``scratch``.
     """
     import mlx.core as mx
 
@@ -226,7 +226,7 @@ def _unpack(source: Path, scratch: Path, dtype: str | None) -> tuple[Path, Path]
     elif _starts_with(source, b"GGUF"):
         # Gemma overflows in float16, hence bfloat16.
         unpack_gguf(source, scratch, getattr(mx, dtype or "bfloat16"))
-        for pattern in LICENCES:  # which are not in the file
+        for pattern in LICENCES:  # a GGUF file does not contain them
             for file in source.parent.glob(pattern):
                 shutil.copyfile(file, scratch / file.name)
         return scratch, scratch
@@ -238,7 +238,7 @@ def _unpack(source: Path, scratch: Path, dtype: str | None) -> tuple[Path, Path]
             "model; put the model's config.json and tokenizer beside it."
         )
     shutil.copyfile(folder / "config.json", scratch / "config.json")
-    # Each file is opened twice, and let go of before the next: it may be large.
+    # Each file is opened twice, and closed before the next, since it may be large.
     count = sum(len(_state_dict(file)) for file in files)
     tensors = chain.from_iterable(map(_tensors, files))
     write_shards(scratch, tensors, count=count)
@@ -281,7 +281,7 @@ def _state_dict(file: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # from pickle, zip and torch, of many kinds
-        if "Cannot allocate memory" in str(error):  # of the address space, by mmap
+        if "Cannot allocate memory" in str(error):  # mmap found no address space
             raise OSError(
                 f"{file} has {file.stat().st_size / 1e9:.1f} GB, and this system does "
                 "not let a file of that size be mapped into memory; save the model in "
@@ -344,7 +344,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the weights; default: the source's own, bfloat16 for GGUF",
+        help="type of the weights; default: the source's own, bfloat16 for GGUF",
     )
     parser.add_argument(
         "-q",
@@ -364,7 +364,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--channel-store",
         action="store_true",
-        help="lay the FFN out channel by channel, so that a few are read alone; "
+        help="lay the FFN out channel by channel, so that only chosen ones are read; "
         "python -m ifp_mlx.channel_store orders them by tasks, too",
     )
     parser.add_argument(

@@ -1,8 +1,8 @@
 """Export a compact model to Core AI, and run the saved program beside MLX. Experimental.
 
 Core AI is Core ML's successor in iOS and macOS 27. Its Python package writes a program
-and has a CPU runtime on Linux, which is what verifies it. Not run on a Mac: read
-examples/guides/coreai.md for what is known and what is not.
+and has a CPU runtime on Linux, which verifies it. This was not run on a Mac:
+examples/guides/coreai.md says what is known and what is not.
 """
 
 import asyncio
@@ -60,7 +60,8 @@ def export_coreai(
     Raises:
         FileExistsError: if the output is there.
         ImportError: if Core AI's package is missing.
-        ValueError: if the model cannot be said, or the program computes something else.
+        ValueError: if the model cannot be expressed, or the program computes something
+            else.
     """
     output = Path(output)
     refuse_existing(output)
@@ -68,7 +69,7 @@ def export_coreai(
     compact = _compact(model, selection, quantisation, progress)
     seconds = {}
     with new_folder(output) as scratch:
-        asset = scratch / "program.aimodel"  # a suffix it insists on
+        asset = scratch / "program.aimodel"  # Core AI insists on this suffix
         start = time.perf_counter()
         Decoder(compact, context_length or CONTEXT).program().save_asset(asset)
         seconds["convert"] = time.perf_counter() - start

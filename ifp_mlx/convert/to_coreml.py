@@ -29,13 +29,13 @@ from .coreml.bundle import describe, summary, write_companions
 Consumer = Literal["default", "hf"]
 PACKAGE = "model.mlpackage"
 REFERENCE = "reference.npz"  # MLX's logits, for examples/benchmarks/coreml_on_mac.py
-CONTEXT = 2048  # unless the user says so: the whole cache is allocated at once
+CONTEXT = 2048  # no more by default, since the whole cache is allocated at once
 CONTEXT_MULTIPLE = 32  # the Neural Engine fails on states of other sizes
-QUERY = 256  # tokens in one call: the logits of them all are an output
+QUERY = 256  # tokens in one call, all of whose logits are returned
 BITS, GROUPS = (4, 8), (32, 64, 128)
-PROMPT = "What is the capital of France?"  # to verify with, where no text selected
+PROMPT = "What is the capital of France?"  # to verify with if no text selected
 PROMPT_TOKENS, STEPS = 32, 8
-LIMIT = 0.02  # of the largest logit: an error above it is no rounding
+LIMIT = 0.02  # of the largest logit: a larger error cannot be rounding
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def export(
 ) -> dict[str, Any]:
     """Export one function per selection; weights that functions share are stored once.
 
-    The verification runs the saved package in an interpreter. It proves the file;
-    only a Mac can show what Apple's compiler makes of it.
+    Verification runs the saved package in an interpreter. That proves that the file is
+    right; only a Mac can show what Apple's compiler makes of it.
 
     Args:
         model: where the weights come from.
@@ -126,7 +126,7 @@ def export(
 
 def check_coremltools() -> None:
     """Raise ``ImportError`` unless coremltools can write a package here."""
-    # Of importing it on Linux, where parts of it do not load.
+    # Silences its warnings on Linux, where parts of it do not load.
     logging.getLogger("coremltools").setLevel(logging.ERROR)
     remedy = "with a Python it has a wheel for: pip install 'ifp-mlx[coreml]'"
     try:
@@ -242,7 +242,7 @@ def _write_package(
         program = build_program(compact(name), interface, lut=options.lut)
         parts[name] = save_program(program, interface.inputs(), part)
     separate = sum(map(_size, parts.values()))
-    if names == ["main"]:  # as Core ML calls the function of an ordinary package
+    if names == ["main"]:  # Core ML's name of an ordinary package's function
         parts["main"].rename(path)
     else:
         merge(parts, path)
@@ -322,7 +322,7 @@ def _label(package: Path, model: IFPModel, manifest: dict[str, Any]) -> None:
     labels = {"ifp_mlx.manifest": json.dumps(manifest)}
     if "/" in model.name:
         # swift-transformers fetches the tokenizer of this Hugging Face id. A folder's
-        # name is none, and might be a stranger's.
+        # name is not an id, and might be somebody else's.
         labels["co.huggingface.exporters.name"] = model.name
     label(package, f"{model.name}, compact, for {tasks} (ifp_mlx)", labels)
 
@@ -413,7 +413,7 @@ def _selections(args: Any, model: IFPModel) -> dict[str, Selection]:
 def select(
     model: IFPModel, requests: dict[str, Request], *, progress: ProgressBar = iter
 ) -> dict[str, Selection]:
-    """Return by the function's name what is asked for, for good."""
+    """Return a selection for each function's request, for a lasting model."""
     found = {}
     for name, request in requests.items():
         decision = decide(request, model, lasting=True, progress=progress)
@@ -424,7 +424,9 @@ def select(
 def _command(args: Any) -> None:
     given = [args.instruction, args.mask_file, args.functions]
     if not any(given) and args.keep == 1:
-        args.instruction = [0]  # any token: with all channels there is no choice
+        args.instruction = [
+            0
+        ]  # any token will do: with all channels there is no choice
     elif sum(value is not None for value in given) != 1:
         raise ValueError(
             "Give one of --instruction, --mask-file and --functions, or --keep 1: it "
@@ -437,7 +439,7 @@ def _command(args: Any) -> None:
     check_coremltools()
     _targets(Path(args.output))
     if args.functions is not None:
-        _mask_files(args)  # its mistakes are told before anything is loaded
+        _mask_files(args)  # reports mistakes before anything is loaded
     cli.request_of(args)
     from .coreml.graph import check_family
 

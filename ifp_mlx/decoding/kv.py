@@ -1,6 +1,6 @@
 """How the KV cache of an answer is kept: quantised, or no more than the latest tokens.
 
-mlx-lm's caches do the work; this says which, and refuses what they cannot.
+mlx-lm's caches do the work; this module chooses one, and refuses what they cannot do.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import mlx.nn as nn
 
-BITS = (2, 4, 8)  # for which mlx-lm's cache has room
+BITS = (2, 4, 8)  # that mlx-lm's cache can pack
 GROUPS = (32, 64, 128)
-KEPT_FIRST = 4  # tokens that mlx-lm keeps of the beginning when a cache goes round
+KEPT_FIRST = 4  # first tokens that mlx-lm keeps when a cache overwrites itself
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class KVOptions:
         kv_bits: of each number; ``None`` leaves the cache as the model computes it.
         kv_group_size: numbers that share a scale.
         quantized_kv_start: tokens from which on the cache is quantised.
-        max_kv_size: tokens that it keeps at most: the first four, and the latest.
+        max_kv_size: most tokens that it keeps: the first four, and the latest.
 
     Raises:
         ValueError: on what mlx-lm's caches cannot do.
@@ -63,17 +63,17 @@ class KVOptions:
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """Return what some options say of the KV cache, and the other options."""
+        """Split options into those of the KV cache and the others."""
         names = {option.name for option in fields(cls)}
         own = {name: options[name] for name in options.keys() & names}
         return cls(**own), {n: o for n, o in options.items() if n not in names}
 
     def for_mlx_lm(self) -> dict[str, Any]:
-        """Return the options of ``mlx_lm.stream_generate`` that keep it so."""
+        """Return the options of ``mlx_lm.stream_generate`` for such a cache."""
         return asdict(self)
 
     def check_unchecked(self, check: object) -> None:
-        """Raise ``ValueError`` if it says anything where the whole model checks."""
+        """Raise ``ValueError`` if anything is set although the whole model checks."""
         for name, value in self.asked.items():
             raise ValueError(
                 f"{name}={value} does not go with check={check}, which compares with "
@@ -81,7 +81,7 @@ class KVOptions:
             )
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise ``ValueError`` unless a model's cache can be kept so.
+        """Raise ``ValueError`` unless a model's cache can be kept like this.
 
         Args:
             model: mlx-lm's; no weight of it is read.
@@ -111,7 +111,7 @@ class KVOptions:
                 "quantises no cache that goes round (a sliding window), and no other "
                 "state than keys and values; leave it out."
             )
-        model(mx.array([[0]]), cache=cache)  # which has shapes, and is never computed
+        model(mx.array([[0]]), cache=cache)  # gives the cache shapes; never computed
         for layer in plain:
             for width in (layer.keys.shape[-1], layer.values.shape[-1]):
                 if width % self.kv_group_size:
@@ -122,12 +122,12 @@ class KVOptions:
                     )
 
     def read(self, model: nn.Module, tokens: Sequence[int], cache: list[Any]) -> None:
-        """Let a model read some tokens at once, and quantise the cache if it is time.
+        """Let a model read some tokens at once, and quantise the cache when it is due.
 
         Args:
             model: mlx-lm's.
             tokens: ids, one at least.
-            cache: of what came before; it is changed.
+            cache: of the tokens before; it is changed.
         """
         import mlx.core as mx
         from mlx_lm.generate import maybe_quantize_kv_cache
@@ -138,15 +138,15 @@ class KVOptions:
         mx.eval([layer.state for layer in cache])
 
     def cache_of(self, model: nn.Module) -> list[Any]:
-        """Return an empty cache for a model. Types that make their own, as llama's does,
-        are not told its size by mlx-lm.
+        """Return an empty cache for a model. mlx-lm does not pass the size on to types
+        that make their own cache, such as llama.
         """
         from mlx_lm.models.cache import make_prompt_cache
 
         return self.holding(make_prompt_cache(model, self.max_kv_size))
 
     def holding(self, cache: Sequence[Any]) -> list[Any]:
-        """Return a cache that is kept so, with what another one has read.
+        """Return a cache kept like this, with the content of another one.
 
         Args:
             cache: mlx-lm's, one for each layer, plain or quantised.

@@ -1,6 +1,6 @@
 """How a token is chosen from logits: every option of it, with what it may be.
 
-This is the one list. The commands make flags of it, the engine and the server read
+This is the only list. The commands make flags from it, the engine and the server read
 their options by it, and mlx-lm's ``make_sampler`` and ``make_logits_processors``, which
 do the work, take the same names.
 """
@@ -18,12 +18,12 @@ import numpy as np
 Processor = Callable[[mx.array, mx.array], mx.array]
 MOST_BIAS = 1000
 COLD = (
-    1e-6  # a temperature below it is 0: logits divided by it leave what float32 holds
+    1e-6  # a lower temperature counts as 0: logits divided by it could overflow float32
 )
 
 
 def _option(default: Any, low: float, high: float, about: str) -> Any:
-    """Return a field that may be asked for, from ``low`` to ``high``."""
+    """Return a field for an option from ``low`` to ``high``."""
     return field(default=default, metadata={"bounds": (low, high), "help": about})
 
 
@@ -33,8 +33,8 @@ class Decoding:
 
     Attributes:
         temp: temperature; 0 is greedy.
-        top_p: draw from the most likely tokens that have so much probability together;
-            0 is greedy, 1 takes all.
+        top_p: draw from the most likely tokens that together have this probability; 0
+            is greedy, 1 takes all.
         min_p, min_tokens_to_keep, top_k, xtc_probability, xtc_threshold: as mlx-lm's
             ``make_sampler``.
         repetition_penalty, repetition_context_size, presence_penalty,
@@ -43,9 +43,9 @@ class Decoding:
         logit_bias: added to the logits of some tokens, by id.
         stop_strings: the text ends before the first of these.
         seed: of all draws; ``None`` goes on from MLX's random state.
-        processors: more of mlx-lm's logits processors, which may depend on nothing but
-            the tokens before.
-        xtc_special_tokens: that XTC leaves alone; :meth:`fitted` knows them.
+        processors: more of mlx-lm's logits processors, which may depend only on the
+            tokens before.
+        xtc_special_tokens: tokens that XTC leaves alone; :meth:`fitted` sets them.
 
     Raises:
         ValueError: on a value out of its bounds.
@@ -126,8 +126,9 @@ class Decoding:
         return draw if self.top_p == 1 else lambda found: draw(self._likely(found))
 
     def _likely(self, found: mx.array) -> mx.array:
-        """Return log-probabilities ``[n, V]`` without what ``top_p`` leaves out; at least
-        the most likely token stays, which mlx-lm loses where ``1 - top_p`` rounds to 1.
+        """Return log-probabilities ``[n, V]`` without tokens that ``top_p`` leaves out.
+        The most likely token always stays; mlx-lm loses it where ``1 - top_p`` rounds
+        to 1.
         """
         from mlx_lm.sample_utils import apply_top_p
 
@@ -157,11 +158,10 @@ class Decoding:
 
         Args:
             tokenizer: mlx-lm's; XTC leaves its line end and its ends of text alone.
-            vocabulary: how many tokens the model knows; no more can be left to draw
-                from.
+            vocabulary: how many tokens the model knows; limits ``top_k`` and the like.
 
         Raises:
-            ValueError: if the bias names a token that there is not.
+            ValueError: if the bias names a token that the model does not have.
         """
         for token in self.logit_bias or {}:
             if not 0 <= token < vocabulary:
@@ -178,24 +178,24 @@ class Decoding:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Return what there is to choose."""
+        """Return the names of all options."""
         names = [option.name for option in fields(cls)]
         return [name for name in names if name != "xtc_special_tokens"]
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """Return what some options say of decoding, and the other options."""
+        """Split options into those of decoding and the others."""
         names = {*cls.names()}
         own = {name: options[name] for name in options.keys() & names}
         return cls(**own), {n: o for n, o in options.items() if n not in names}
 
     def for_mlx_lm(self, known: Sequence[int] = ()) -> dict[str, Any]:
-        """Return the options of ``mlx_lm.stream_generate`` that decode so, and seed MLX's
-        draws, if there are any.
+        """Return these options for ``mlx_lm.stream_generate``, and seed MLX's draws if
+        any are made.
 
         Args:
-            known: tokens of the prompt that mlx-lm is not shown, for they are in its KV
-                cache; penalties see them all the same.
+            known: tokens of the prompt that are already in the KV cache, so that mlx-lm
+                does not see them; penalties do.
         """
         if not self.greedy and self.seed is not None:
             mx.random.seed(self.seed)
@@ -205,7 +205,7 @@ class Decoding:
         return {"sampler": self.sampler(), "logits_processors": processors}
 
     def processed(self, logits: mx.array, tokens: Sequence[int]) -> mx.array:
-        """Return logits ``[n, V]`` of ``n`` tokens in a row as the processors leave them.
+        """Return logits ``[n, V]`` of ``n`` successive tokens after the processors.
 
         Args:
             logits: at the last ``n`` of the tokens.
@@ -224,7 +224,7 @@ class Decoding:
     def chances(self, logits: mx.array) -> np.ndarray:
         """Return each token's probability, float64 ``[n, V]``, for logits ``[n, V]``.
 
-        XTC throws a coin for each token; this is the sum over both of its sides.
+        XTC tosses a coin for each token; this is the sum over both outcomes.
         """
         from mlx_lm.sample_utils import apply_min_p, apply_xtc
 
@@ -251,7 +251,7 @@ class Decoding:
         return wide / wide.sum(axis=-1, keepdims=True)
 
 
-# What decoding may be asked for: at least, at most.
+# The bounds of every option: least and most.
 BOUNDS: dict[str, tuple[float, float]] = {
     option.name: option.metadata["bounds"]
     for option in fields(Decoding)
@@ -271,7 +271,7 @@ def check_bounds(values: object, bounds: Mapping[str, tuple[float, float]]) -> N
 
 
 def _after(known: Sequence[int], processor: Processor) -> Processor:
-    """Return a processor that also sees the tokens before those it is shown."""
+    """Return a processor that also sees ``known`` before the tokens it is given."""
     before = list(known)
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:

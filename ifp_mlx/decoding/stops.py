@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class Stops:
-    """Lets text through, piece by piece, held back where a stop string may have begun.
+    """Passes text on, piece by piece, held back where a stop string may have begun.
 
     Args:
         strings: the text ends before the first of these.
@@ -38,6 +38,6 @@ class Stops:
         return text[:cut]
 
     def finish(self) -> str:
-        """Return what was held back, when no more comes."""
+        """Return what was held back, at the end of the text."""
         rest, self._held = self._held, ""
         return rest

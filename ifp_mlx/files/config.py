@@ -1,4 +1,4 @@
-"""config.json: read, checked, and put in the words that mlx-lm's classes read."""
+"""config.json: read, checked, and given the keys that mlx-lm's classes read."""
 
 import re
 import sys
@@ -9,13 +9,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .objects import read_object
 
-# transformers 5 notes in rope_parameters how positions are turned. What mlx-lm's classes
-# call two of its numbers; the others are their rope_scaling.
+# transformers 5 notes position encoding in rope_parameters. mlx-lm's names of two of
+# its numbers; the others go into rope_scaling.
 NAMES = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
-# By model type, what a class calls the base of its sliding layers, which it never scales.
+# By model type, the name of the base of sliding layers, which are never scaled.
 SLIDING_BASE = {
     "gemma3_text": "rope_local_base_freq",
     "gemma3n_text": "rope_local_base_freq",
@@ -29,8 +29,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if it is missing.
-        ValueError: if it is no model's, asks to run code, or says what mlx-lm cannot be
-            told.
+        ValueError: if it is not a model's, asks to run code, or has a setting that
+            mlx-lm cannot take.
     """
     from mlx_lm.utils import _decode_tagged_floats
 
@@ -52,8 +52,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_numbers(config: dict[str, Any], path: Path) -> None:
-    """Refuse a text where mlx-lm's class for a model reads a number: some of them it would
-    not miss until the model runs.
+    """Refuse a text where mlx-lm's class for a model reads a number: some would go
+    unnoticed until the model runs.
 
     Args:
         config: the content of a config.json.
@@ -75,22 +75,23 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
 
 
 def older_keys(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return what ``rope_parameters`` says, by the keys of transformers 4, which are those
-    that mlx-lm's classes read.
+    """Return the content of ``rope_parameters`` by the keys of transformers 4, which
+    mlx-lm's classes read.
 
     Args:
         config: the content of a config.json, with or without these keys.
         path: of that file, to be named.
 
     Returns:
-        What goes over ``config``.
+        Keys to override in ``config``.
 
     Raises:
-        ValueError: if the class has no such key, and would turn positions otherwise.
+        ValueError: if the class has no such key, and would encode positions
+            differently.
     """
     inner = config.get("text_config") or {}
     keys: dict[str, Any] = {}
-    if "text_config" in config and not inner:  # mlx-lm would look into a null
+    if "text_config" in config and not inner:  # mlx-lm would fail on a null
         keys["text_config"] = {}
     parts = [part for part in (config, inner) if isinstance(part, dict)]
     if any(isinstance(part.get("rope_parameters"), dict) for part in parts):
@@ -114,7 +115,7 @@ def _rope_keys(config: dict[str, Any], known: set[str], path: Path) -> dict[str,
             f"{config.get('model_type')}, which would give other answers; use a model "
             "whose layers have one rope_theta and no scaling, or a newer mlx-lm."
         )
-    if scaling := config.get("rope_scaling"):  # which has the last word there, too
+    if scaling := config.get("rope_scaling"):  # it wins in transformers, too
         found["rope_scaling"] = scaling
     for name, names in NAMES.items():
         if name in found:
@@ -148,7 +149,7 @@ def _flat(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(config: dict[str, Any]) -> set[str]:
-    """Return the keys that hold a number, and never a text, in every class that
+    """Return the keys that hold a number, never a text, in every class that
     :func:`_classes` finds.
     """
     numbers: set[str] = set()

@@ -1,4 +1,4 @@
-"""A folder by a name that is only a name."""
+"""A path of a folder that no library takes for a pattern."""
 
 import glob
 import tempfile
@@ -9,11 +9,12 @@ from pathlib import Path
 
 @contextmanager
 def literal(folder: Path) -> Iterator[Path]:
-    """Yield a path of ``folder`` that is no pattern, for libraries that take it for one.
+    """Yield a path of ``folder`` that is safe for libraries that read paths as
+    patterns.
 
-    mlx-lm looks for weights by a pattern that begins with the folder's path: from
-    ``model [4bit]`` it would find none, and from ``model*`` those of others too. Such
-    a folder has a link to it for as long as the block lasts.
+    mlx-lm looks for weights by a pattern that begins with the folder's path: for
+    ``model [4bit]`` it would find none, and for ``model*`` those of other folders too.
+    Such a folder gets a link for as long as the block lasts.
     """
     if glob.escape(str(folder)) == str(folder):
         yield folder

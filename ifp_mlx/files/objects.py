@@ -19,7 +19,10 @@ def read_object(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         error = ValueError(f"a JSON {type(content).__name__}")
-    except (ValueError, RecursionError) as syntax:  # also brackets without an end
+    except (
+        ValueError,
+        RecursionError,
+    ) as syntax:  # RecursionError: brackets without an end
         error = ValueError(syntax)
     raise ValueError(
         f"{path} is not a JSON object ({error}); fetch or convert the model again."

@@ -1,4 +1,4 @@
-"""A path as a user writes it, ``~`` for a home folder."""
+"""A path as users write it, with ``~`` for a home folder."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     """Return a path with its ``~`` or ``~user`` replaced.
 
     Raises:
-        ValueError: if nobody knows that user's home.
+        ValueError: if that user's home is unknown.
     """
     try:
         return Path(name).expanduser()

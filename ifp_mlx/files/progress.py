@@ -1,4 +1,4 @@
-"""Progress of long work: how it is asked for, and how commands show it."""
+"""Progress of long work: how functions take a bar, and how commands show one."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,7 @@ CARD = "measuring the model's card, once"
 
 
 class Stage(list):
-    """Steps of long work that nobody asked for, so that its bar says what it is."""
+    """Steps of long work that the user did not ask for; its bar shows its name."""
 
     def __init__(self, name: str, steps: Iterable) -> None:
         super().__init__(steps)

@@ -5,7 +5,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from typing import Any
 
-# What mlx-lm keeps as it is, in its own words, by the method's name.
+# Methods whose weights mlx-lm keeps packed, with mlx-lm's name of the form.
 KEPT = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
@@ -15,7 +15,7 @@ LEFT_OUT = ("modules_to_not_convert", "ignore", "exclude_modules")
 
 
 def noted(config: dict[str, Any]) -> dict[str, Any]:
-    """Return another program's notes; empty if there are none, or MLX has its own."""
+    """Return another program's notes; empty without any, or if MLX has quantised it."""
     if config.get("quantization"):
         return {}
     inner = config.get("text_config")
@@ -49,10 +49,10 @@ def packing(config: dict[str, Any]) -> dict[str, Any] | None:
         nothing is quantised.
 
     Raises:
-        ValueError: if it does not read them.
+        ValueError: if mlx-lm cannot read them.
     """
     about, method = noted(config), quantised_by(config)
-    if method == "fp8":  # the classes that read it unpack it, but for one kind
+    if method == "fp8":  # the classes that read it unpack it, except for one kind
         blocks = list(about.get("weight_block_size") or ())
         kept = about.get("scale_fmt") == "ue8m0" and blocks == [32, 32]
         return KEPT["mxfp8"] if kept else None

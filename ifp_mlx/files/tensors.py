@@ -48,7 +48,7 @@ def tensors_of(file: Path, header: str | None = None) -> dict[str, Tensor]:
 
     Args:
         file: the file; it has been checked before.
-        header: of the file it once was, instead of its own.
+        header: of the original file, instead of its own.
     """
     header = header_of(file) if header is None else header
     start = 8 + len(header.encode())
@@ -91,7 +91,7 @@ def write_tensors(
     Args:
         target: the file to write.
         tensors: by name, in the order in which they are to lie.
-        about: what the file says of itself, in words.
+        about: the file's metadata.
     """
     header: dict[str, Any] = {} if about is None else {"__metadata__": about}
     end = 0
@@ -134,8 +134,8 @@ def _pieces(tensor: Tensor) -> Iterator[bytes]:
 
 
 def digest_of(tensors: dict[str, Tensor]) -> str:
-    """Return what tells these tensors from others of the same names and shapes: a
-    digest of the first bytes of each.
+    """Return a digest of the names, shapes and first bytes of some tensors, which tells
+    them from others of the same names and shapes.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

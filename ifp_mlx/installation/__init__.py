@@ -1,4 +1,4 @@
 """What is installed here: whether it works, where it keeps things, how shells complete it.
 
-Nothing here imports MLX: this is what one turns to when MLX is missing or broken.
+Nothing here imports MLX, since it is needed when MLX is missing or broken.
 """

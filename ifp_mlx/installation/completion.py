@@ -11,7 +11,7 @@ SHELLS = ("bash", "zsh", "fish")
 # Which options name a file or folder; their names say it where their types do not.
 ENDS = ("_path", "_file", "_folder")
 PATHS = {"model", "output", "config", "data", "predictor", "order_from", "save_mask"}
-# Words that options take which have no fixed choices.
+# Words for options without fixed choices.
 WORDS = {"keep": ("auto",), "check": ("exact", "off")}
 # Task masks lie in a folder here, unless another is named.
 TASKS = "ls tasks 2>/dev/null | sed -n 's/[.]safetensors//p'"
@@ -54,7 +54,7 @@ def script(
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yield the actions of a parser and of those below it."""
+    """Yield the actions of a parser and of its subparsers."""
     for action in parser._actions:
         yield action
         if isinstance(action.choices, dict):

@@ -1,4 +1,4 @@
-"""What an examination of the installation says, a line each."""
+"""The findings of an examination of the installation, a line each."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,10 +9,10 @@ WIDTH = 5  # of a state and a space
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was examined.
 
     Attributes:
-        name: what.
+        name: of the thing.
         state: ``ok``; ``note``: it works, and could do better; ``fix``: without it
             commands fail; ``off``: an extra that is not installed.
         said: what was found.

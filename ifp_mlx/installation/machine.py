@@ -1,6 +1,6 @@
 """The machine, and whether MLX works on it.
 
-MLX is tried in processes of their own: where it is broken, it may end them.
+MLX is tried in separate processes, since a broken one may end its process.
 """
 
 import json
@@ -18,7 +18,7 @@ from .findings import Finding, State
 SECONDS = 300  # that a trial may take
 QUESTION, ANSWER = "What is Germany called in French?", "Allemagne"
 GENERATE = ("-m", "ifp_mlx.generate", "--prompt", QUESTION)
-# What MLX says of itself, and the libraries that its import has loaded.
+# Prints MLX's description of its device, and the libraries that its import loads.
 PROBE = """
 import json
 import mlx.core as mx
@@ -84,7 +84,7 @@ def _device(about: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _blas(files: list[str]) -> Finding:
-    """Say which library multiplies matrices; the one that MLX brings is slow."""
+    """Return which library multiplies matrices; the one that MLX brings is slow."""
     quick = [file for file in files if "openblas" in file or "libmkl" in file]
     if quick:
         return Finding("BLAS", "ok", f"{quick[0]}, preloaded")
@@ -98,7 +98,7 @@ def _blas(files: list[str]) -> Finding:
 
 
 def _compiler() -> Finding:
-    """Say whether MLX compiles: on a CPU by g++, each kernel when it is first needed."""
+    """Return whether MLX compiles: on a CPU it calls g++ for each new kernel."""
     if os.environ.get("MLX_DISABLE_COMPILE"):
         return Finding("g++", "ok", "not used: MLX_DISABLE_COMPILE is set")
     if path := shutil.which("g++"):

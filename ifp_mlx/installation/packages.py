@@ -12,7 +12,7 @@ from .findings import Finding
 DISTRIBUTION = "ifp-mlx"
 OLDEST = (3, 11)
 DEVELOPMENT = {"test", "dev"}  # extras of those who work on the package
-# What stands in for the requirements where the package was not installed.
+# Stands in for the requirements if the package was not installed.
 NEEDED = ("mlx", "mlx-lm", "numpy", "huggingface-hub", "safetensors", "tokenizers")
 
 
@@ -62,8 +62,8 @@ def _extras(requirements: list[str]) -> Iterator[Finding]:
 def _looked_at(
     requirements: Iterable[str], extra: str = ""
 ) -> Iterator[tuple[str, list[str], str]]:
-    """Yield of every requirement that counts here its name, what to give pip, if it is
-    not met, and what was found.
+    """Yield for every requirement that applies here: its name, the argument for pip if
+    it is not met, and what was found.
     """
     try:
         from packaging.requirements import Requirement

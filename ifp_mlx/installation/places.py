@@ -1,4 +1,4 @@
-"""Where things are kept: caches, the space that is left, and what changes that."""
+"""Where things are kept: caches, free space, and environment variables."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from ..files.amounts import in_words
 from ..files.caches import cache_place
 from .findings import Finding
 
-LOW_DISK = 5 * 10**9  # bytes; less holds no model to speak of
-# What changes what is done here. Of a secret only that it is set.
+LOW_DISK = 5 * 10**9  # bytes; less is too little for most models
+# Variables that change how commands work. For a secret only that it is set.
 VARIABLES = (
     "MLX_DISABLE_COMPILE",
     "MLX_METAL_FAST_SYNCH",

@@ -31,7 +31,7 @@ class Decoder:
         attention = model.layers[0].self_attn
         self.heads, self.kv_heads = attention.n_heads, attention.n_kv_heads
         self.size = attention.k_proj.weight.shape[0] // self.kv_heads
-        # What the model's own rope makes of a unit vector is cosine and sine.
+        # The model's own rope turns a unit vector into cosine and sine.
         unit = mx.repeat(mx.array([1.0, 0.0]), self.size // 2)
         turned = attention.rope(mx.broadcast_to(unit, (1, 1, context, self.size)))
         self.cos, self.sin = np.split(np.array(turned[0, 0]), 2, axis=-1)
@@ -156,7 +156,7 @@ class Decoder:
         return self.ca.transpose(x, axes(1, 0, 2))
 
     def turn(self, x: Any, cos: Any, sin: Any) -> Any:
-        """Return ``x``, ``[heads, T, H]``, turned by its positions."""
+        """Return ``x``, ``[heads, T, H]``, rotated by its positions."""
         ca, half = self.ca, self.size // 2
         a, b = ca.split(x, axes(half, half), 2)
         mul = ca.broadcasting_mul
@@ -182,7 +182,7 @@ class Decoder:
         return ca.broadcasting_add(x, np.array(module.bias)[None, None])
 
     def weight(self, module: nn.Module) -> Any:
-        """Return ``[N, K]``: as it is, or scale * (data - 0) + bias, as MLX has it."""
+        """Return ``[N, K]``: unchanged, or as MLX's scale * (data - 0) + bias."""
         if not isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
             return np.array(module.weight)
         import ml_dtypes

@@ -1,4 +1,4 @@
-"""What an app needs beside the package: tokenizer, configuration, manifest, card."""
+"""The files an app needs beside a package: tokenizer, configuration, manifest, card."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def write_companions(
         folder: where to; the masks go to its folder ``masks``.
         model: the source of the package.
         selections: by function name.
-        manifest: what manifest.json and the card say of the package.
+        manifest: the content of manifest.json, which the card shows too.
     """
     copy_companions(model.path, folder)
     # Swift reads the chat template in tokenizer_config.json and nowhere else.
@@ -46,7 +46,7 @@ def write_companions(
 
 
 def describe(model: IFPModel, selections: dict[str, Selection]) -> dict[str, Any]:
-    """Return what is known of a package from its source alone."""
+    """Return the facts of a package that follow from its source."""
     from importlib.metadata import version
 
     return {
@@ -66,7 +66,7 @@ def describe(model: IFPModel, selections: dict[str, Selection]) -> dict[str, Any
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Return what the command says of a package: its size, and how it was verified."""
+    """Return the command's words on a package: its size, and how it was verified."""
     sizes = report["bytes"]
     words = [f"{sizes['package'] / 1e6:.1f} MB"]
     if len(report["functions"]) > 1:

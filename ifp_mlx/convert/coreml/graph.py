@@ -15,15 +15,16 @@ from .weights import array, constant
 
 TARGET = ct.target.iOS18  # also macOS 15: the first with states and 4-bit blocks
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")  # mlx-lm runs mistral as llama
-# Gemma's residual stream reaches 10^5 and float16 ends at 65504. Every reader of the
-# stream is a norm and every writer but the embedding one too, so it is kept smaller.
+# Gemma's residual stream reaches 10^5, and float16 ends at 65504. Every reader of the
+# stream is a norm, and so is every writer except the embedding; so it can be scaled
+# down.
 GEMMA_STREAM = 2.0**-5
 MASKED = 3e4  # subtracted from a score; float16 still holds the sum
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What a host sends and how much of it.
+    """The inputs that a host sends, and their largest sizes.
 
     Inputs are ``inputIds``, int32 ``[1, q]``, and ``causalMask``, float16
     ``[1, 1, q, end]`` (``[1, 1, 1, end]`` will do), which is added to the scores on
@@ -131,7 +132,7 @@ class _Decoder:
         self.past = mb.sub(x=self.end, y=length)
         one = np.int32(1)
         self.positions = mb.range_1d(start=self.past, end=self.end, step=one)
-        # Of a mask that is too long the front is kept; only hf sends such.
+        # A mask that is too long is cut at the end; only hf sends such masks.
         self.host_mask = mb.slice_by_index(
             x=mask,
             begin=[0, 0, 0, 0],
@@ -175,7 +176,7 @@ class _Decoder:
         return mb.add(x=x, y=r)
 
     def ffn(self, ffn: nn.Module, x: Var) -> Var:
-        """Return the FFN's output; the families here call their matrices alike."""
+        """Return the FFN's output; the families here use the same names of matrices."""
         gate = self.linear(ffn.gate_proj, x)
         gate = (
             mb.gelu(x=gate, mode="TANH_APPROXIMATION")
@@ -203,7 +204,7 @@ class _Decoder:
     def heads(
         self, attn: nn.Module, which: str, x: Var, count: int, factor: float = 1.0
     ) -> Var:
-        """Write queries or keys, normed and turned, ``[1, count, q, D]``."""
+        """Write queries or keys, normed and rotated, ``[1, count, q, D]``."""
         D = _head_size(attn)
         x = self.split_heads(self.linear(attn[f"{which}_proj"], x), count, D)
         if f"{which}_norm" in attn:
@@ -221,7 +222,9 @@ class _Decoder:
         return mb.transpose(x=x, perm=[0, 2, 1, 3])
 
     def append(self, cache: _Cache, number: int, new: Var) -> tuple[_Cache, Var]:
-        """Write ``new``, ``[1, KV, q, D]``, after what a layer has; return all it has."""
+        """Write ``new``, ``[1, KV, q, D]``, after a layer's cache; return all of the
+        cache.
+        """
         begin = [_ints([number, 0, 0]), _vector(self.past), _ints([0])]
         end = [_ints([number + 1, 0, 0]), _vector(self.end), _ints([0])]
         to = mb.concat(values=end, axis=0)
@@ -246,8 +249,8 @@ class _Decoder:
     def mask(self, layer: nn.Module) -> Var:
         """Return what is added to a layer's scores, ``[1, 1, G * q, end]``.
 
-        Causality, and the window where the layer has one, are worked out here: hosts
-        are known to send a mask of zeros.
+        Causality, and the layer's window if it has one, are added here, since some
+        hosts send a mask of zeros.
         """
         window = _window(self.model, layer)
         if window in self.masks:
@@ -316,10 +319,10 @@ class _Decoder:
 def rope_tables(
     rope: Callable[[mx.array], mx.array], size: int, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Read the rotation off a model's own rope, whatever its scaling.
+    """Return the rotations of a model's own rope, whatever its scaling.
 
     Args:
-        rope: turns ``[1, 1, T, D]`` by the positions 0 to T - 1.
+        rope: rotates ``[1, 1, T, D]`` by the positions 0 to T - 1.
         size: ``D``.
         length: positions wanted.
 
@@ -327,7 +330,7 @@ def rope_tables(
         Cosines and sines, float16 ``[length, D / 2]``.
 
     Raises:
-        ValueError: if it does not turn the first half of a head against the second.
+        ValueError: if it does not rotate the first half of a head with the second.
     """
     half = size // 2
     unit = mx.broadcast_to(mx.arange(size) < half, (1, 1, length, size))
@@ -344,7 +347,7 @@ def rope_tables(
 
 
 def _window(model: nn.Module, layer: nn.Module) -> int | None:
-    """Return how many positions a layer sees, or None for all."""
+    """Return how many positions a layer sees, ``None`` for all."""
     if getattr(layer, "use_sliding", False):  # llama
         return int(model.model.sliding_window)
     if getattr(layer.self_attn, "is_sliding", False):  # gemma

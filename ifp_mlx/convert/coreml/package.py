@@ -22,7 +22,7 @@ def save_program(program: Program, inputs: list[ct.TensorType], path: Path) -> P
             program,
             convert_to="mlprogram",
             inputs=inputs,
-            # "float32" means that no pass changes the types the program was written in.
+            # With "float32" no pass changes the types that the program was written in.
             compute_precision=ct.precision.FLOAT32,
             minimum_deployment_target=ct.target.iOS18,
             skip_model_load=True,
@@ -60,13 +60,13 @@ def label(package: Path, description: str, labels: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _tidily() -> Iterator[None]:
-    """Keep to itself what coremltools says and leaves lying about."""
+    """Silence coremltools, and clean up after it."""
     with contextlib.ExitStack() as stack:
-        if not sys.stderr.isatty():  # progress bars, where nobody sees them move
+        if not sys.stderr.isatty():  # progress bars are useless here
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        # It leaves the removal of its temporary folders to the interpreter.
+        # coremltools leaves removing its temporary folders to the interpreter.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Implicitly cleaning up", ResourceWarning)
         yield

@@ -1,4 +1,4 @@
-"""A module's weights as Core ML constants, quantised values taken as MLX has them."""
+"""A module's weights as Core ML constants, with MLX's own quantised values."""
 
 from dataclasses import dataclass
 
@@ -21,8 +21,9 @@ QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 def quantise(model: nn.Module, plan: Plan, bits: int, group: int) -> None:
     """Quantise a float32 model in place, so that MLX and Core ML read the same values.
 
-    MLX makes biases whole multiples of the scales. With scales that float16 holds and
-    biases multiplied anew, ``scale * (data - offset)`` says exactly the same.
+    MLX makes biases whole multiples of the scales. With scales rounded to float16 and
+    biases computed from these again, ``scale * (data - offset)`` gives exactly the same
+    values.
 
     Args:
         model: its FFN layers may have any width; they grow to whole groups.
@@ -95,8 +96,8 @@ class Quantised:
 def shift_scale(w: Quantised) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rewrite a matrix as ``scale * (data - offset)`` with positive scales.
 
-    About half of MLX's scales are negative; converters of the format refuse those,
-    so such a group is mirrored: ``s q + b = -s (top - q) + (b + top s)``.
+    About half of MLX's scales are negative, which converters of the format refuse; so
+    such a group is mirrored: ``s q + b = -s (top - q) + (b + top s)``.
 
     Returns:
         ``data``, unsigned ``[N, K]``; ``scale``, float16 ``[N, K / group]``; and
@@ -111,7 +112,7 @@ def shift_scale(w: Quantised) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     biases = np.where(mirrored, w.biases + top * w.scales, w.biases)
     scales = np.abs(w.scales)
 
-    # What is constant to float16 has no useful step, and often none at all: the group
+    # A group that is constant in float16 has no useful step, often none at all: it
     # becomes one step of its own size, up or down from zero.
     constant = scales * top <= np.abs(biases) * 2.0**-11
     size = np.abs(biases)

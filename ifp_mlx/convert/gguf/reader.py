@@ -76,7 +76,7 @@ def unpack_gguf(file: Path, folder: Path, dtype: "mx.Dtype") -> None:
 
 
 class GGUF:
-    """The metadata and tensors of a GGUF file, with its mistakes as sentences."""
+    """The metadata and tensors of a GGUF file; its faults become clear errors."""
 
     def __init__(self, file: Path):
         import numpy as np
@@ -104,7 +104,7 @@ class GGUF:
             self._fields: dict[str, Any] = {
                 k: v.contents() for k, v in reader.fields.items()
             }
-        except Exception as error:  # whatever the reader trips over
+        except Exception as error:  # whatever the reader raises
             raise ValueError(
                 f"{file} is not a whole GGUF file ({type(error).__name__}: {error}); "
                 "fetch it again."
@@ -156,7 +156,7 @@ def _card(gguf: GGUF) -> str:
 
 
 def _config(gguf: GGUF) -> dict[str, Any]:
-    """Return what config.json says of the model in ``gguf``, but for its tokens."""
+    """Return the config.json of the model in ``gguf``, without its tokens."""
     tensors = gguf.tensors
     layers = gguf.get("{arch}.block_count", int)
     for name in ("token_embd.weight", f"blk.{layers - 1}.attn_norm.weight"):
@@ -296,7 +296,7 @@ def _sources(gguf: GGUF, config: dict[str, Any]) -> dict[str, str]:
     try:
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
-    except Exception as error:  # whatever odd sizes make it trip over
+    except Exception as error:  # whatever odd sizes cause
         raise ValueError(
             f"The metadata of {gguf.file} describe no {config['model_type']} model "
             f"({type(error).__name__}: {error}); fetch another file."
@@ -381,7 +381,7 @@ def _dequantised(
 def _column(
     gguf: GGUF, name: str, kind: type, count: int, default: Any = REQUIRED
 ) -> list:
-    """Return what the file says of each token."""
+    """Return a list that the file has with one value for each token."""
     values = gguf.get(f"tokenizer.ggml.{name}", list, default)
     if len(values) != count or not all(isinstance(value, kind) for value in values):
         raise ValueError(

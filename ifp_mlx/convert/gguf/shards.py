@@ -18,8 +18,8 @@ def write_shards(
 
     Args:
         folder: where to.
-        tensors: names and arrays, evaluated one at a time as they come. Whoever
-            makes them should keep none.
+        tensors: names and arrays, evaluated one at a time as they come. Their maker
+            should keep none.
         count: how many there are, for the progress bar.
     """
     import mlx.core as mx
@@ -48,7 +48,7 @@ def write_shards(
 
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
-        # The count is part of the usual names, and known only now.
+        # The usual names contain the count, which is known only now.
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
         (folder / f"shard-{i}.safetensors").rename(folder / file)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# The kinds of token, numbered alike by SentencePiece and GGUF.
+# The kinds of token, with the numbers of both SentencePiece and GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 SPACE = "\u2581"  # how SentencePiece spells a space
 
-# How byte-level vocabularies cut text before merging, by the names GGUF files give.
+# How byte-level vocabularies cut text before merging, by GGUF's names.
 CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 GPT2 = rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
 WORDS = rf"(?i:{CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
@@ -63,7 +63,7 @@ def sentencepiece_bpe(
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.tokenization_utils_base import generate_merges
 
-    # GGUF files spell spaces in user-defined pieces out and give them low scores.
+    # In GGUF files user-defined pieces contain plain spaces and have low scores.
     spelled = [
         piece.replace(" ", SPACE) if kind == USER_DEFINED else piece
         for piece, kind in zip(pieces, kinds, strict=True)
@@ -182,8 +182,8 @@ def unpack_sentencepiece(source: Path, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no SentencePiece BPE model, or not one that tokenizer.json
-            can say.
+        ValueError: if it is not a SentencePiece BPE model, or tokenizer.json cannot
+            express it.
     """
     from sentencepiece import SentencePieceProcessor
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -257,7 +257,7 @@ def write_tokenizer(
         tokenizer: what to write.
         ids: token ids by role: any of ``bos``, ``eos``, ``unk`` and ``pad``.
         add_bos: whether text begins with the ``bos`` token.
-        config: what else tokenizer_config.json says; it overrules ``ids``.
+        config: more content of tokenizer_config.json; it overrides ``ids``.
     """
     from tokenizers import processors
 

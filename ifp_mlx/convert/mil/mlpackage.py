@@ -1,8 +1,8 @@
 """A saved Core ML package as a program to run: read from disk, run in numpy.
 
 Every value is rounded to its declared type after every operation and checked against
-its declared type and shape; sums inside one operation are in float32. Values go after
-their last use, so memory holds the states and little else.
+its declared type and shape; sums inside one operation are in float32. Values are freed
+after their last use, so memory holds the states and little else.
 """
 
 import importlib
@@ -201,11 +201,11 @@ class Package:
 
 
 class Session:
-    """One run of a function after the other, with a state that stays between them.
+    """Runs a function again and again, with a state that stays between runs.
 
     Args:
         function: what runs.
-        forget: called after each large weight was read.
+        forget: called after a large weight was read.
 
     Attributes:
         state: by name; arrays are replaced, never changed.
@@ -353,7 +353,7 @@ def _resolve(argument: Any, values: Mapping[str, Array]) -> Any:
 
 
 def _mark_last_uses(steps: list[Step], outputs: list[str]) -> None:
-    """Say at which step each value is needed for the last time."""
+    """Note at which step each value is needed for the last time."""
     seen = set(outputs)
     for step in reversed(steps):
         used = [name for name, _ in step.outputs]

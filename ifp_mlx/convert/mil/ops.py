@@ -1,9 +1,9 @@
 """What every MIL operation computes (iOS 18 opset), in numpy.
 
-Parameters have MIL's own names and defaults. ``ARITHMETIC`` sees floats as float32 and
-its results are rounded back to what came in, as a fp16 value is stored between two
-operations on the device; ``MOVES`` sees values as they are and keeps their type.
-Constant weights come lazily: ``weight[rows]`` dequantises those rows alone.
+Parameters have MIL's own names and defaults. ``ARITHMETIC`` gets floats as float32, and
+its results are rounded back to the type of the inputs, as a device stores float16
+between two operations; ``MOVES`` gets values as they are and keeps their type. Constant
+weights are lazy: ``weight[rows]`` dequantises only those rows.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from .storage import is_lazy
 
 Array = np.ndarray
-CHUNK = 250_000  # weights that are float32 at one time: 1 MB stays in the cache
+CHUNK = 250_000  # weights in float32 at a time: 1 MB stays in the processor's cache
 
 
 # --- arithmetic: float32 inside, rounded to the type of the inputs afterwards ---
@@ -261,7 +261,7 @@ def _slices(
     end_mask: Array | None,
     squeeze_mask: Array | None,
 ) -> tuple[slice | int, ...]:
-    """Return the index, and refuse what numpy would silently clip to the tensor."""
+    """Return the index, and refuse bounds that numpy would silently clip."""
     none = np.zeros(x.ndim, bool)
     masks = [none if m is None else m for m in (begin_mask, end_mask, squeeze_mask)]
     parts: list[slice | int] = []
@@ -370,7 +370,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     ).astype(np.int32),
 }
 
-# What must be of one type; other floats, like epsilon, are parameters.
+# Operands that must have one type; other floats, such as epsilon, are parameters.
 OPERANDS = ("x", "y", "query", "key", "value", "weight", "bias")
 
 

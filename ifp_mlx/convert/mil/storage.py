@@ -1,7 +1,7 @@
 """The weight file of a Core ML package, read where it lies.
 
 Blobs are views of the mapped file, and quantised weights stay as they are stored:
-``weight[rows]`` dequantises those rows alone.
+``weight[rows]`` dequantises only those rows.
 """
 
 import math
@@ -51,7 +51,7 @@ class BlobFile:
         path: the file.
 
     Raises:
-        ValueError: if it is not there or not of this format.
+        ValueError: if it is missing or not of this format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -112,7 +112,7 @@ def view(data: Array, kind: str, shape: tuple[int, ...]) -> Any:
 
 
 def is_lazy(value: Any) -> bool:
-    """Say whether ``value`` is a weight that is dequantised row by row."""
+    """Whether ``value`` is a weight that is dequantised row by row."""
     return isinstance(value, Packed | Blockwise | LookUp)
 
 
