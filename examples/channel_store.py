@@ -18,7 +18,7 @@ from ifp_mlx import generate, load
 QUESTION = "What is Germany called in French?"
 
 model, tokenizer = load(*sys.argv[1:])
-keep = None if model.predictor else 0.75  # a trained model says itself how much
+keep = None if model.predictor else 0.75  # a trained model has its own keep
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "store"
     command = [sys.executable, "-m", "ifp_mlx.channel_store", "--json"]

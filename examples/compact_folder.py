@@ -28,7 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
         size = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
         print(f"{path.name}: {size / 1e6:.1f} MB of weights")
 
-    model, tokenizer = mlx_lm.load(str(out))  # nothing of ifp_mlx from here on
+    model, tokenizer = mlx_lm.load(str(out))  # without ifp_mlx from here on
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True
     )

@@ -2,9 +2,9 @@
 
     python examples/core_ml.py [MODEL] [OUT.mlpackage]
 
-The export works on Linux too; running the package needs a Mac. Before it is declared
-good, the saved package is compared with MLX by an interpreter of our own. Expect its
-size, how far its logits are off, and the same greedy tokens.
+The export works on Linux too; running the package needs a Mac. An interpreter of our
+own first compares the saved package with MLX. Expect its size, the error of its logits,
+and the same greedy tokens.
 """
 
 import importlib.util

@@ -16,7 +16,7 @@ from ifp_mlx.engine import Done, Engine, Token
 QUESTIONS = "What is Germany called in French?", "Say Spain in French."
 
 model, _ = load(*sys.argv[1:])
-keep = None if model.predictor else 0.75  # a trained model says itself how much
+keep = None if model.predictor else 0.75  # a trained model has its own keep
 
 
 async def main() -> None:

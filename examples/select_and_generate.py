@@ -19,7 +19,7 @@ QUESTIONS = (
 
 # MODEL is a folder or a hub id; without it, the small checkpoint inside the package.
 model, tokenizer = load(*sys.argv[1:])
-keep = None if model.predictor else 0.75  # a trained model says itself how much
+keep = None if model.predictor else 0.75  # a trained model has its own keep
 first = None
 for question in QUESTIONS:
     selection = model.select(question, keep=keep)

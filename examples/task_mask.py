@@ -3,8 +3,9 @@
     python examples/task_mask.py [MODEL]
 
 One question about French names chooses the channels for all of them. Expect Allemagne
-and Brésil, and a wrong answer where the question is of another task, which needs other
-channels. To choose by many examples, see `python -m ifp_mlx.tasks make --help`.
+and Brésil, and a wrong answer to the last question: it belongs to another task, which
+needs other channels. To choose by many examples, see `python -m ifp_mlx.tasks make
+--help`.
 """
 
 import sys
@@ -20,7 +21,7 @@ QUESTIONS = (
 )
 
 model, tokenizer = load(*sys.argv[1:])
-keep = None if model.predictor else 0.75  # a trained model says itself how much
+keep = None if model.predictor else 0.75  # a trained model has its own keep
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "french.safetensors"
     model.select("What is Italy called in French?", keep=keep).save(file)

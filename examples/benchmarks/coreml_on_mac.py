@@ -108,7 +108,7 @@ def load(package: Path, function: str, units: str) -> Any:
 
 
 class Host:
-    """What an app does: keeps the state, counts tokens, makes the mask.
+    """Does what an app does: keeps the state, counts tokens, makes the mask.
 
     Args:
         model: a loaded package.

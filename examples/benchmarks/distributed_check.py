@@ -2,8 +2,8 @@
 
     python -m examples.benchmarks.distributed_check --model COMPACT --ranks 2
 
-Starts `mlx.launch` with so many ring ranks on this machine, asks one greedy question,
-and compares the answer with that of one process. Nothing of ifp_mlx takes part: a
+Starts `mlx.launch` with this many ring ranks on this machine, asks a question, decodes
+greedily, and compares the answer with that of one process. ifp_mlx takes no part: a
 compact folder is an ordinary model. Last line: JSON; the exit status is 1 if the
 answers differ.
 """

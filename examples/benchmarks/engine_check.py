@@ -8,7 +8,7 @@
   memory after each must not grow;
 - cancel: the steps that still run after a stop in prefill and in decode.
 
-Last line: JSON; the exit status is 1 if anything is not as it must be.
+Last line: JSON; the exit status is 1 if a check fails.
 """
 
 import argparse

@@ -12,7 +12,7 @@ def in_parallel(module: str, arguments: Sequence[str], jobs: int) -> None:
     Exits with a line that says so if one fails.
     """
     again = [sys.executable, "-m", module, *arguments, "--job"]
-    # More BLAS threads than cores wait for each other: half the time is lost so.
+    # More BLAS threads than cores would wait for each other, for half of the time.
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     alone = os.environ | {"OPENBLAS_NUM_THREADS": threads}
     processes = [subprocess.Popen([*again, str(job)], env=alone) for job in range(jobs)]

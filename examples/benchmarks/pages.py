@@ -9,8 +9,8 @@ MARKS = "<!-- table: {} -->", "<!-- end of table: {} -->"
 
 
 def filled(text: str, tables: Mapping[str, str]) -> str:
-    """Return a page with each table between the two marks of its name, which has a place
-    once its first mark is there.
+    """Return a page with each table between the two marks of its name; the page must
+    have at least the first mark.
     """
     for name, table in tables.items():
         first, last = (mark.format(name) for mark in MARKS)

@@ -1,12 +1,12 @@
-"""What masking costs in training: a step of IFP beside a step of plain fine-tuning.
+"""The cost of masking in training: a step of IFP beside one of plain fine-tuning.
 
     python -m examples.benchmarks.train_check --model models/smollm2 [--tokens 128] [--turns 5]
 
-Both train every weight of the same model with AdamW on the same batch, and take turns in
-one process; seconds are the processor's, which a busy machine does not stretch. IFP also
-trains a predictor (by default a copy of the model's first two layers) and computes its
-masks. The plain step is mlx's own loop on the stock model. Memory is MLX's peak of each
-alone, weights and optimiser included. Last line: JSON.
+Both train every weight of the same model with AdamW on the same batch, and take turns
+in one process; seconds are processor time, which a busy machine does not lengthen. IFP
+also trains a predictor (by default a copy of the model's first two layers) and computes
+its masks. The plain step is mlx's own loop on the stock model. Memory is MLX's peak for
+each alone, including weights and optimiser. Last line: JSON.
 """
 
 import argparse

@@ -13,7 +13,7 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-/* ---- Markdown, as blocks: whoever streams draws only those anew that have changed. */
+/* ---- Markdown, as blocks: while an answer streams, only changed blocks are redrawn. */
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
@@ -21,7 +21,7 @@ const RULE = /^ {0,3}([-*_])([ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}>[ \t]?/;
 const ITEM = /^([ \t]*)([-*+]|\d{1,9}[.)])([ \t]+|$)/;
 const COLUMNS = /^[ \t]*\|?[ \t]*:?-+:?[ \t]*(\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
-const DEEPEST = 8; // levels of lists, quotes and emphasis; what lies deeper stays text
+const DEEPEST = 8; // levels of lists, quotes and emphasis; deeper ones stay text
 
 const widthOf = (blank) => blank.replace(/\t/g, "    ").length;
 const indentOf = (line) => widthOf(line.match(/^[ \t]*/)[0]);
@@ -67,7 +67,7 @@ function endWhile(lines, at, holds) {
   return end;
 }
 
-// Where the block that starts at a line ends, and what it is.
+// The end and the kind of the block that starts at a line.
 function extent(lines, at) {
   const line = lines[at];
   if (FENCE.test(line)) return ["code", endOfFence(lines, at)];
@@ -124,7 +124,7 @@ function list(lines, depth) {
   const ordered = isNumbered(lines[0]);
   const outer = indentOf(lines[0]) + 2;
   const items = [];
-  let offset = 0; // of an item's text; what belongs to it is indented as far
+  let offset = 0; // of an item's text; its other lines are indented as far
   for (const line of lines) {
     const found = line.match(ITEM);
     if (found && indentOf(line) < outer) {
@@ -149,7 +149,7 @@ function table(lines) {
     make("table", {}, make("thead", {}, row(lines[0], "th")), make("tbody", {}, ...lines.slice(2).map((line) => row(line, "td")))));
 }
 
-const FARTHEST = 2000; // characters in which a mark is looked for that closes one
+const FARTHEST = 2000; // characters within which a closing mark is searched
 const MARKS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], ["_", "em"]];
 const isWord = (letter) => /[\p{L}\p{N}]/u.test(letter ?? "");
 
@@ -230,7 +230,7 @@ function bareLink(text, at) {
   return { node: link(webAddress(address), [address]), end: at + (bare ? address.length : found[0].length) };
 }
 
-// Punctuation after an address is the sentence's, and so is a bracket it did not open.
+// Punctuation after an address belongs to the sentence, as does an unopened bracket.
 function withoutTail(address) {
   const shorter = address.replace(/[.,:;!?*_~'`\]]+$/, "");
   const open = shorter.endsWith(")") && shorter.split("(").length < shorter.split(")").length;
@@ -272,7 +272,7 @@ async function copied(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
-  } catch { // no clipboard without https, or no leave to use it
+  } catch { // no clipboard without https, or no permission
     const holder = make("textarea", { class: "hidden" });
     holder.value = text;
     document.body.append(holder);
@@ -283,7 +283,7 @@ async function copied(text) {
   }
 }
 
-/* ---- What is remembered: in this tab, until it is closed; only the colours for longer. */
+/* ---- Storage: in this tab until it is closed; only the colours for longer. */
 
 function recall(name, otherwise, store = "sessionStorage") {
   try {
@@ -302,10 +302,10 @@ function remember(name, value, store = "sessionStorage") {
 /* ---- The server. */
 
 let server = null; // what ifp/state says
-let current = false; // whether that still holds, for all that is known
+let current = false; // whether that is still up to date, as far as known
 let key = recall("key", "");
 
-// Ask the server; ask the user for the key when the server wants one.
+// Ask the server; ask the user for the key if the server requires one.
 async function ask(path, options = {}) {
   for (;;) {
     const used = key;
@@ -326,7 +326,7 @@ async function sentenceOf(response) {
 
 let asking = null; // one dialog, however many wait for it
 
-// Return whether there is another key than the one that was refused.
+// Return whether there is a new key after one was refused.
 function newKey(refused) {
   if (key !== refused) return true; // somebody else has asked meanwhile
   asking ??= new Promise((resolve) => {
@@ -347,12 +347,12 @@ $("key-form").addEventListener("submit", (event) => {
 });
 $("door-close").addEventListener("click", () => $("door").close(""));
 
-// The events of a stream, which blank lines part.
+// The events of a stream, which are separated by blank lines.
 async function* eventsOf(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ; ) {
     const { value, done } = await reader.read().catch((error) => {
-      throw error.name === "AbortError" ? error : new Error("The server has gone in the midst of the answer.");
+      throw error.name === "AbortError" ? error : new Error("The connection to the server broke before the answer was complete.");
     });
     if (done) return;
     const parts = (rest + value).split("\n\n");
@@ -402,7 +402,7 @@ async function answer(turn) {
   running = null;
   view.end();
   busy(false);
-  say({ error: "", stopped: "Stopped.", length: "The answer is as long as it may be." }[turn.ending] ?? "Answered.");
+  say({ error: "", stopped: "Stopped.", length: "The answer has reached its greatest length." }[turn.ending] ?? "Answered.");
   remember("turns", turns);
   if (turn.figures) showFigures(turn);
 }
@@ -452,7 +452,7 @@ function settings() {
 
 const views = new Map();
 
-// Draw a turn; return what its answer needs while it grows.
+// Draw a turn; return the functions that its growing answer needs.
 function draw(turn) {
   const text = make("div", { class: "answer" });
   const below = make("div");
@@ -503,7 +503,7 @@ function draw(turn) {
 }
 
 function under(turn) {
-  const notes = { stopped: "Stopped.", length: "The answer is as long as it may be." };
+  const notes = { stopped: "Stopped.", length: "The answer has reached its greatest length." };
   const again = make("button", { type: "button", class: "quiet", click: () => regenerate(turn) }, turn.error ? "Try again" : "Regenerate");
   return [
     turn.error && make("p", { class: "notice", role: "alert" }, turn.error),
@@ -566,7 +566,7 @@ function keepSoon() {
   kept ||= setTimeout(() => { kept = 0; remember("turns", turns); }, 500);
 }
 
-// Before the browser breaks the answer off, which would look like the server's end.
+// Stop before the browser breaks the connection, which would look like a server error.
 function leave() {
   running?.abort();
   remember("turns", turns);
@@ -578,7 +578,7 @@ function busy(is) {
   if (document.activeElement === document.body) $("message").focus();
 }
 
-// The line above the message box; a stage that takes long says for how many seconds.
+// The line above the message box; a long stage also shows its seconds.
 let clock = 0;
 function say(words, counting = false) {
   if ($("said").textContent === words) return;
@@ -609,7 +609,7 @@ const keeps = ({ bytes, units }, layer, unit) => {
   return (bytes[bit >> 3] >> (bit & 7)) & 1;
 };
 
-// What became of each unit, [layers][units], as a number of KINDS.
+// The kind of each unit, [layers][units], as an index into KINDS.
 function compared(mask, before) {
   const kindOf = (layer, unit) => {
     const now = keeps(mask, layer, unit);
@@ -627,7 +627,7 @@ async function showMask() {
   const [mask, old] = await Promise.all([now, then].map((one) => one && maskOf(one.id).catch(() => null)));
   for (const id of masks.keys()) if (!seen.some((one) => one.id === id)) masks.delete(id);
   $("picture").hidden = !mask;
-  if (!mask) { $("summary").textContent = "The server has let this selection go; the next answer shows it."; return; }
+  if (!mask) { $("summary").textContent = "The server no longer has this selection; the next answer shows it."; return; }
   const before = old?.layers === mask.layers && old?.units === mask.units ? old : null;
   const rows = compared(mask, before);
   const counts = rows.map((row) => KINDS.map((_, kind) => row.reduce((sum, one) => sum + (one === kind), 0)));
@@ -708,7 +708,7 @@ async function showFigures(turn) {
   const { mask_id: id } = turn.figures;
   if (id && id !== seen[0]?.id) seen = [{ id, by: turn.by }, ...seen].slice(0, 2);
   remember("seen", seen);
-  await Promise.all([showMask(), refresh()]).catch(() => null); // the answer is there all the same
+  await Promise.all([showMask(), refresh()]).catch(() => null); // the answer is shown anyway
 }
 
 function listFigures() {
@@ -731,7 +731,7 @@ function listFigures() {
   $("figures").replaceChildren(...rows.filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
 }
 
-/* ---- What is chosen beside the conversation. */
+/* ---- Settings beside the conversation. */
 
 const READY = ["Answer questions about countries, cities and nature.", "Write a short Python function.", "You translate English into French.", "Write a story for children at bedtime."];
 const STARTERS = ["What is Germany called in French?", "Tell me the currency code of Japan.", "How do you say Norway in Polish?"];
@@ -761,13 +761,13 @@ function choose(source) {
   showSource();
 }
 
-// Show what the choice of a source leaves to choose.
+// Show the settings that fit the chosen source.
 function showSource() {
   const source = $("source").value;
   const task = server?.tasks.find(({ name }) => source === `task:${name}`);
   $("writing").hidden = source !== "own";
   $("task").hidden = !task;
-  $("task").textContent = task?.instruction ?? "A task of the library; nothing says with which words it was made.";
+  $("task").textContent = task?.instruction ?? "A task of the library; the text that it was made from is not known.";
   $("telling").hidden = !(source === "own" || task?.instruction);
   $("keeping").disabled = Boolean(task);
   showKeep(task);
@@ -777,10 +777,10 @@ const NOTES = {
   task: "The task says how much it keeps.",
   auto: "The smallest share for which the model’s card promises good answers. A model’s first request makes the card, which takes a while.",
   share: "Less needs less memory, and agrees less often with the whole model.",
-  default: "What is kept where nobody says how much.",
+  default: "As much as the server keeps by default.",
 };
 
-// The slider stands where the share is known, whoever chose it.
+// The slider shows the share wherever it is known.
 function showKeep(task) {
   const own = server?.keep ?? "auto";
   const radios = [...document.querySelectorAll("[name=keep]")];
@@ -807,7 +807,7 @@ function saveSettings() {
 function restoreSettings() {
   for (const id of FIELDS) if (known(chosen[id])) $(id).value = chosen[id];
   for (const id of TICKS) if (known(chosen[id])) $(id).checked = chosen[id];
-  // The tasks are not here yet: let the wanted one stand for itself until they are.
+  // The tasks are not loaded yet: show the wanted one until they are.
   const { source = "first" } = chosen;
   if (source.startsWith("task:")) $("tasks").append(make("option", { value: source }, source.slice("task:".length)));
   choose(source);
@@ -820,7 +820,7 @@ function selecting(is) {
   paint();
 }
 
-// The message box is as tall as what is in it.
+// The message box is as tall as its text.
 function fit() {
   const box = $("message");
   box.style.height = "auto";
@@ -870,7 +870,7 @@ function listen() {
   $("map").addEventListener("mousemove", tellLayer);
   document.addEventListener("keydown", onKey);
   addEventListener("beforeunload", leave);
-  addEventListener("pagehide", leave); // all that some phones say
+  addEventListener("pagehide", leave); // the only event that some phones send
   dark.addEventListener("change", () => colours(recall("theme", null, "localStorage")));
   new ResizeObserver(paint).observe($("side"));
 }

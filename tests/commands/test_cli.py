@@ -78,7 +78,7 @@ def test_what_the_self_check_found_is_said_and_little_is_warned_of(capsys):
     )
     line, warning = said(capsys, kept(0.75, agreement=0.85, kl=0.5, router_mass=0.9))
     assert "the kept experts had 90% of the gate weights; the compact model" in line
-    assert warning.startswith("Warning: below 90% the compact model is another than")
+    assert warning.startswith("Warning: below 90% the compact model differs from the")
 
 
 def test_what_was_measured_of_a_task_mask_is_said(capsys):

@@ -1,15 +1,15 @@
-"""Measure what `--keep auto` promises, and what the answers then keep of it.
+"""Measure what `--keep auto` promises, and how far the answers keep to it.
 
     python -m examples.benchmarks.auto.measure [smollm2|gemma3] [--rows 3] [--keeps ...]
     python -m examples.benchmarks.auto.measure [smollm2|gemma3] --seconds
     python -m examples.benchmarks.auto.report
 
 The first measures for one model: the card that the first request makes, and the one of
-`evaluate --card`; prompts of eight families that no default was chosen on, as a card does its
-own prompts, with the self-check of each selection; and the answers to five everyday
-questions, dense, at auto, and at what its card has tried. It goes on where it was stopped. The second measures
-what selecting, its self-check and the first card take, and wants a machine with nothing else
-to do. The third writes the tables of the page.
+`evaluate --card`; prompts of eight families on which no default was chosen, in a card's
+way, with the self-check of each selection; and the answers to five everyday questions,
+dense, at auto, and at the shares of the first card. It goes on where it was stopped.
+The second measures the time of selecting, of its self-check and of the first card, and
+needs an idle machine. The third writes the tables of the page.
 """
 
 import argparse
@@ -50,7 +50,7 @@ EVERYDAY_TOKENS = 96
 LESS = (0.9, 0.75)  # of the first card
 LONGEST = 200  # tokens of a family's prompt
 KEEPS = (0.9, 0.75, 0.5)  # of the families' prompts
-TIMES = 5  # that a selection is timed, of which the median counts
+TIMES = 5  # runs of a selection, of which the median counts
 # Texts without a question (prose) have no chat to answer.
 FAMILIES = ("code", "math", "qgen", "facts", "dialog", "sql", "data2text", "hella")
 
@@ -75,7 +75,7 @@ def prompt_tokens(model: IFPModel, prompt: str) -> int:
 
 
 def measure_first(model: IFPModel, folder: Path) -> Card:
-    """Measure the card that the first request makes, unless it is there."""
+    """Measure the card that the first request makes, unless there is one."""
     file = folder / "first.json"
     if not file.exists():
         made = first_card(model, tqdm)
@@ -119,7 +119,7 @@ def answer_everyday(model: IFPModel, first: Card, folder: Path) -> None:
 
 
 def answered(model: IFPModel, question: str, request: Request) -> dict[str, Any]:
-    """Return the answer of a request, and what it took."""
+    """Return the answer of a request, and its figures."""
     start = time.perf_counter()
     options: dict[str, Any] = {"request": request, "max_tokens": EVERYDAY_TOKENS}
     steps = list(stream_generate(model, model.tokenizer, question, **options))
@@ -138,7 +138,7 @@ def answered(model: IFPModel, question: str, request: Request) -> dict[str, Any]
 
 @contextmanager
 def timed(home: Any, name: str) -> Iterator[list[float]]:
-    """Note the seconds of each call of a function, meanwhile."""
+    """Note the seconds of each call of a function, inside the ``with`` block."""
     real, seconds = getattr(home, name), []
 
     def call(*args: Any, **options: Any) -> Any:

@@ -22,9 +22,9 @@ TITLES = {"smollm2": "SmolLM2-135M-Instruct", "gemma3": "Gemma-3-270m (base)"}
 FIRST, FULL = "the first card", "`evaluate --card`"
 CARDS = {FIRST: "first", FULL: "card"}  # their files
 SIGNS = {"self_agreement": 1, "self_kl": -1}
-LOOP = 4  # times that four words in a row have to come
+LOOP = 4  # how often the same four words in a row have to occur
 SHOWN = (0.9, 0.75, 0.5)  # keeps of the families' prompts
-LEVELS = (MIN_AGREEMENT, 0.8)  # of what auto is asked
+LEVELS = (MIN_AGREEMENT, 0.8)  # values of --min-agreement
 WAYS = ("dense", "auto", "keep 0.9", "keep 0.75")  # of answering everyday questions
 
 Line = dict[str, Any]
@@ -60,7 +60,7 @@ def compared(name: str) -> list[Line]:
 
 
 def correlation(lines: Sequence[Line], sign: str) -> float:
-    """Return Pearson's, of a sign and the agreement of the answer; above 0 it foretells."""
+    """Return Pearson's correlation of a sign and the answer's agreement."""
     found = np.corrcoef(
         [SIGNS[sign] * line[sign] for line in lines],
         [line["agreement"] for line in lines],
@@ -179,7 +179,7 @@ def promises() -> str:
 
 
 def seconds() -> str:
-    """Return what selecting, its self-check and the first card take."""
+    """Return the seconds of selecting, of its self-check and of the first card."""
     rows = []
     for name, title in models().items():
         if not (file := RESULTS / name / "seconds.json").is_file():
@@ -212,7 +212,7 @@ def answers(name: str) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Return what the page has of tables, by name."""
+    """Return the page's tables, by name."""
     if not models():
         return {}
     found = {"foretold": foretold(), "promises": promises(), "seconds": seconds()}

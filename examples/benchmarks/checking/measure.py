@@ -3,9 +3,9 @@
     python -m examples.benchmarks.checking.measure
 
 SmolLM2-135M and Gemma-3-270m (`examples/fetch.py`), and for memory a random model made
-here; 6 GB go to models/checking. A run that was stopped goes on. `--parts` measures some
-parts, `--limit` with some prompts only; what they found stays valid. Let nothing else run
-meanwhile: the parts `speed` and `memory` are measured.
+here; 6 GB go to models/checking. A run that was stopped goes on. `--parts` measures
+only some parts, `--limit` only some prompts; their results stay valid. Let nothing else
+run meanwhile, since the parts `speed` and `memory` are timed and weighed.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from ifp_mlx.storage.writer import write_store
 
 from . import memory, report
 
-EVERYTHING = 1 << 40  # bytes, more than there are
+EVERYTHING = 1 << 40  # bytes, more than any model has
 TOKENS = 64  # of an answer at most; a model may end before
 # Written down before anything was measured.
 PROMPTS = (
@@ -91,8 +91,8 @@ class Arm(NamedTuple):
 
     @property
     def held(self) -> bool:
-        """Whether dropped channels stay in memory, which changes no token and no check
-        and takes a third of the time: the bytes are those of a reading for each check.
+        """Whether dropped channels stay in memory. That changes no token and no check
+        and takes a third of the time; bytes are counted as if read for each check.
         """
         return self.check != "off" and self.source in (STORE, "Gemma 3")
 
@@ -105,7 +105,7 @@ class Arm(NamedTuple):
         return ", ".join(parts)
 
 
-# What is read, and the model whose answers it is to give.
+# The sources, and the model whose answers each has to give.
 SOURCES = {
     "SmolLM2": "smollm2",
     "SmolLM2 from a store": "smollm2",
@@ -125,14 +125,14 @@ TOLERANCES: tuple[Check, ...] = ("off", 0.1, 0.3, 0.6)  # and exact, which is ab
 NEARLY = [Arm(STORE, 0.5, check) for check in TOLERANCES]
 ARMS = [*EXACT, *ADAPTING, *RESELECTING, *NEARLY]
 
-# Speed: of these prompts, so many tokens of each.
+# Speed: these prompts, and this many tokens of each.
 SPEED_PROMPTS, SPEED_TOKENS, SPEED_KEEPS = 3, 24, (0.75, 0.5)
 SPEED_CHECKS: tuple[Check, ...] = ("exact", 0.3)
 BANDWIDTHS = (1e9, 3e9, 6e9)
 
 
 def folder_of(source: str, scratch: Path) -> Path:
-    """Return what an arm reads, made if it is not there yet."""
+    """Return the folder that an arm reads, made if it is missing."""
     plain = fetch(SOURCES[source].removesuffix("-4bit"))
     if source == STORE:
         store = scratch / "smollm2-store"
@@ -219,7 +219,7 @@ def stock(model: IFPModel, dense: Any, prompt: int) -> Line:
 def answer_of(
     model: IFPModel, dense: Any, arm: Arm, tokens: list[int], own: list[int]
 ) -> Line:
-    """Return an answer, what it took, and how it compares with the dense model's own."""
+    """Return an answer, its cost, and how it compares with the dense model's own."""
     how: dict[str, Any] = {"check": arm.check, "reselect": arm.reselect}
     how["memory_bytes"] = EVERYTHING if arm.held else None
     request = Request(instruction=tokens, keep=arm.keep, **how)
@@ -241,7 +241,7 @@ def answer_of(
 
 
 class Said(NamedTuple):
-    """What is asked of a step of an answer."""
+    """A step of an answer, as far as it is needed here."""
 
     token: int
     text: str
@@ -268,13 +268,13 @@ def _checked(
 
 
 def against(dense: Any, prompt: list[int], ids: list[int], own: list[int]) -> Line:
-    """Return how an answer compares with the dense model's own, and what the dense model
-    says of it, token by token.
+    """Return how an answer compares with the dense model's own, and how probable the
+    dense model finds it.
 
     Returns:
-        Those of :mod:`ifp_mlx.evaluation.checked`; ``gap``: how far a token is below
-        the dense model's best in the place where that is most, as a share of the spread
-        of the logits there.
+        The fields of :mod:`ifp_mlx.evaluation.checked`; and ``gap``: how far a token is
+        below the dense model's best, at the worst place, as a share of the spread of
+        the logits there.
     """
     rows = np.array(log_probabilities(dense, Row(prompt, ids)))
     best, said = rows.max(axis=-1), rows[np.arange(len(ids)), ids]
@@ -287,7 +287,7 @@ def against(dense: Any, prompt: list[int], ids: list[int], own: list[int]) -> Li
 
 
 def measure_speed(scratch: Path, results: Path, limit: int) -> None:
-    """Time what checks beside what does not, prompt by prompt."""
+    """Time checking beside models that are not checked, prompt by prompt."""
     log = Log(results / "speed", settings() | speed_settings(), ("keep", "prompt"))
     model, _ = load(folder_of(STORE, scratch))
     for prompt in range(min(limit, SPEED_PROMPTS)):

@@ -1,7 +1,7 @@
-"""A model whose dense weights do not fit a process's memory answers exactly in it.
+"""Exact answers of a model whose dense weights exceed a process's memory.
 
-A random float32 model of Llama's class, made here: its answers mean nothing, which is no
-matter, since what is compared is that they are the same.
+A random float32 model of Llama's class, made here. Its answers mean nothing; it only
+counts that they are the same.
 """
 
 import json
@@ -71,7 +71,7 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> mx.array:
 
 
 def measure(scratch: Path) -> dict[str, Any]:
-    """Return what each process took, in bytes, and whether the answers are the same."""
+    """Return each process's peak in bytes, and whether the answers are the same."""
     plain = write_random(scratch / "wide")
     store = scratch / "wide-store"
     if not store.exists():

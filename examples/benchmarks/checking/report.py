@@ -14,7 +14,7 @@ from ifp_mlx.evaluation.tables import markdown
 
 HERE = Path(__file__).parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results"
-TIE = 1e-5  # of the spread of the logits: below, float32 kernels decide
+TIE = 1e-5  # of the spread of the logits: a smaller gap is rounding
 STORE = "SmolLM2 from a store"
 EXACT = [
     *(
@@ -80,7 +80,7 @@ def exact(answers: dict[str, list[Line]]) -> str:
 
 
 def following(answers: dict[str, list[Line]]) -> str:
-    """Return how drafting fares."""
+    """Return how far drafts come."""
     rows = []
     for arm in FOLLOWING:
         lines = answers[arm]

@@ -45,7 +45,9 @@ same. A wrong answer looks exactly like a right one: do not rely on it for facts
 It was trained in {steps} steps of {batch_size} questions with AdamW, highest learning rate
 {lr}, gradients clipped at 1, seed {seed}; only answers count in the loss. The
 load-balancing loss is that of the Switch Transformer, {balance} times for each layer, over
-a whole batch. {pools} Weights are float32.
+a whole batch.
+{pools}
+Weights are float32.
 
 ## Data and licences
 

@@ -122,8 +122,8 @@ class Lab:
 
 
 def choices(model: nn.Module, rows: Sequence[Row]) -> np.ndarray:
-    """Return the tokens that a model finds likeliest where answers are, each after the
-    right ones before it; -1 elsewhere. Ints ``[B, T - 1]``.
+    """Return a model's likeliest token at each place of an answer, after the right
+    tokens before it; -1 elsewhere. Ints ``[B, T - 1]``.
     """
     batch = collate(rows)
     best = model(batch.tokens[:, :-1]).argmax(axis=-1)
@@ -194,8 +194,8 @@ def accuracies(lab: Lab, scoring: Scoring, k: int) -> list[float]:
 
 
 def overlaps(lab: Lab, k: int) -> dict[str, Any]:
-    """Return what share of their experts two masks have in common in each layer: of two
-    sets of examples of a domain, and of two domains.
+    """Return the share of experts that two masks have in common in each layer: masks
+    from two sets of examples of a domain, and masks of two domains.
     """
     first, second = (
         [lab.select(scores, k) for scores in half] for half in lab.task_scores
@@ -210,9 +210,9 @@ def overlaps(lab: Lab, k: int) -> dict[str, Any]:
 
 
 def foretold(lab: Lab, per_domain: int, k: int) -> dict[str, Any]:
-    """Return what a selection by its prompt says of itself, and whether the answer stays
-    right; of the first questions of each domain, in order. Of the very first of each,
-    whether the sliced model chooses the tokens that the masked one does.
+    """Return, for the first questions of each domain, in order, what a selection by the
+    prompt says of itself, and whether the answer stays right. For the very first of
+    each, return whether the sliced model chooses the masked one's tokens.
     """
     starts = range(0, len(lab.test), lab.questions)
     rows = [row for start in starts for row in lab.test[start : start + per_domain]]

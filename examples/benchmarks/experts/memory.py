@@ -2,12 +2,12 @@
 
     python -m examples.benchmarks.experts.memory --scratch /somewhere/with/15/GB
 
-Makes a random model of Qwen3-30B-A3B's shape, a quarter as deep, at 4 bits: its answers
-mean nothing, which is no matter here, since what is compared is that they are the same.
-Every figure is measured in a process of its own, and kept in the scratch folder, so that
-a run that was stopped goes on; `--again PART` measures one part anew. What is cold has
-been dropped from the system's cache with posix_fadvise, which says nothing of caches
-below the system. At the end memory.json and the table of memory.md are written.
+Makes a random model of Qwen3-30B-A3B's shape, a quarter as deep, at 4 bits. Its answers
+mean nothing; it only counts that they are the same. Every figure is measured in a
+process of its own, and kept in the scratch folder, so that a run that was stopped goes
+on; `--again PART` measures one part anew. Cold files were dropped from the system's
+cache with posix_fadvise, which does not reach caches below the system. At the end
+memory.json and the table of memory.md are written.
 """
 
 import argparse
@@ -396,7 +396,7 @@ def rows(results: dict[str, Any]) -> list[Line]:
 
 
 def limited_rows(model: dict[str, Any], limit: dict[str, Any]) -> list[Line]:
-    """Return what came of the command under a limit."""
+    """Return the lines on the command under a limit."""
     first, second, whole = (limit[run] for run in ("first", "second", "whole"))
     kept, experts = first["selection"]["layers"][0], model["experts"]
     each = f"{model['layers']} × {experts}, each {model['expert_bytes'] / 1e6:.2f} MB"
@@ -423,7 +423,7 @@ def limited_rows(model: dict[str, Any], limit: dict[str, Any]) -> list[Line]:
 
 
 def sweep_rows(model: dict[str, Any], swept: dict[str, Any]) -> list[Line]:
-    """Return what the sweep takes, beside what it is made of."""
+    """Return the lines on the sweep, and on reading the file alone."""
     tokens = swept["tokens"]
     return [
         ("sweep: bytes asked / the file's", ratio(swept["bytes"], model["file_bytes"])),
@@ -434,7 +434,7 @@ def sweep_rows(model: dict[str, Any], swept: dict[str, Any]) -> list[Line]:
 
 
 def switch_rows(source: str, part: dict[str, Any]) -> list[Line]:
-    """Return what loading and switching takes from one source."""
+    """Return the lines on loading and switching from one source."""
     changed = ratio(part["switch_bytes"], part["load_bytes"])
     return [
         (f"{source}: load", gigabytes(part["load_bytes"])),

@@ -15,7 +15,7 @@ from examples.benchmarks.pages import fill
 
 from .measure import RESULTS
 
-LOW_AGREEMENT = 0.7  # below which a selection was warned of when this was measured
+LOW_AGREEMENT = 0.7  # a smaller one gave a warning when this was measured
 PAGE = Path(__file__).parent / "README.md"
 MODELS = {
     "pools": "the checkpoint",
@@ -181,7 +181,7 @@ def _foretold(found: dict[str, Any], told: int) -> list[str]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> str:
-    """Return Pearson's, or that there is none where one never changes."""
+    """Return Pearson's correlation, a dash where one of both never changes."""
     if a.std() == 0 or b.std() == 0:
         return "–"
     return f"{np.corrcoef(a, b)[0, 1]:+.2f}"
@@ -192,7 +192,7 @@ def _share(right: np.ndarray) -> str:
 
 
 def seconds(results: dict[str, Result]) -> str:
-    """Return what measuring took."""
+    """Return the seconds of measuring."""
     rows = [[MODELS[name], str(r["cpu_seconds"])] for name, r in results.items()]
     return table(["mixture", "seconds of one CPU core"], rows)
 

@@ -1,16 +1,16 @@
-"""What is asked of a mixture's routers while it is trained; the model itself stays stock.
+"""The training of a mixture's routers; the model itself stays stock.
 
-All experts are to be used: a load-balancing loss says so, over a whole batch and thereby
-over all domains, which leaves a single domain free to use few of them. And a document is
-to use few of them: its tokens choose among a pool of experts, those that its prompts find
-likeliest, of a size that is drawn anew for every step. A document here is what a batch
-holds of one domain; a question alone is too short to be one.
+All experts shall be used: a load-balancing loss sees to that. It is taken over a whole
+batch, hence over all domains, so that a single domain may use few of them. And each
+document shall use few: its tokens choose from a pool, the experts that its prompts find
+likeliest; the pool's size is drawn anew for every step. A document here is a batch's
+questions of one domain; a single question is too short to be one.
 
 Sources: the loss is eq. 4 of Fedus et al. 2021 (arXiv:2101.03961), with the choices of
 top 2 as in Lepikhin et al. 2020 (arXiv:2006.16668), over the whole batch as in Qiu et
 al. 2025 (arXiv:2501.11873), who trained Qwen3's mixtures so. The pools are those of EMO
-(Ai2 2026, arXiv:2605.06663), where all of a document chooses its pool; here its prompts
-alone do, so that no answer shows through.
+(Ai2 2026, arXiv:2605.06663), where all of a document chooses its pool; here only its
+prompts do, so that the pool reveals nothing of the answers.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from ifp_mlx.training.batches import Batch
 
 
 class Reading(NamedTuple):
-    """What routers have to know of a batch besides its tokens.
+    """What routers must know about a batch besides its tokens.
 
     Attributes:
         real: 1 where a token is read, and not padding, float32 ``[B, T - 1]``.
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
 
 
 def read(batch: Batch, sizes: list[int] | None) -> Reading:
-    """Return what routers have to know of a batch.
+    """Return what routers must know about a batch.
 
     Args:
         batch: its prompts are what comes before the first target.
@@ -58,7 +58,7 @@ def read(batch: Batch, sizes: list[int] | None) -> Reading:
 
 
 class Router(nn.Linear):
-    """A stock router while it is trained: it keeps to pools, and adds up its loss."""
+    """A stock router in training: it chooses within pools, and adds up its loss."""
 
     _reading: Reading
     _top_k: int
@@ -86,8 +86,8 @@ def routers_in_training(model: nn.Module, top_k: int) -> list[Router]:
 
 
 def likelihood(chances: mx.array, reading: Reading) -> mx.array:
-    """Return what the prompts of each row's document find likely, ``[B, E]``; the sum
-    over a document's rows, whose order is all that counts.
+    """Return how likely the prompts of each row's document find each expert, ``[B,
+    E]``: the sum over the document's rows, of which only the order counts.
 
     Args:
         chances: of each expert at each token, ``[B, T - 1, E]``.

@@ -1,7 +1,7 @@
 """Train a small mixture of experts on the comparison's facts and skills, and write it.
 
-Its class is mlx-lm's own, its folder an ordinary one, and its experts are what
-selections of experts are measured on.
+Its class is mlx-lm's own and its folder an ordinary one. Selections of experts are
+measured on it.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def keep(
     state: Path,
     steps: int,
 ) -> None:
-    """Write what :func:`restored` goes on from."""
+    """Write the state from which :func:`restored` goes on."""
     both = {"model": model.parameters(), "optimizer": optimizer.state}
     about = {"steps": str(steps), "recipe": repr(recipe)}
     with new_file(state) as scratch:
@@ -139,7 +139,7 @@ def keep(
 def restored(
     model: nn.Module, optimizer: optim.Optimizer, recipe: Recipe, state: Path
 ) -> int:
-    """Take over the state of a run that was stopped; return how far it had come."""
+    """Load the state of a run that was stopped; return how many steps it has made."""
     if not state.exists():
         return 0
     kept: Any = mx.load(str(state), return_metadata=True)

@@ -31,7 +31,7 @@ TOKENS = [5, 9, 77, 200, 13, 40]
 TOLERANCE = 1e-5
 GROUP, BITS = 32, 4
 
-# Model types of mlx-lm for which there is no config, with what stands in the way.
+# Model types of mlx-lm without a config here, and the reason.
 NOT_TRIED = {
     "bitnet": "runs on Metal alone; its FFN has a norm across the channels",
     "muse_spark": "runs on Metal alone",
@@ -42,7 +42,7 @@ NOT_TRIED = {
 
 
 class Verdict(NamedTuple):
-    """What came out for one model type.
+    """The result for one model type.
 
     Attributes:
         unit: what is selected; empty if the type is refused.

@@ -1,6 +1,7 @@
 """DWQ of mlx-lm in minutes on a CPU: its own training, and layers that unpack first.
 
-A quantised product on a CPU takes twenty times what unpacking and a plain product do.
+A quantised product on a CPU takes twenty times as long as unpacking and a plain
+product.
 """
 
 import mlx.core as mx
@@ -63,8 +64,8 @@ def distil(student: nn.Module, teacher: nn.Module, text: mx.array) -> None:
     Args:
         student: quantised.
         teacher: the dense model.
-        text: ``[N, T]``; cut into pieces, which are gone through again and again, but for
-            the last few, which tell mlx-lm what it has come to.
+        text: ``[N, T]``; cut into pieces, which are read again and again, except the
+            last few, on which mlx-lm validates.
     """
     from mlx_lm.quant.dwq import dwq_quantize
 

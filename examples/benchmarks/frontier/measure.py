@@ -1,12 +1,12 @@
-"""Whole models at few bits, and selections, against the bytes they take.
+"""Quality of whole models at few bits, and of selections, against their bytes.
 
     python -m examples.benchmarks.frontier.measure [smollm2|gemma3] [--rows 20]
         [--jobs 2] [--points NAME ...]
 
-Writes results-MODEL.csv and about-MODEL.json beside this file, the page and its picture.
-What is measured already is not measured again, here or in those results, so a stopped run
-goes on where it was. Everything that it makes stays in models/frontier; delete both once
-the package selects otherwise.
+Writes results-MODEL.csv and about-MODEL.json beside this file, the page and its
+picture. What is measured already is not measured again, here or in those results, so a
+stopped run goes on where it was. Everything that it makes stays in models/frontier;
+delete that and the results once the package selects differently.
 """
 
 import argparse
@@ -58,9 +58,11 @@ def _length(row: Row) -> int:
 
 @contextmanager
 def quick_attention() -> Iterator[None]:
-    """Let numpy compute the exponentials of attention meanwhile; it has no gradients."""
+    """Let numpy compute attention's exponentials inside the block; without
+    gradients.
+    """
     stock = mx.fast.scaled_dot_product_attention
-    # It knows no streams, which no model here gives.
+    # It takes no stream; no model here gives one.
     mx.fast.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
@@ -69,7 +71,7 @@ def quick_attention() -> Iterator[None]:
 
 
 class Run:
-    """What is there of a model's points, and what is left.
+    """A model's points: those measured, and those left.
 
     Args:
         name: smollm2 or gemma3.
@@ -173,7 +175,7 @@ class Run:
             start = time.process_time()
             try:
                 models = self._models(point)
-            except Exception as error:  # of mlx-lm, whatever: the page shows it
+            except Exception as error:  # any error of mlx-lm; the page shows it
                 said = f"{type(error).__name__}: {error}".partition("\n")[0]
                 self.failures(f"job-{job}").add({"point": point.name, "error": said})
                 continue
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = MODELS / "frontier" / args.name
     run = Run(args.name, args.rows, points, folder, filed=report.HERE)
     if args.job is not None:
-        mx.disable_compile()  # or every fused kernel of a CPU costs a call of a compiler
+        mx.disable_compile()  # else every fused kernel on a CPU costs a call of a compiler
         run.measure(args.job, args.jobs)
         return
     run.prepare()

@@ -1,8 +1,8 @@
 """The models of a point as float32 ones, which a CPU computes twenty times as fast.
 
-Every number is what the quantised model has. Where the package selects from a quantised
-model it quantises the `down_proj` of cut layers again. Here it selects and compensates
-in a folder of the same weights, unpacked, and the same matrices are rounded afterwards.
+Every number is the quantised model's. When the package selects from a quantised model,
+it quantises the `down_proj` of cut layers again. Here it selects and compensates in a
+folder of the same weights, unpacked, and the same matrices are rounded afterwards.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ class Whole:
         folder: of the model, quantised or not.
 
     Attributes:
-        bytes: of its weights; a number that is not quantised has two.
+        bytes: of its weights; a number that is not quantised counts two.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
-REFERENCE, FILE = "reference", "file"  # the weights that a point is made of
+REFERENCE, FILE = "reference", "file"  # the weights that a point is made from
 BASES = (4, 8)  # bits, in groups of 64, of the models that are selected from
 KEEPS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.33, 0.25)
 RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
-PROMPT, ANSWER = 100, 32  # tokens, at most; shorter prompts first where too few are
-# Bits per weight that are aimed at, and the two widths that layers can have for it.
+# Most tokens; if too few prompts are short enough, the shortest of the others.
+PROMPT, ANSWER = 100, 32
+# The bits per weight to aim at, and the two widths that layers can have.
 DYNAMIC = {3.0: (2, 4), 4.0: (3, 5), 5.0: (4, 6)}
 
 
@@ -17,7 +18,7 @@ class Point(NamedTuple):
     Attributes:
         kind: how it is made: ``dense``, ``select``, or the name of a quantiser.
         bits: of a quantised weight; what ``dynamic`` aims at for all weights.
-        group: weights that have a scale in common.
+        group: weights that share a scale.
         keep: kept share of the channels.
         source: the weights that it is made of.
     """
@@ -62,5 +63,5 @@ SELECTIONS += [Point("select", 8, keep=keep) for keep in (0.75, 0.5, 0.33)]
 DENSE = Point("dense")
 AS_FILED = [Point("dense", source=FILE), Point("affine", 4, 32, source=FILE)]
 WHOLE = [*AFFINE, *MIXED, *TARGETS, *SEARCHED, *GPTQ]
-# Those that take long to make last: a run that is stopped has the others.
+# Points that take long come last, so that a stopped run has the others.
 POINTS = [DENSE, *AS_FILED, *AFFINE, *SELECTIONS, *GPTQ, *MIXED, *TARGETS, *SEARCHED]

@@ -1,7 +1,8 @@
 """Whole models at few bits, each by mlx-lm's own quantiser.
 
-All that need a text get the same: the dialogues that ship with the package, through the
-model's chat template if it has one, one after another, cut into pieces of one length.
+All quantisers that need a text get the same: the dialogues that ship with the package,
+through the model's chat template if it has one, one after another, cut into pieces of
+one length.
 """
 
 import sys
@@ -71,7 +72,7 @@ def mixed(point: Point, model: nn.Module, config: dict, dense: Path) -> Made:
 
 
 def dynamic(point: Point, model: nn.Module, config: dict, dense: Path) -> Made:
-    """Give the layers more bits whose rounding the loss feels most."""
+    """Give more bits to the layers whose rounding raises the loss most."""
     from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
     from mlx_lm.utils import quantize_model
 
@@ -114,7 +115,7 @@ def gptq(point: Point, model: nn.Module, config: dict, dense: Path) -> Made:
 
 
 def dwq(point: Point, model: nn.Module, config: dict, dense: Path) -> Made:
-    """Round, then train scales and biases on what the dense model says."""
+    """Round, then train scales and biases on the dense model's predictions."""
     from mlx_lm.utils import load_model
 
     student, config = affine(point, model, config, dense)

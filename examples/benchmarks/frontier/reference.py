@@ -1,4 +1,4 @@
-"""The dense model that all points are compared with, and what it makes of rows.
+"""The dense model that all points are compared with, and its logits for rows.
 
 The models here were published at 4 bits. Rounding them to 4 bits again, on nearly the
 grid that they are on, may cost too little, and then everything else is at a
@@ -72,9 +72,9 @@ def logits_of(model: nn.Module, row: Row) -> np.ndarray:
 class Dense:
     """A dense model's logits at the answers of rows.
 
-    Of each row the last hidden states are kept on disk, ``[A, D]``: with the output layer
-    they make the same logits as the whole model does, in a fraction of its time and of
-    their own size.
+    For each row the last hidden states, ``[A, D]``, are kept on disk. The output layer
+    makes the whole model's logits from them, in a fraction of the time, and they take a
+    fraction of the logits' space.
 
     Args:
         folder: of the model.
@@ -118,8 +118,8 @@ def _at_answer(model: nn.Module, body: nn.Module, row: Row) -> mx.array:
 def compare(found: np.ndarray, dense: np.ndarray, answer: list[int]) -> dict[str, Any]:
     """Return how near a model's logits at an answer are to the dense model's.
 
-    As :func:`ifp_mlx.evaluation.teacher.metrics`, but numpy computes exponentials many at
-    a time where MLX on a CPU does one, which a large vocabulary has many of.
+    As :func:`ifp_mlx.evaluation.teacher.metrics`, but by numpy, which computes many
+    exponentials at a time where MLX on a CPU computes one; a large vocabulary has many.
 
     Args:
         found, dense: float32 ``[A, V]``.

@@ -182,7 +182,7 @@ class Model:
 
     @cached_property
     def frontier(self) -> set[str]:
-        """The names of what nothing of no more bytes is nearer than."""
+        """The names of the models that no other of at most their bytes beats."""
         every = [*self.whole, *self.selections]
         return {
             one.point.name
@@ -292,14 +292,14 @@ class Model:
         return f"{start} to {high / 1e6:.1f} MB ({high / four:.0%})"
 
     def won(self, bits: int) -> list[Result]:
-        """Return the selections of one base that are nearer to the dense model than every
-        whole model of no more bytes, by an interval above zero.
+        """Return the selections of one base that are nearer to the dense model than
+        every whole model of at most their bytes, by an interval above zero.
         """
         pairs = [(one, self.rival(one)) for one in self._of_base(bits)]
         return [one for one, rival in pairs if rival and one.less(rival)[1] > 0]
 
     def lost(self, bits: int) -> list[Result]:
-        """Return those that a whole model of no more bytes is nearer than, so too."""
+        """Return the selections than which such a whole model is nearer, likewise."""
         pairs = [(one, self.rival(one)) for one in self._of_base(bits)]
         return [one for one, rival in pairs if rival and one.less(rival)[2] < 0]
 
@@ -368,7 +368,7 @@ def draw(found: list[Model], path: Path) -> None:
     axes[0][0].set_ylabel("KL from the dense model, nats a token")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
-    # The same names in the file and no date: drawn again, it is the same file.
+    # Fixed names and no date, so that drawing again gives the same file.
     with new_file(path) as scratch, plt.rc_context({"svg.hashsalt": path.name}):
         figure.savefig(scratch, format="svg", metadata={"Date": None})
     plt.close(figure)

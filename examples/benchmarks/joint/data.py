@@ -67,7 +67,7 @@ Text = tuple[str, str, int]  # prompt, answer, task
 
 
 def chat(text: str) -> str:
-    """Return a user's message in ChatML, without a system prompt to pay for."""
+    """Return a user's message in ChatML, without a system prompt, to save tokens."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -99,7 +99,7 @@ def fact_tasks() -> list[Task]:
         for code in LANGUAGES:
             there = getattr(Locale(code), what)
             facts = {n: there[c] for c, n in keys.items() if c in there}
-            # What is called the same needs no memory, only copying.
+            # A name that is the same in both languages need only be copied.
             facts = {n: a for n, a in facts.items() if a != n and len(a) <= 24}
             name = english.languages[code]
             phrases = tuple(p.replace("{t}", name) for p in TRANSLATE)
@@ -149,7 +149,7 @@ def _fitting(tokenizer: Any, tasks: Sequence[Task], facts: list) -> list:
 
     wordings = [longest(task) for task in tasks]
     texts = [(wordings[t].replace("{x}", q), a, n) for n, (t, q, a) in enumerate(facts)]
-    # Two tokens to spare: which wording is longest depends on the question a little.
+    # Two tokens to spare, as the longest wording depends a little on the question.
     return [facts[n] for n in encode(tokenizer, texts, FACT_TOKENS - 2).task]
 
 

@@ -30,7 +30,7 @@ def measure(
     """Test on rows.
 
     Args:
-        model: ``LlamaForCausalLM`` or one built alike.
+        model: ``LlamaForCausalLM`` or one of the same structure.
         masker: where masks come from.
         settings: of the run.
         to_batch: puts rows on the device.

@@ -3,8 +3,9 @@
     python -m examples.benchmarks.joint.prepare
 
 Writes into models/joint, in minutes on a CPU: the data (rows.npz), where masks and
-predictors begin (start.npz), and the data for the package's own trainer (examples). All
-that touches the method is computed by the package; a GPU without MLX goes on from it.
+predictors begin (start.npz), and the data for the package's own trainer (examples).
+Everything that belongs to the method is computed by the package; a GPU without MLX goes
+on from there.
 """
 
 from pathlib import Path
@@ -67,7 +68,7 @@ def write_rows(path: Path) -> None:
 
 def write_examples(folder: Path, rows: Path) -> None:
     """Write train.jsonl and valid.jsonl for the package's own trainer: two epochs of
-    facts and a sixteenth as many instructions, as the steps on a GPU have them.
+    facts and a sixteenth as many instructions, as in the steps on a GPU.
     """
     sets, about = load(rows)
     tokenizer = Tokenizer.from_file(str(fetch("smollm2") / "tokenizer.json"))
@@ -117,7 +118,7 @@ class Measured:
         features: ``[N, D]``.
         tasks: ``[N]``.
         used: importance of the channels, ``[N, L, F]``.
-        prior: its mean, ``[L, F]``; every part has the same say.
+        prior: its mean, ``[L, F]``; every part counts the same.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ def write_start(path: Path, rows: Path) -> None:
 
 
 def main() -> None:
-    """Write what is not there yet."""
+    """Write the files that are missing."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     rows, start = FOLDER / "rows.npz", FOLDER / "start.npz"
     if not rows.exists():
@@ -239,7 +240,7 @@ def main() -> None:
 
 
 def ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Return the weights that foretell ``y`` from ``x``, held a little to zero."""
+    """Return the weights that predict ``y`` from ``x``, by ridge regression."""
     square = x.T @ x
     strength = 1e-3 * np.trace(square) / len(square) * np.eye(len(square))
     return np.linalg.solve(square + strength, x.T @ y)

@@ -29,12 +29,12 @@ COLOURS = {
     "oracle": "k",
 }  # fmt: skip
 SMOOTH = 16  # steps of a curve that are averaged
-LEARNED = 0.1  # nats a token: the facts' training loss that counts as having them
+LEARNED = 0.1  # nats a token: facts count as learned below this training loss
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an arm left: rows by set and measure, and its log."""
+    """The results of an arm: rows by set and measure, and its log."""
 
     kind: str
     keep: float
@@ -143,7 +143,7 @@ class Report:
         return markdown(["keep", "selected by", "facts right", *SETS], lines)
 
     def text(self, length: str) -> str:
-        """Return all tables with their titles, ``length`` said in them."""
+        """Return all tables with their titles, which name ``length``."""
         parts = [
             (f"Every arm after {length}", self.main_table()),
             (f"Against the static mask, after {length}", self.differences()),
@@ -172,7 +172,7 @@ class Report:
         every = [axis.get_legend_handles_labels() for axis in axes[0]]
         axes[0][0].legend(*max(every, key=lambda found: len(found[0])))
         figure.tight_layout()
-        # The same names in the file and no date: drawn again, it is the same file.
+        # Fixed names and no date, so that drawing again gives the same file.
         with new_file(path) as scratch, plt.rc_context({"svg.hashsalt": path.name}):
             figure.savefig(scratch, format="svg", metadata={"Date": None})
         plt.close(figure)

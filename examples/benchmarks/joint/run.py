@@ -3,9 +3,9 @@
     python -m examples.benchmarks.joint.run --model models/smollm2 \
         --data models/joint --output OUT
 
-Needs what prepare.py made. Arms are taken in the order of ``ARMS``, each
-from the same weights on the same batches, until the time is up; an arm that is there
-already is not trained again.
+Needs the output of prepare.py. Arms are trained in the order of ``ARMS``, each from the
+same weights on the same batches, until the time is up; an arm with results is not
+trained again.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from examples.benchmarks.joint.torch_step import (
 )
 
 FACT_ROWS, INSTRUCTION_ROWS = 512, 64  # of a step: 16,384 tokens both
-ALWAYS = 1000.0  # a score no other comes near, as in ifp_mlx.training.warm_start
+ALWAYS = 1000.0  # a score far above all others, as in ifp_mlx.training.warm_start
 RATES = (3e-4, 6e-4, 1.2e-3)  # that the pilot chooses from, by the static arm
 WARM_STEPS, WARM_RATE = 200, 1e-3  # of a predictor alone, before joint training
-LOOKS = 8  # of an arm, into its validation
+LOOKS = 8  # validations of an arm
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Lab:
         return round(keep * self.start["prior"].shape[1])
 
     def masker(self, arm: Arm) -> tuple[nn.Module, dict[str, float]]:
-        """Return where an arm's masks come from, and what is to be noted of it."""
+        """Return the source of an arm's masks, and figures to note about it."""
         prior, k = self.start["prior"], self.kept(arm.keep)
         if arm.kind == "dense":
             return FixedMasks(None), {}
@@ -160,8 +160,8 @@ class Lab:
         return predictor.to(self.data.device)
 
     def _tell_apart(self, predictor: Predictor, seed: int) -> float:
-        """Train a predictor alone until it reads the task off the instruction; return
-        the part of the tasks' codes that it does not.
+        """Train a predictor alone to read the task off the instruction; return the part
+        of the tasks' codes that it does not learn.
         """
         settings = Settings(WARM_STEPS, WARM_RATE, 0.0, WARM_STEPS // 10, 0)
         codes = self.start["codes"]
@@ -226,7 +226,7 @@ class Lab:
             seen = measure(self.model, masker, settings, self.data.batch, rows)
             found |= {f"{name}.{n}": v for n, v in seen.items()}
             if isinstance(masker, Predictor):
-                # The masks of other rows: what are one's own worth?
+                # With the masks of other rows, to see what a row's own are worth.
                 order = np.random.default_rng(0).permutation(len(rows))
                 other = measure(
                     self.model, masker, settings, self.data.batch, rows, order
@@ -235,7 +235,7 @@ class Lab:
         return found
 
     def training_free(self) -> dict[str, np.ndarray]:
-        """Return what selection by the prompt leaves of the model as it is now."""
+        """Return the test of the current model when prompts select without training."""
         found: dict[str, np.ndarray] = {}
         for keep in (HALF, THIRD, EIGHTH):
             settings = Settings(1, 0, 0, 0, self.kept(keep))

@@ -1,7 +1,7 @@
 """The step of joint training in PyTorch, for a GPU that MLX does not run on.
 
-It computes what ``ifp_mlx.training.step`` computes, which is the reference:
-tests/examples/test_joint.py holds the two to each other. The models are those of transformers.
+It computes the same as ``ifp_mlx.training.step``, which is the reference:
+tests/examples/test_joint.py compares the two. The models are those of transformers.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; the names and meanings are those of ``ifp_mlx.train.TrainConfig``."""
+    """A run's settings, with names and meanings of ``ifp_mlx.train.TrainConfig``."""
 
     steps: int
     lr: float
@@ -110,7 +110,7 @@ class Predictor(nn.Module):
         self.layers = layers
 
     def reduced(self, batch: Batch) -> Tensor:
-        """Return what the narrow middle of the head holds, float32 ``[B, r]``."""
+        """Return the values in the narrow middle of the head, float32 ``[B, r]``."""
         # It is causal: no token of the prompt has seen the answer.
         hidden = last_hidden(self.backbone, batch.tokens, None).float()
         place = torch.arange(batch.tokens.shape[1], device=hidden.device)
@@ -167,7 +167,7 @@ def last_hidden(
     hidden = inner.embed_tokens(tokens)
     places = torch.arange(tokens.shape[1], device=tokens.device)[None]
     rotary = inner.rotary_emb(hidden, places)
-    # Every kind of mask has one form: then a compiled layer is compiled once.
+    # All masks have one shape, so that a layer is compiled only once.
     size = len(tokens), len(inner.layers), inner.layers[0].mlp.down_proj.in_features
     given = hidden.new_ones(1) if masks is None else masks.to(hidden.dtype)
     every = given.expand(size).contiguous()

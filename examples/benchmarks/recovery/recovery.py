@@ -1,11 +1,11 @@
-"""Measure what recovery by distillation saves: bytes of the cache, its error, step time.
+"""Measure recovery by distillation: bytes of the cache, its error, time of a step.
 
     python -m examples.benchmarks.recovery.recovery
 
-On SmolLM2-135M with half of its channels and rows of one family of
-task_families.py: (1) how far the loss from the compressed answers of the dense
-model is from the exact one, by what is kept of them; (2) the time of a step beside one
-of masked training with the same weights trained, in turns. Printed as Markdown.
+On SmolLM2-135M with half of its channels and rows of one family of task_families.py:
+(1) the error of the loss from the dense model's compressed distributions, by how much
+of them is kept; (2) the time of a step beside one of masked training of the same
+weights, in turns. Printed as Markdown.
 """
 
 import statistics

@@ -53,8 +53,9 @@ BITS = (8, 4)  # that the arm of the task is quantised to afterwards
 OTHERS = ("code", "math", "facts", "dialog", "sql", "hella", "prose")
 UNSEEN = ("qgen", "boolq")  # families that neither arm is trained on
 TRAIN, VALID = 240, 24
-# Other families are longer; that both arms read about equally much, theirs are of at
-# most so many tokens where there are enough, and a few of the task's shortest left out.
+# Other families have longer examples. So that both arms read about the same number of
+# tokens, theirs have at most this many where enough do, and a few of the task's
+# shortest are left out.
 LONG, DROPPED = 80, 30
 LONGEST = 1100  # characters of a prompt
 HELD_OUT = {TASK: 12}  # prompts that are compared; of the others:

@@ -1,5 +1,5 @@
-"""Attention for benches on a CPU, where MLX computes `exp` one number at a time: that
-alone is a fifth of a pass. Here numpy computes it, many at a time; all else is MLX's.
+"""Attention for benches on a CPU, where MLX computes `exp` one number at a time, which
+takes a fifth of a pass. Here numpy computes many at a time; the rest is MLX's.
 """
 
 import mlx.core as mx

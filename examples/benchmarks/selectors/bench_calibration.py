@@ -78,17 +78,17 @@ class Calibration:
         if kind == "task":
             names = [family]
         parts = [self._energy[f"{name}.{part}"] for name in names for part in PARTS]
-        # Families have the same say, and so have prompts and answers.
+        # Families count the same, and so do prompts and answers.
         shares = [part / part.sum(axis=1, keepdims=True) for part in parts]
         return mx.sqrt(sum(shares, mx.array(0.0)))
 
     def costs(self, way: Way, family: str, keep: float) -> mx.array:
-        """Return what keeping that share costs each layer, as :func:`widths.layer_sizes`
-        takes it, ``[L, 6]``: a task's mask may know its own family, others may not.
+        """Return what keeping that share costs each layer, ``[L, 6]`` for
+        :func:`widths.layer_sizes`. Only a task's mask may use costs on its own family.
         """
         known = self._known_costs((way.costs, keep)).items()
         found = [c for name, c in known if way.scores == "task" or name != family]
-        # It is known at this very keep: nothing is to be read off between shares.
+        # The cost is known at this very keep, without interpolation.
         column = mx.stack(found).mean(axis=0)[:, None]
         return mx.repeat(column, len(widths.MEASURED_SHARES), axis=1)
 
@@ -141,7 +141,7 @@ class Calibration:
         """Return each family's costs, ``[L]``, or those on the package's texts."""
         if text == "tasks":
             names, texts = self.families, self._texts()
-            # By the prior, so that no family has a say in the costs of another.
+            # By the prior, so that no family influences the costs of another.
             probe = Probe(self.bench.model, texts, self.bench.prior)
         else:  # as ifp_mlx.sensitivity does
             texts = calibration_texts(self.bench.model)

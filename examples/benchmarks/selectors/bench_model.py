@@ -1,8 +1,9 @@
 """One resident dense model whose FFNs are swapped for sliced ones, cheaply.
 
 A row costs one dense pass and then one pass for each distinct compact model: logits are
-computed at the answer alone, `down_proj` is kept channel by channel so that a selection
-is three row gathers, and a prompt that the dense model has read is not read again.
+computed only at the answer, `down_proj` is stored channel by channel so that a
+selection takes three gathers of rows, and a prompt that the dense model has read is not
+read again.
 """
 
 import copy
@@ -25,7 +26,7 @@ GROUP = 64  # channels that a quantised model has in one group
 
 
 class Reading(NamedTuple):
-    """What the dense model made of a row.
+    """The dense model's reading of a row.
 
     Attributes:
         prompt: its log-probabilities at the answer, and its cache after the prompt.
@@ -42,8 +43,8 @@ class Reading(NamedTuple):
 
 
 class SlicedFFN(nn.Module):
-    """An FFN of a stock class with other weights, ``down`` channel by channel; the
-    models that are measured here call their matrices gate, up and down.
+    """An FFN of a stock class with other weights, ``down`` stored channel by channel;
+    the models measured here name their matrices gate, up and down.
 
     Args:
         ffn: whose class computes.
@@ -71,7 +72,7 @@ class Bench:
 
     Args:
         folder: of a model that is not quantised.
-        answer_tokens: of each row that are compared, at most.
+        answer_tokens: most tokens of each answer that are compared.
     """
 
     def __init__(self, folder: Path, answer_tokens: int = 96) -> None:

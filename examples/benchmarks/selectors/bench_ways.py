@@ -15,8 +15,8 @@ class Way(NamedTuple):
         alone: whether it learns from that text alone, without a sketch of the package's
             calibration text beside it.
         prompt: which model reads the prompt, ``compact`` or ``dense``.
-        costs: on what the layers' costs are measured that the allocation
-            ``sensitivity`` goes by: ``tasks``, or the text that ships with the package.
+        costs: the texts on which costs for the allocation ``sensitivity`` are measured:
+            ``tasks``, or the text that ships with the package.
         quantised: how the channels of a model at 4 bits are taken: by whole ``groups``,
             which loses nothing, or by ``channels``, for which ``down_proj`` is
             quantised again; so it is if compensated.
@@ -32,8 +32,8 @@ class Way(NamedTuple):
 
     @property
     def statistic(self) -> str:
-        """What its scores are; a ``blend`` that compensates by a sketch too chooses by
-        the ``merit`` of channels, which that shows.
+        """What its scores are; a ``blend`` that compensates with a sketch chooses by
+        the ``merit`` of channels.
         """
         sketched = self.compensation and not self.alone
         return "merit" if self.scores == "blend" and sketched else self.scores
@@ -51,7 +51,7 @@ class Way(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One table; a row that is in several is read once for those of a keep.
+    """One table; a row that is in several tables of a keep is read once.
 
     Attributes:
         ways: that are compared.

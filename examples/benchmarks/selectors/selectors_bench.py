@@ -18,14 +18,14 @@ be stopped at any time. With ``--published`` it goes on from the rows in the CSV
 - others: one static mask from 16 examples each of the other families
 - task: one static mask from 16 other examples of the same family
 
-In the last two prompts and answers have the same say. What compensates is the text that is
-named and the sketch; alone, that text and no sketch.
+In the last two, prompts and answers count the same. The text that is named compensates,
+together with the sketch; *alone* means without the sketch.
 
-The allocation `sensitivity` goes by costs measured on a calibration example of each
-family: of the other nine, or of all ten where the mask is the task's own. On the
-package's text they are what `python -m ifp_mlx.sensitivity` measures by itself. Of a
-model at 4 bits only what selecting adds is measured: whole groups of 64 channels kept or
-dropped, or `down_proj` at 4 bits; gate and up, which lose nothing, stay as they are.
+The allocation `sensitivity` uses costs measured on a calibration example of each
+family: of the other nine, or of all ten if the mask is the task's own. Costs on the
+package's text are those that `python -m ifp_mlx.sensitivity` measures by default. Of a
+model at 4 bits only what selecting adds is measured: whole groups of 64 channels kept
+or dropped, or `down_proj` at 4 bits; gate and up, which lose nothing, stay as they are.
 """
 
 import argparse
@@ -63,7 +63,7 @@ WAYS = tuple(dict.fromkeys(way.name for stage in STAGES for way in stage.ways))
 
 
 class Todo(NamedTuple):
-    """One row at one keep, and the ways that it is still to be measured in."""
+    """One row at one keep, and the ways in which it is still to be measured."""
 
     keep: float
     family: str
@@ -206,12 +206,12 @@ def scores_of(
 
 
 def _short(values: dict[str, float]) -> dict[str, float]:
-    """Return numbers with no more digits than they are worth."""
+    """Return numbers rounded to the digits that mean something."""
     return {name: round(value, 5) for name, value in values.items()}
 
 
 class Clock:
-    """Says how much time of a processor core this process has used since last asked."""
+    """Tells the processor time that this process has used since the last call."""
 
     def __init__(self) -> None:
         self._last = time.process_time()
@@ -264,7 +264,7 @@ class Run:
         return missing(families, self.lines(), self.rows, self.ways)
 
     def take_published(self) -> None:
-        """Count the published rows as measured, but for those that a log has.
+        """Count the published rows as measured, except those that a log has.
 
         Raises:
             ValueError: if they were measured with other settings.
@@ -334,7 +334,7 @@ def main() -> None:
     args = parser.parse_args()
     run = Run(args.name, args.rows, {"answer_tokens": args.answer_tokens}, args.ways)
     if args.phase is not None:
-        # In this process alone; it knows no streams, which no model here gives.
+        # Only in this process. It takes no stream; no model here gives one.
         mx.fast.scaled_dot_product_attention = attention  # type: ignore[assignment]
         getattr(run, args.phase)(args.job, args.jobs)
         return

@@ -4,12 +4,12 @@
         --url http://127.0.0.1:8080 --requests 2000
 
 Every request starts as a good one and is spoilt by up to three changes: a field takes
-another type or value, a field appears that nobody knows, the JSON is cut or filled
-with odd bytes, the headers or the path are wrong. Whether it is malformed is decided by
-the API's schema, server_schema.json: then only a 4xx will do. What still fits the
-schema may be answered, or refused for a reason that no schema can say; it is counted
-apart. Tools and their calls are among the fields if the model's template knows them.
-Needs `pip install jsonschema`. Last line: JSON; the exit status is 1 if a
+another type or value, an unknown field appears, the JSON is cut or filled with odd
+bytes, the headers or the path are wrong. The API's schema, server_schema.json, decides
+whether a request is malformed; then only a 4xx will do. A request that still fits the
+schema may be answered, or refused for a reason that no schema can express; it is
+counted separately. Tools and their calls are among the fields if the model's template
+knows them. Needs `pip install jsonschema`. Last line: JSON; the exit status is 1 if a
 malformed request was answered, or any request with a 5xx or not at all.
 """
 
@@ -45,7 +45,7 @@ Request = tuple[str, str, bytes, dict[str, str]]  # method, path, body, headers
 
 
 def validators() -> dict[str, Draft202012Validator]:
-    """Return what tells a malformed body, by path."""
+    """Return the validators of bodies, by path."""
     schema = json.loads(Path(__file__).with_name("server_schema.json").read_text())
     escaped = {path: path.replace("/", "~1") for path in PATHS}
     return {
@@ -57,7 +57,7 @@ def validators() -> dict[str, Draft202012Validator]:
 def is_malformed(
     request: Request, checks: dict[str, Draft202012Validator], host: str
 ) -> bool:
-    """Whether a request breaks a rule that the schema, or HTTP, can say."""
+    """Whether a request breaks a rule of the schema or of HTTP."""
     method, path, raw, headers = request
     if method != "POST" or path not in checks or headers.get("Host", host) != host:
         return True

@@ -6,8 +6,8 @@
 Starts a server of its own on a free port, with four tasks, and measures four things:
 
 - every answer under load equals the answer to the same request alone (greedy), and
-  names the same mask; where the model's template knows tools, requests with tools that
-  may or must be called are among them;
+  names the same mask; if the model's template knows tools, some requests have tools
+  that may or must be called;
 - fairness: the slowest client's mean wait for an answer over the fastest's;
 - throughput of requests for one mask, together over one at a time;
 - a client that is killed (SIGKILL) while it streams leaves no work behind.
@@ -72,7 +72,7 @@ class Server:
 
     Attributes:
         url: where it listens.
-        model: what it calls its model.
+        model: its name of the model.
     """
 
     def __init__(self, model: str, options: list[str]) -> None:
@@ -133,7 +133,7 @@ async def ask(
 
 
 def said(messages: list[dict[str, Any]]) -> str:
-    """Return all that a message, or its pieces, say: thoughts, text and calls."""
+    """Return all text of a message, or of its pieces: thoughts, text and calls."""
     text = "".join(m.get("reasoning") or "" for m in messages)
     text += "".join(m.get("content") or "" for m in messages)
     for called in (call for m in messages for call in m.get("tool_calls") or ()):

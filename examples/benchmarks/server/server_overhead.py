@@ -1,11 +1,11 @@
-"""What the server adds to a token, against ``ifp_mlx.generate``'s own loop.
+"""The time that the server adds to a token, beside ``ifp_mlx.generate``'s loop.
 
     python -m examples.benchmarks.server.server_overhead --model models/smollm2
 
-One process has both: the loop that `stream_generate` is, and the server with one client on
-a socket, each with the mask of one task. They answer the same prompt in turns, without
-tools, and with tools that the model may call where its template knows tools. Counted is
-what comes after the first token. Needs `pip install '.[server]' httpx`. Last line: JSON
+One process has both: the loop of `stream_generate`, and the server with one client on a
+socket, each with the mask of one task. They answer the same prompt in turns, without
+tools, and, if the model's template knows tools, with tools that it may call. The time
+after the first token counts. Needs `pip install '.[server]' httpx`. Last line: JSON
 with tokens per second and the median of the turns' ratios.
 """
 

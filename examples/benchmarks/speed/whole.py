@@ -6,10 +6,10 @@
 
 SmolLM2-135M and Gemma-3-270m (`examples/fetch.py`), each from a plain folder and from a
 channel store, at keep 1, 1/2 and 1/3, by a mask file and by activation. Every row is a
-process of its own, from the command to its end; the rows take turns, and each turn begins
-with another, so that a busy machine slows all alike. Ratios are taken within a turn. What
-is kept whole has to say what mlx_lm.generate says. `--turns 1 --models smollm2` is quick.
-Let nothing else run meanwhile. The last line is JSON.
+process of its own, from the command to its end; the rows take turns, and each turn
+begins with another row, so that a busy machine slows all alike. Ratios are taken within
+a turn. At keep 1 the text has to be that of mlx_lm.generate. `--turns 1 --models
+smollm2` is quick. Let nothing else run meanwhile. The last line is JSON.
 """
 
 import argparse
@@ -42,10 +42,10 @@ class Row(NamedTuple):
     """A way of answering, in a process of its own.
 
     Attributes:
-        model: of `fetch`.
-        checkout: the name of what is run: ``mlx_lm``, ``now`` or ``before``.
+        model: its name for `fetch`.
+        checkout: the code that runs: ``mlx_lm``, ``now`` or ``before``.
         source: ``folder`` or ``store``.
-        chosen: by what.
+        chosen: what chooses the channels.
         keep: one of ``KEEPS``.
         folder: where the process runs, which finds its packages there first.
         command: its arguments.
@@ -138,8 +138,8 @@ def rows_of(name: str, sources: dict[str, Path], checkouts: dict[str, Path]) -> 
 
 
 def in_turns(rows: Sequence[Row], turns: int) -> Iterator[list[Ran]]:
-    """Yield the runs of all rows, in the rows' order, for each turn; one more turn,
-    which is not given, comes first.
+    """Yield the runs of all rows, in the rows' order, for each turn, after one turn
+    that is not counted.
     """
     for turn in range(turns + 1):
         shift = turn * len(rows) // (turns + 1)

@@ -1,4 +1,4 @@
-"""Hold a channel store against what is asked of it: bytes, seconds, memory, text.
+"""Compare a channel store with its targets: bytes, seconds, memory, text.
 
     python -m examples.benchmarks.store.store_check --model models/smollm2
     python -m examples.benchmarks.store.store_check --model models/smollm2 --quantize
@@ -7,8 +7,8 @@
 The folder of `--large` is made, and deleted afterwards.
 
 Every ratio compares two things measured in turns in this one run. The last line is
-JSON. What is cold has been dropped from the system's cache with posix_fadvise, which
-says nothing of caches below the system.
+JSON. Cold files were dropped from the system's cache with posix_fadvise, which does not
+reach caches below the system.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def task_masks(model: IFPModel) -> list[Selection]:
 
 
 def made_up_masks(model: IFPModel) -> list[Selection]:
-    """Return masks that overlap by two thirds, for a model that means nothing."""
+    """Return masks that overlap by two thirds, for a random model."""
     rng = np.random.default_rng(0)
     shape = model.layers, model.channels
     common = rng.normal(size=shape)

@@ -62,7 +62,7 @@ def label(package: Path, description: str, labels: dict[str, str]) -> None:
 def _tidily() -> Iterator[None]:
     """Silence coremltools, and clean up after it."""
     with contextlib.ExitStack() as stack:
-        if not sys.stderr.isatty():  # progress bars are useless here
+        if not sys.stderr.isatty():  # no progress bars without a terminal
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))

@@ -165,13 +165,13 @@ class ChatApp(toga.App):
         await self.controller.select(self.name.value, self.instruction.value)
 
     async def send(self, widget: toga.Widget) -> None:
-        """Ask what is in the field; it stays there if it cannot be asked now."""
+        """Send the text in the field; it stays there if it cannot be sent now."""
         if self.controller.ready:
             text, self.prompt.value = self.prompt.value, ""
             await self.controller.say(text)
 
     def stop(self, widget: toga.Widget) -> None:
-        """Stop what is being done."""
+        """Stop the work in progress."""
         self.controller.stop()
 
     def restart(self, widget: toga.Widget) -> None:
@@ -183,7 +183,7 @@ class ChatApp(toga.App):
         await self.controller.unload()
 
     def draw(self) -> None:
-        """Show what the controller says; only what differs is touched."""
+        """Show the controller's state; only widgets that differ are touched."""
         state = self.controller
         self._set(self.status, "text", state.status)
         self._set(self.figures, "text", figures(state))

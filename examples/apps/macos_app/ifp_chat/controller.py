@@ -1,8 +1,7 @@
-"""What the app knows and does, without a window: an engine, tasks, conversations.
+"""The app without its window: an engine, tasks, conversations.
 
-The window calls the methods below on its event loop and draws what the attributes say
-whenever it is told to. Nothing here imports Toga, and nothing here imports MLX: the
-engine's own thread has that.
+The window calls the methods below on its event loop, and draws the attributes whenever
+it is told to. Nothing here imports Toga or MLX: only the engine's own thread uses MLX.
 """
 
 import asyncio
@@ -47,7 +46,7 @@ SUGGESTIONS = {
 
 @dataclass
 class Line:
-    """Something said: by whom, what, and, under an answer, what it took."""
+    """Something said: by whom, what, and, under an answer, its figures."""
 
     speaker: str
     text: str
@@ -74,13 +73,13 @@ class Assignment:
 
 
 def alone(can_stop: bool) -> Callable[[Any], Any]:
-    """Do one thing at a time; what goes wrong becomes the status."""
+    """Do one thing at a time; an error becomes the status."""
 
     def decorate(work: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
         @wraps(work)
         async def run(self: "Controller", *args: Any, **options: Any) -> None:
             if self.busy:
-                self._say_status("Wait for what is being done, or stop it.")
+                self._say_status("Wait for the work in progress, or stop it.")
                 return
             self.busy, self.fraction, self.can_stop = True, None, can_stop
             self._stop = CancelToken()
@@ -103,8 +102,8 @@ def alone(can_stop: bool) -> Callable[[Any], Any]:
 class Controller:
     """One engine, its tasks, and a conversation with each.
 
-    One thing is done at a time; what fails says so in ``status``. All methods are
-    called on one event loop.
+    One thing is done at a time; an error is shown in ``status``. All methods are called
+    on one event loop.
 
     Args:
         redraw: called on the loop, at most 25 times a second, after something changed.
@@ -114,13 +113,14 @@ class Controller:
         assignments: by name, in the order of the table.
         current: the name of the one being talked to.
         keep: the share of the channels that the next selection keeps; ``None``: the
-            model's own, else the smallest of a few that agrees enough with all.
+            model's own share, else the smallest that agrees enough with the whole
+            model.
         tell: whether the next conversation has the instruction as its system message;
             otherwise it selects, and the model does not see it.
         status: one sentence for the user.
         fraction: how far the stage is, 0 to 1; ``None`` if that is not known.
         busy: whether something is being done.
-        can_stop: whether that can be stopped, and has not been yet.
+        can_stop: whether it can be stopped, and has not been yet.
         memory: the engine's report in bytes, empty while there is no engine.
         speed: tokens per second of the newest answer; 0 before there is one.
     """
@@ -133,8 +133,8 @@ class Controller:
         self.redraw, self._open_engine = redraw, open_engine
         self._engine: Engine | None = None
         self._stop = CancelToken()
-        # Threads of our own, to wait for the engine: Qt's event loop would make its
-        # own, and not end them.
+        # Threads of our own, to wait for the engine: Qt's event loop would not end
+        # those it makes.
         self._threads = ThreadPoolExecutor(max_workers=4)
         self._changed = asyncio.Event()
         self.assignments = {n: Assignment(n, text) for n, text in SUGGESTIONS.items()}
@@ -221,11 +221,11 @@ class Controller:
         try:
             await self._stream(text, answer, options)
         finally:
-            if not answer.text:  # nothing was answered: as if never asked
+            if not answer.text:  # without an answer, forget the question
                 del lines[-2:]
 
     def stop(self) -> None:
-        """Stop what is being done, at its next step."""
+        """Stop the work in progress, at its next step."""
         if self.can_stop:
             self._stop.cancel()
             self.can_stop = False
@@ -309,7 +309,7 @@ class Controller:
         self.speed = done.tokens_per_second
         self.status = {
             "stop": "Answered.",
-            "length": "The answer reached its longest.",
+            "length": "The answer has reached its greatest length.",
             "cancelled": "Stopped.",
         }[done.finish_reason]
         if done.generation_tokens:
@@ -342,7 +342,7 @@ class Controller:
         self._say_status(f"{WORDS[event.stage]}{amount} ...")
 
     async def _refresh_tasks(self) -> None:
-        """Ask which models are in memory: preparing one may have let another go."""
+        """Ask which models are in memory: preparing one may have freed another."""
         for task in await self._wait_for(self._opened().tasks):
             if task.name in self.assignments:
                 self.assignments[task.name].task = task
@@ -353,7 +353,7 @@ class Controller:
         if engine is not None:
             try:
                 memory = await self._wait_for(engine.memory)
-            except IFPError:  # it was closed meanwhile, or died: who asks it is told
+            except IFPError:  # it was closed or has died; the next request will say so
                 memory = {}
             if memory != self.memory:
                 self.memory = memory
@@ -370,7 +370,7 @@ class Controller:
     async def _wait_for(
         self, call: Callable[..., Any], *args: Any, **named: Any
     ) -> Any:
-        """Call the engine on a thread that may wait, so that the window need not."""
+        """Call the engine on a thread that may wait, so that the window does not."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(call, *args, **named))
 
