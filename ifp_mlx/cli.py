@@ -101,7 +101,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
 
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--instruction", help="the text that selects; default: the first user message"
+        "--instruction",
+        help="the text that selects; default: all up to the first user message",
     )
     what.add_argument("--mask-file", help="use the selection in this mask file")
     what.add_argument("--task", help="use this task of the library, see --tasks-folder")

@@ -74,7 +74,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, default=Path("models/smollm2"), help="a plain folder")
     add("--quantize", action="store_true", help="make it a 4-bit folder first")
-    add("--large", type=Path, help="make a model of 3 GB here, check it, delete it")
+    add("--large", type=Path, help="make a model of 3.8 GB here, check it, delete it")
     add("--scratch", type=Path, default=Path("models/store-check"))
     add("--turns", type=int, default=7)
     args = parser.parse_args()

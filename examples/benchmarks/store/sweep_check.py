@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.store.sweep_check --large models/large
 
-The folder is made, and deleted afterwards. Writes a random model of 3 GB (its answers
+The folder is made, and deleted afterwards. Writes a random model of 3.8 GB (its answers
 mean nothing; it only counts that they are the same) and runs under a limit on the
 memory of the process: the dense model in mlx_lm, `generate --memory-gb` twice, and
 then, without the limit, the same selection with everything in memory. The last line is

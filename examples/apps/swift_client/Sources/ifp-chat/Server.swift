@@ -7,7 +7,7 @@ struct Message: Codable, Sendable {
     let content: String
 }
 
-/// What selects the channels. Without it the system message does, else the first user message.
+/// What selects the channels. Without it the system message and the first user message do.
 struct Selection: Encodable, Sendable {
     var instruction: String?
     var keep: Double?  // share of the channels, 0 to 1

@@ -1,6 +1,6 @@
 import Foundation
 
-/// What `metadata.json` of a bundle says; `metadata.schema.json` says what it means.
+/// The content of a bundle's `metadata.json`; `metadata.schema.json` explains it.
 public struct Metadata: Decodable, Sendable {
     public static let format = "ifp_mlx.bundle.1"
 
@@ -45,7 +45,7 @@ public struct Metadata: Decodable, Sendable {
         public let sha256: String
     }
 
-    /// What is downloaded together.
+    /// Files that are downloaded together.
     public struct Part: Decodable, Sendable {
         public let download: Download
         public let assetPack: String

@@ -46,7 +46,7 @@ public struct ModelBundle: Sendable {
         try parts(of: task).map(\.part).filter { !isThere($0) }
     }
 
-    /// Returns the files of a part that are not as they were made; reads all of them.
+    /// Returns the files of a part that have changed; reads all of them.
     public func damaged(_ part: Metadata.Part) -> [String] {
         part.files.sorted { $0.key < $1.key }.compactMap { path, file in
             guard let url = try? locate(path), size(of: url) == file.bytes,
@@ -58,7 +58,7 @@ public struct ModelBundle: Sendable {
 
     /// Lays the files of a task into one folder, as links, for a loader to read.
     ///
-    /// Make it anew whenever the app starts: where the system keeps asset packs may change.
+    /// Make it anew whenever the app starts: the system may move asset packs.
     ///
     /// - Parameters:
     ///   - task: its name.

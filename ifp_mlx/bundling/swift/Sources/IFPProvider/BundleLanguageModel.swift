@@ -13,8 +13,8 @@
 
     /// A bundle as a language model: the instructions of a session say which task answers.
     ///
-    /// The choice is made in `prewarm`, which a session calls before its first prompt; what
-    /// the task needs is fetched, laid into one folder and loaded while the user types.
+    /// The choice is made in `prewarm`, which a session calls before its first prompt. The
+    /// task's parts are fetched, laid into one folder and loaded while the user types.
     @available(iOS 27.0, macOS 27.0, visionOS 27.0, *)
     public struct BundleLanguageModel: LanguageModel {
         public let bundle: ModelBundle
