@@ -37,9 +37,9 @@ UNTRAINED = (
 CURVE = """
 
 The dense model has a card: {sample}, in which
-each question selected for itself ({selector}). By the kept share, how often the compact model
-would choose the same token, and the kind of question at which least often. This folder keeps
-{share:.2g} and was not measured itself.
+each question selected for itself ({selector}). For each kept share the table says how often
+the compact model would choose the same token, and for which kind of question it does so
+least often. This folder keeps {share:.2g} and was not measured itself.
 
 | kept | same token | least often |
 |---|---|---|

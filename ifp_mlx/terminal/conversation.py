@@ -140,7 +140,7 @@ class Conversation:
         """
         if self.source is not None and self.source.mask_file is not None:
             raise InvalidRequest(
-                f"What is kept is what {self.source.words} says; /task off lets messages "
+                f"How much is kept is fixed by {self.source.words}; /task off lets messages "
                 "select again."
             )
         others = {n: o for n, o in self._choosing.items() if n != "target_size"}

@@ -70,7 +70,7 @@ the command reported in its `report.json`.
 
 {measured if rows else "Nothing was measured."}
 
-Losses are in nats a token. They say nothing of other tasks than those of the data.
+Losses are in nats a token. They say nothing about tasks that are not in the data.
 
 Licence of the model it was trained from: {licence or UNKNOWN_LICENCE}.
 """

@@ -134,7 +134,7 @@ def test_tasks_instructions_and_shares_select(talk, folder):
     assert said[6].startswith(f"{sort}48 of 192 channels (25%, agreement ")
     refused, of_task, of_first = err
     assert refused == (
-        "What is kept is what the task french says; /task off lets messages select again."
+        "How much is kept is fixed by the task french; /task off lets messages select again."
     )
     assert of_task.startswith("[50% of the channels kept")
     assert of_first.startswith("[75% of the channels kept · agreement ")
