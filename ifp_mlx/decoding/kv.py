@@ -52,7 +52,7 @@ class KVOptions:
         if self.kv_bits is not None and self.max_kv_size is not None:
             raise ValueError(
                 f"kv_bits={self.kv_bits} and max_kv_size={self.max_kv_size} do not go "
-                "together: mlx-lm quantises no cache that goes round; leave one out."
+                "together: mlx-lm cannot quantise a cache of fixed size; leave one out."
             )
 
     @property
@@ -76,8 +76,8 @@ class KVOptions:
         """Raise ``ValueError`` if anything is set although the whole model checks."""
         for name, value in self.asked.items():
             raise ValueError(
-                f"{name}={value} does not go with check={check}, which compares with "
-                "what the whole model says, from all it has read; leave one of them out."
+                f"{name}={value} does not go with check={check}, which needs the "
+                "whole model's full, exact cache; leave one of them out."
             )
 
     def check_fits(self, model: nn.Module) -> None:
@@ -108,8 +108,8 @@ class KVOptions:
         if not plain or any(isinstance(layer, RotatingKVCache) for layer in cache):
             raise ValueError(
                 f"kv_bits={self.kv_bits} does not go with this type of model: mlx-lm "
-                "quantises no cache that goes round (a sliding window), and no other "
-                "state than keys and values; leave it out."
+                "cannot quantise a sliding window, nor other state than keys and values; "
+                "leave it out."
             )
         model(mx.array([[0]]), cache=cache)  # gives the cache shapes; never computed
         for layer in plain:

@@ -111,8 +111,8 @@ def _rope_keys(config: dict[str, Any], known: set[str], path: Path) -> dict[str,
         known, found = known | {"rope_scaling"}, found or {}
     if found is None or ("rope_scaling" in found and "rope_scaling" not in known):
         raise ValueError(
-            f"rope_parameters={noted} in {path} cannot be told to mlx-lm's class for "
-            f"{config.get('model_type')}, which would give other answers; use a model "
+            f"rope_parameters={noted} in {path} cannot be passed to mlx-lm's class for "
+            f"{config.get('model_type')}, so its answers would be wrong; use a model "
             "whose layers have one rope_theta and no scaling, or a newer mlx-lm."
         )
     if scaling := config.get("rope_scaling"):  # it wins in transformers, too

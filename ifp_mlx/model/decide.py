@@ -248,9 +248,8 @@ def can_compensate(
         return compensates(request, given, **about)
     if request.compensate:
         raise ValueError(
-            f"The experts of {model.path} cannot make up for dropped ones: what a "
-            "dropped expert did is the router's to give to another; leave compensate "
-            "out."
+            f"The experts of {model.path} cannot make up for dropped ones: the "
+            "router gives a dropped expert's tokens to others; leave compensate out."
         )
     return False
 

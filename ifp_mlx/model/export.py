@@ -300,8 +300,8 @@ def _check_stock_width(model: IFPModel, units: int) -> None:
             if shapes[name][piece.axis] != kept:
                 raise ValueError(
                     f"No plain folder of the type {config['model_type']} can have "
-                    f"{units} {model.plan.unit}s in a layer: its class makes it "
-                    f"{shapes[name][piece.axis]} of {name}. Use the compact model in "
+                    f"{units} {model.plan.unit}s in a layer: its class makes {name} "
+                    f"{shapes[name][piece.axis]} wide instead. Use the compact model in "
                     "memory, with ifp_mlx.generate."
                 )
 

@@ -74,7 +74,7 @@ def layer_sizes(
     rest = (layers * k - channels) // (layers - 1) // granularity * granularity
     if rest < granularity:
         raise ValueError(
-            f"{k} channels in each of {layers} layers do not pay for a whole first "
+            f"{k} channels in each of {layers} layers are too few for a whole first "
             f"layer of {channels}; keep more, or use the allocation uniform."
         )
     return [channels] + [rest] * (layers - 1)

@@ -127,8 +127,8 @@ class Adapter:
         )
         if self.kind == "dora" and columns and f"{path}.m" in self._weights:
             raise ValueError(
-                f"The DoRA adapter {self.folder} changes {path}, each row of it by all "
-                "channels, and a channel store reads some of them; use the plain folder "
+                f"The DoRA adapter {self.folder} scales each row of {path} by all "
+                "channels, and not all are read from a channel store; use the plain folder "
                 "of this model, or make a store of what mlx_lm.fuse writes."
             )
 

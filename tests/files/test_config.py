@@ -140,7 +140,7 @@ def test_positions_that_a_class_cannot_be_told_are_refused(
     folder = write_folder(tmp_path / "tiny", family)
     change_config(folder, rope_theta=None, rope_parameters=rope)
     file = folder / "config.json"
-    sentence = f"{re.escape(str(rope))} in {file} cannot be told to .* for {family}"
+    sentence = f"{re.escape(str(rope))} in {file} cannot be passed to .* for {family}"
     with pytest.raises(ValueError, match=sentence):
         source_of(folder)
     status, out, err = run_command(main, capsys, "--model", file)

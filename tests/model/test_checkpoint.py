@@ -84,7 +84,7 @@ def test_layer_0_is_whole_by_default_and_the_calibration_text_has_a_say(tiny_fol
 def test_a_budget_too_small_for_a_whole_layer_is_spread_evenly(tiny_folder):
     model = load(tiny_folder)[0]
     assert model.select("Hi", target_size=8).sizes == [8, 8, 8]
-    with pytest.raises(ValueError, match="do not pay for a whole first layer"):
+    with pytest.raises(ValueError, match="are too few for a whole first layer"):
         model.select("Hi", target_size=8, allocation="first-layer")
 
 
