@@ -85,7 +85,7 @@ def build_parser() -> cli.Parser:
     comparing = verbs.add_parser("overlap", help="how much tasks share, by depth")
     for verb, command in ((listing, _list), (comparing, _overlap)):
         verb.set_defaults(verb=command)
-        verb.add_argument("--model", help="its folder has the library")
+        verb.add_argument("--model", help="the model whose folder has the library")
     for verb in (making, merging, importing, exporting, listing, comparing):
         cli.add_tasks_folder_option(verb)
         verb.add_argument("--json", action="store_true", help="one line of JSON")
