@@ -66,7 +66,7 @@ class TrainConfig:
     gates: Literal["auto", "soft", "binary"] = key("auto", "whether kept channels are weighted by their soft mask, in training and inference; auto: as the model was trained, else soft, and binary for experts, which know no other")
     temperature: float | None = key(None, "of the soft top-k, in units of the scores, whose spread is 1; default: the model's own, else 0.3")
     anneal_keep: int = key(0, "steps over which keep falls from 1 to its value")
-    largest_keep: float | None = key(None, "train for larger shares too: every second step keeps a share drawn from keep to this one, so that a larger --keep never answers worse; default: keep alone")
+    largest_keep: float | None = key(None, "train for larger shares too: every fourth step keeps this one, and every fourth one drawn between it and keep, so that a larger --keep never answers worse; default: keep alone")
     anneal_temperature: int = key(0, "steps over which the temperature falls to its value")
     start_temperature: float = key(1.0, "temperature at step 0, if annealed")
 
@@ -133,7 +133,8 @@ class TrainConfig:
             left = 1 - int(16 * step / self.anneal_keep) / 16
             k += round((channels - k) * left) // granularity * granularity
         if step is not None and step % 2 and self.largest_keep is not None:
-            k += self._larger(k, channels, step) // granularity * granularity
+            most = target_size(channels, self.largest_keep, granularity)
+            k = max(k, self._larger(k, most, step) // granularity * granularity)
         if step is not None and step < self.anneal_temperature:
             done = step / self.anneal_temperature
             ratio = temperature / self.start_temperature
@@ -141,15 +142,17 @@ class TrainConfig:
         assert self.gates != "auto"
         return Budget(k, temperature, self.gates, granularity)
 
-    def _larger(self, k: int, channels: int, step: int) -> int:
-        """Return by how much a step's share is larger than ``k``, in sixteenths too.
+    def _larger(self, k: int, most: int, step: int) -> int:
+        """Return a share above ``k``: ``most`` in every second of such steps, which is
+        where all gates are 1, else one drawn in sixteenths of what is between.
 
-        Source: one model for many widths, as in slimmable networks (Yu et al. 2019,
-        arXiv:1812.08928) and MatFormer (Devvrit et al. 2024, arXiv:2310.07707).
+        Source: the smallest, the largest and others, as in universally slimmable
+        networks (Yu and Huang 2019, arXiv:1903.05134).
         """
-        most = target_size(channels, _known(self.largest_keep)) - k
-        drawn = np.random.default_rng((self.seed, step)).integers(1, 17)
-        return max(0, round(most * int(drawn) / 16))
+        if step % 4 == 1:
+            return most
+        drawn = int(np.random.default_rng((self.seed, step)).integers(1, 16))
+        return k + round((most - k) * drawn / 16)
 
     def of(self, unit: Unit = "channel", own: IFPConfig | None = None) -> "TrainConfig":
         """Return the settings with what was left open resolved: as the checkpoint that

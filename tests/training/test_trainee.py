@@ -122,14 +122,16 @@ def test_annealing_begins_dense_and_warm_and_ends_at_the_budget():
     assert ks == sorted(ks, reverse=True)
 
 
-def test_every_second_step_keeps_a_share_up_to_the_largest_and_draws_it_again_alike():
+def test_every_fourth_step_keeps_the_largest_share_and_every_fourth_one_between():
     config = TrainConfig(keep=0.25, largest_keep=1, seed=3)
-    ks = [config.budget(64, step).k for step in range(200)]
+    ks = [config.budget(64, step).k for step in range(400)]
     assert set(ks[::2]) == {16} and config.budget(64).k == 16
-    assert set(ks[1::2]) == {16 + 3 * n for n in range(1, 17)}
-    assert ks == [config.budget(64, step).k for step in range(200)]
+    assert set(ks[1::4]) == {64}
+    assert set(ks[3::4]) == {16 + 3 * n for n in range(1, 16)}
+    assert ks == [config.budget(64, step).k for step in range(400)]
     blocks = replace(config, granularity=8, largest_keep=0.75)
-    assert {blocks.budget(64, step).k for step in range(200)} == {16, 24, 32, 40, 48}
+    found = [blocks.budget(64, step).k for step in range(400)]
+    assert set(found) == {16, 24, 32, 40, 48} and set(found[1::4]) == {48}
     with pytest.raises(
         ValueError, match="largest_keep=0.1 must not be below keep=0.25"
     ):
