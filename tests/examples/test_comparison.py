@@ -1,6 +1,8 @@
 """The comparison's mix has no leaks, and its rows, tables and picture hold together."""
 
 import json
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +17,13 @@ from examples.benchmarks.comparison.corpus import Corpus, describe, tokenizer
 from examples.benchmarks.comparison.data import write_shapes
 from examples.benchmarks.comparison.lab import Scale, Trained, means, overlaps
 from examples.benchmarks.comparison.rows import ROWS, Table, split
-from examples.benchmarks.comparison.run import Bench, main
+from examples.benchmarks.comparison.run import RESULTS, Bench, main
 from examples.benchmarks.comparison.tasks import all_tasks, examples
 from examples.benchmarks.comparison.tasks import test_examples as draw_tests
 from ifp_mlx import load
 from ifp_mlx.files.config import read_config
 from ifp_mlx.slicing.stock import build
+from ifp_mlx.storage.folder import SHIPPED
 from ifp_mlx.training.maskers import Budget, FixedMask
 from ifp_mlx.training.recipe import TrainConfig
 
@@ -201,6 +204,41 @@ def test_overlap_within_a_fixed_task_mask_is_whole_and_between_is_counted():
     assert found["by_depth"][0][0][1] == 0.5
     assert found["by_depth"][0][0][2] == 1
     assert found["chance"] == 0.5
+
+
+def test_the_pages_tables_are_those_of_the_results():
+    page = Path(report.__file__).with_name("README.md").read_text(encoding="utf-8")
+    measured = [mix for mix in report.MIXES if any((RESULTS / mix).glob("*.json"))]
+    assert measured
+    for mix in measured:
+        for part in report.tables(mix, RESULTS / mix).split("\n\n"):
+            assert part in page
+
+
+def test_the_package_checkpoints_card_says_what_was_found():
+    found = json.loads((RESULTS / "checkpoint.json").read_text(encoding="utf-8"))
+    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    for task, value in found["accuracy"].items():
+        assert re.search(rf"^\| {task} \| .* \| {value:.2f} \|$", card, re.MULTILINE)
+    curve = " | ".join(f"{value:.2f}" for value in found["keeps"].values())
+    assert f"| facts | {curve} |" in card
+    words = " ".join(card.split())
+    assert (
+        f"Mean over facts {found['facts']:.2f}, over skills {found['skills']:.2f}"
+        in words
+    )
+    assert f"over facts in small letters {found['lower']:.2f}." in words
+    assert f"{found['paraphrased']:.1%} are answered right" in words
+    assert f"`ifp_mlx.tasks make`, {found['described']:.1%} of the facts" in words
+    assert f"and {found['shown']:.1%} if from 16 questions" in words
+
+
+def test_what_the_package_checkpoint_was_made_for_it_does():
+    found = json.loads((RESULTS / "checkpoint.json").read_text(encoding="utf-8"))
+    assert found["paraphrases"] == 200 and found["paraphrased"] >= 0.85
+    assert found["lower"] >= 0.95 and min(found["described"], found["shown"]) >= 0.95
+    curve = [*found["keeps"].values()]  # from the own keep, a quarter, to all
+    assert min(curve) >= curve[0] - 0.015
 
 
 def test_means_leave_the_unseen_family_out():

@@ -439,7 +439,8 @@ def test_a_reload_keeps_conversation_settings_and_picture(engine, visit):
         assert "kept" in page.texts(".figures")[0]
         assert page["source"].get_attribute("value") == "task:polish"
         page["fresh"].click()
-        assert page.ask("How do you say Iraq in Polish?") == "Irak"
+        page.wait(lambda: not page.texts(".answer"), "a new conversation")
+        assert page.ask("How do you say Sweden in Polish?") == "Szwecja"
 
 
 def test_a_reload_in_the_midst_of_an_answer_keeps_what_there_was(engine, visit):
