@@ -66,7 +66,7 @@ class TrainConfig:
     gates: Literal["auto", "soft", "binary"] = key("auto", "whether kept channels are weighted by their soft mask, in training and inference; auto: as the model was trained, else soft, and binary for experts, which know no other")
     temperature: float | None = key(None, "of the soft top-k, in units of the scores, whose spread is 1; default: the model's own, else 0.3")
     anneal_keep: int = key(0, "steps over which keep falls from 1 to its value")
-    largest_keep: float | None = key(None, "train for larger shares too: every fourth step keeps this one, and every fourth one drawn between it and keep, so that a larger --keep never answers worse; default: keep alone")
+    largest_keep: float | None = key(None, "train for larger shares too: every fourth step keeps this one, and every fourth one drawn between it and keep, so that a larger --keep hardly answers worse; default: keep alone")
     anneal_temperature: int = key(0, "steps over which the temperature falls to its value")
     start_temperature: float = key(1.0, "temperature at step 0, if annealed")
 

@@ -12,7 +12,7 @@ from conftest import relative_error
 pytest.importorskip("babel")
 pytest.importorskip("reasoning_gym")
 
-from examples.benchmarks.comparison import report
+from examples.benchmarks.comparison import checkpoint, report
 from examples.benchmarks.comparison.corpus import Corpus, describe, tokenizer
 from examples.benchmarks.comparison.data import write_shapes
 from examples.benchmarks.comparison.lab import Scale, Trained, means, overlaps
@@ -213,6 +213,54 @@ def test_the_pages_tables_are_those_of_the_results():
     for mix in measured:
         for part in report.tables(mix, RESULTS / mix).split("\n\n"):
             assert part in page
+
+
+def test_the_pages_prose_says_the_means_of_the_results():
+    table = Table.read(ROWS, "plain")
+    _, results = report.load_results(RESULTS / "plain", table)
+    runs = {row: {r["seed"]: r for r in found} for row, found in results.items()}
+    means = {row: np.mean([r["mean"] for r in by.values()]) for row, by in runs.items()}
+
+    def ahead(row, of):
+        return sorted(runs[row][s]["mean"] - runs[of][s]["mean"] for s in table.seeds)
+
+    page = " ".join(Path(report.__file__).with_name("README.md").read_text().split())
+    small = ("static", "static_distil", "moe", "dense_small")
+    assert f"on every seed, by {min(ahead('ifp', r)[0] for r in small):.3f}" in page
+    worst = min(r["mean"] for r in runs["ifp"].values())
+    best = max(r["mean"] for row in small for r in runs[row].values())
+    assert (
+        f"worst seed ({worst:.3f}) is above the best of any of these ({best:.3f})"
+        in page
+    )
+    for row in ("dense_small_equal", "static_equal"):
+        low, *_, high = ahead(row, "ifp")
+        assert f"by {low:.3f} to {high:.3f}" in page and f"{means[row]:.3f}" in page
+    pairs = f"{means['dense_small_equal']:.3f} against {means['ifp']:.3f}"
+    assert pairs in page
+    assert f"IFP has {means['ifp_words']:.3f}, with names {means['ifp']:.3f}" in page
+    assert f"true task have {means['task_random']:.3f}, IFP" in page
+    assert f"({means['static_distil']:.3f} against {means['static']:.3f} on" in page
+    assert f"hurts here**: {means['ifp_last']:.3f} with" in page
+    assert f"{means['ifp_each']:.3f} where each chunk has its own" in page
+    rows = ("ifp", "static", "static_distil", "dense_small", "moe", "dense_small_equal")
+    overview = Path(report.__file__).parents[1].joinpath("README.md").read_text()
+    trained = overview.partition("## Trained")[2].partition("## Mixtures")[0]
+    for row in (*rows, "static_equal", "ifp_words"):
+        assert f"{means[row]:.3f}" in trained
+
+
+@pytest.mark.long
+def test_the_package_checkpoint_answers_paraphrases_as_its_card_says():
+    found = json.loads((RESULTS / "checkpoint.json").read_text(encoding="utf-8"))
+    model, tokenizer = load()
+    asked = checkpoint.paraphrases()
+    right = checkpoint.answered(model, tokenizer, asked)
+    assert np.mean(right) == pytest.approx(found["paraphrased"], abs=0.02)
+    tasks = all_tasks(checkpoint.MIX)
+    failed = [tasks[e.task].name for e, r in zip(asked, right, strict=True) if not r]
+    languages = [name for name in failed if name.startswith("language→")]
+    assert len(languages) > 0.5 * len(failed)
 
 
 def test_the_package_checkpoints_card_says_what_was_found():

@@ -163,7 +163,7 @@ def examples(
     seed: int,
     held_out: Callable[[Task, str], bool] = for_tests,
 ) -> list[Example]:
-    """Draw examples, every domain alike, every skill twice as often.
+    """Draw examples, of every task as often as its kind is to be drawn.
 
     Args:
         tasks: from :func:`all_tasks`; a task's number is its place here.
@@ -263,8 +263,8 @@ def _facts(mix: Mix) -> list[Task]:
         there = Locale(code).languages
         facts = {name: there[key] for key, name in languages.items() if key in there}
         if mix.varied:  # one is a country too, and the question the same
-            there = {row["name"] for row in countries.values()}
-            facts = {q: a for q, a in facts.items() if q not in there}
+            names = {row["name"] for row in countries.values()}
+            facts = {q: a for q, a in facts.items() if q not in names}
         asked = "languages", facts, mix.varied
         tasks.append(_translation(f"language→{code}", target, *asked))
     for column, what in (
