@@ -1,5 +1,6 @@
 """SmolLM2-135M-Instruct and Gemma-3-270m, as their registry packages carry them."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from ifp_mlx.model.export import Quantisation, write_compact
 from ifp_mlx.selection.prompts import as_messages, tokenize
 from ifp_mlx.slicing.masked import mask_model, set_masks
 from ifp_mlx.slicing.plan import plan_of
+from ifp_mlx.training.estimate import estimate
+from ifp_mlx.training.recipe import TrainConfig
+from ifp_mlx.training.run import run
 
 pytestmark = pytest.mark.real
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -190,3 +194,29 @@ def test_a_compact_smollm2_in_transformers(smollm2, tmp_path):
         chat, add_generation_prompt=True, return_dict=False
     )
     assert ids == tokens
+
+
+WAYS = {"lora": {"train": "lora"}, "repeated": {"grad_checkpoint": True}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plan_of_training_is_within_a_fifth_of_the_memory_that_it_takes(tmp_path, way):
+    rows = [
+        {"prompt": f"Repeat the word number {n}, and so on", "completion": "so on " * 40}
+        for n in range(8)
+    ]
+    for name in ("train", "valid"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    config = TrainConfig(
+        model=str(fetch("smollm2")), data=str(tmp_path), output=str(tmp_path / "run"),
+        keep=0.5, dtype="float32", steps=2, batch_size=4, warm_start=8, warm_steps=1,
+        watch="off", compile=False, save_every=1000, eval_batches=1, **WAYS[way],
+    )  # fmt: skip
+    promised = estimate(config).memory_bytes
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    run(config, lambda line: None)
+    assert mx.get_peak_memory() - before == pytest.approx(promised, rel=0.2)
