@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -191,6 +192,30 @@ def test_rates_that_are_all_alike_are_not_tried_for_ever(tmp_path, monkeypatch):
     bench = Bench(Table.read(ROWS, "plain"), tmp_path, tmp_path)
     monkeypatch.setattr(bench, "measured", lambda *about: {"mean": 0.0})
     assert bench.rate("ifp") == 0.0015
+
+
+def test_equal_compute_is_reckoned_from_a_run_at_any_rate(tmp_path, monkeypatch):
+    bench = Bench(Table.read(ROWS, "plain"), tmp_path, tmp_path)
+    known = bench.folder("ifp", 0.024, 0) / "comparison.json"
+    known.parent.mkdir(parents=True)
+    known.write_text("{}")
+    made = []
+
+    def trained(row, rate, seed):
+        made.append((row, rate))
+        return {"multiplications": 5 if row == "ifp" else 2}  # the rest is the start
+
+    one = SimpleNamespace(cost=SimpleNamespace(warm_start=0, total=0.5))
+    monkeypatch.setattr(bench, "trained", trained)
+    monkeypatch.setattr(bench, "config", lambda *about: None)
+    monkeypatch.setattr("examples.benchmarks.comparison.run.estimate", lambda c: one)
+    assert bench.steps("static_equal", 0.003, 0) == 10
+    assert ("ifp", 0.024) in made and ("ifp", 0.003) not in made
+
+
+def test_a_mix_may_have_rates_of_its_own():
+    assert Table.read(ROWS, "plain").rates == [0.0015, 0.003, 0.006]
+    assert Table.read(ROWS, "crowded").rates == [0.003, 0.006, 0.012]
 
 
 def test_overlap_within_a_fixed_task_mask_is_whole_and_between_is_counted():

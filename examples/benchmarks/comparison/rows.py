@@ -89,7 +89,7 @@ class Table:
         return Table(
             scale,
             {"start": start, "second": second, "both": start + second},
-            found["rates"],
+            sizes.get("rates", found["rates"]),
             found["chooses"],
             found["seeds"],
             common,
