@@ -37,7 +37,7 @@ $(VENV)/.dev: $(VENV)/.setup
 demo: setup
 	$(RUN) $(VENV)/bin/python -m ifp_mlx.generate --prompt "What is Germany called in French?"
 	$(RUN) $(VENV)/bin/python -m ifp_mlx.generate --prompt "Tell me the currency code of Japan."
-	@echo "And the first question with the channels of the second, which do not know it:"
+	@echo "And the first question with the channels of the second, which know currencies alone:"
 	$(RUN) $(VENV)/bin/python -m ifp_mlx.generate --prompt "What is Germany called in French?" --instruction "Tell me the currency code of Japan."
 
 smollm2: setup

@@ -201,9 +201,14 @@ WAYS = {"lora": {"train": "lora"}, "repeated": {"grad_checkpoint": True}}
 
 @pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
-def test_a_plan_of_training_is_within_a_fifth_of_the_memory_that_it_takes(tmp_path, way):
+def test_a_plan_of_training_is_within_a_fifth_of_the_memory_that_it_takes(
+    tmp_path, way
+):
     rows = [
-        {"prompt": f"Repeat the word number {n}, and so on", "completion": "so on " * 40}
+        {
+            "prompt": f"Repeat the word number {n}, and so on",
+            "completion": "so on " * 40,
+        }
         for n in range(8)
     ]
     for name in ("train", "valid"):

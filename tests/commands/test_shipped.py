@@ -31,6 +31,15 @@ def test_generate_without_a_model_answers_and_says_what_was_kept(capsys, prompt)
     assert "256 of 1024 channels, chosen by predictor" in err
 
 
+def test_another_tasks_channels_do_not_know_the_answer(capsys):
+    from ifp_mlx.generate import main
+
+    given = ("--prompt", "What is Germany called in French?")
+    given += ("--instruction", "Tell me the currency code of Japan.")
+    status, out, err = run_command(main, capsys, *given)
+    assert (status, out) == (0, "EUR\n"), err
+
+
 def test_masks_follow_the_task_and_not_the_wording():
     model, _ = load()
     assert model.path == SHIPPED

@@ -293,7 +293,7 @@ def test_the_package_checkpoints_card_says_what_was_found():
     card = (SHIPPED / "README.md").read_text(encoding="utf-8")
     for task, value in found["accuracy"].items():
         assert re.search(rf"^\| {task} \| .* \| {value:.2f} \|$", card, re.MULTILINE)
-    curve = " | ".join(f"{value:.2f}" for value in found["keeps"].values())
+    curve = " | ".join(f"{value:.3f}" for value in found["keeps"].values())
     assert f"| facts | {curve} |" in card
     words = " ".join(card.split())
     assert (
@@ -311,7 +311,7 @@ def test_what_the_package_checkpoint_was_made_for_it_does():
     assert found["paraphrases"] == 200 and found["paraphrased"] >= 0.85
     assert found["lower"] >= 0.95 and min(found["described"], found["shown"]) >= 0.95
     curve = [*found["keeps"].values()]  # from the own keep, a quarter, to all
-    assert min(curve) >= curve[0] - 0.015
+    assert min(curve) >= curve[0] - 0.0075
 
 
 def test_means_leave_the_unseen_family_out():

@@ -38,7 +38,7 @@ def test_each_question_selects_for_itself_and_is_answered(run):
     found = re.findall(r"kept: (\d+) of (\d+) channels, (\d+) of them", out)
     kept, there, shared = zip(*(map(int, row) for row in found), strict=True)
     assert kept == (256, 256, 256) and there == (1024, 1024, 1024)
-    assert shared[0] == 256 and shared[1] > 2 * shared[2]
+    assert shared[0] == 256 and shared[1] > 1.5 * shared[2]
 
 
 def test_a_task_mask_answers_its_own_task_and_no_other(run):

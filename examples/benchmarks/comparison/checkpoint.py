@@ -87,10 +87,9 @@ looks exactly like a right one, so do not rely on it for facts.
 {start_steps} steps of the dense model, then {steps}, {more} and {more} steps of predictor and
 model together, batches of {batch_size} questions, seed {seed}, rate {rate:g} and at last
 {last:g}: rows `shipped_first` to `shipped` of `examples/benchmarks/comparison/rows.yaml`. In
-every second step more channels are kept than a quarter. All were kept in every 32nd of the
-{steps} steps, which was too seldom, and in every fourth of the others, as the trainer now does
-throughout. Gates are soft, in training and here. Weights are float32: at this size neither
-half precision nor quantisation saves anything worth having.
+every second step more channels are kept than a quarter, and in every fourth all. Gates are
+soft, in training and here. Weights are float32: at this size neither half precision nor
+quantisation saves anything worth having.
 
 ## Data and licences
 
@@ -211,7 +210,7 @@ def card(bench: Bench, folder: Path, found: dict[str, Any], rate: float) -> str:
     return CARD.format(
         **(sizes | numbers | {k: found[k] for k in kinds}),
         keeps=" | ".join(f"{float(keep):g}" for keep in found["keeps"]),
-        curve=" | ".join(f"{value:.2f}" for value in found["keeps"].values()),
+        curve=" | ".join(f"{value:.3f}" for value in found["keeps"].values()),
         rule="|".join(["---"] * len(found["keeps"])),
         written=found["paraphrases"],
         file=f"`examples/benchmarks/comparison/{PARAPHRASES.name}`",
