@@ -151,7 +151,8 @@ SHARES = [
     (k, share) for k in KINDS for share in (0.75, 0.5, 0.25)[:: 1 if k in EVERY else 2]
 ]
 GATED = [(*way, False) for way in SHARES if "gates" in way[0]]  # never compensated
-WAYS = [*by_turns(way for way in SHARES if "gates" not in way[0]), *GATED]
+PLAIN = [way for way in SHARES if "gates" not in way[0]]
+WAYS = [*by_turns(PLAIN, 3), *thinned(GATED, 2)]
 
 
 @pytest.mark.parametrize(("kind", "keep", "compensate"), WAYS)

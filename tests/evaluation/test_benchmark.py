@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import FAMILIES, run_command, write_folder
+from conftest import FAMILIES, run_command, thinned, write_folder
 from mlx.utils import tree_flatten
 
 from ifp_mlx import Selection, load
@@ -43,7 +43,9 @@ def test_the_table_shows_medians_and_leaves_out_what_a_row_does_not_do():
     assert rows["stock"][3:6] == ["", "", ""] and rows["stock"][7] == ""
 
 
-@pytest.mark.parametrize(("stored", "keeps"), [(False, (0.5,)), (True, (0.5, 0.25))])
+@pytest.mark.parametrize(
+    ("stored", "keeps"), thinned([(False, (0.5,)), (True, (0.5, 0.25))], 2)
+)
 def test_the_command_runs_four_rows_for_every_keep_and_length(
     tmp_path, capsys, stored, keeps
 ):

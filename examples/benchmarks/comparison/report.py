@@ -66,9 +66,7 @@ def main_table(results: Results, names: dict[str, str]) -> str:
         "|---" * 9 + "|",
     ]
     for row, name in names.items():
-        runs = results.get(row, [])
-        if not runs:
-            lines.append(f"| {name} | not run yet | | | | | | | |")
+        if not (runs := results.get(row)):
             continue
         scores = [spread([run[column] for run in runs]) for column in COLUMNS]
         compute = f"{np.mean([run['compute'] for run in runs]):.0f}"
@@ -76,7 +74,8 @@ def main_table(results: Results, names: dict[str, str]) -> str:
         rates = ", ".join(f"{rate:g}" for rate in sorted({run["rate"] for run in runs}))
         cells = [name, str(len(runs)), rates, *scores, compute, overlap]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    left_out = "; ".join(name for row, name in names.items() if row not in results)
+    return "\n".join(lines) + (f"\n\nNot run: {left_out}." if left_out else "")
 
 
 def rate_table(chosen: Results, names: dict[str, str]) -> str:
@@ -84,9 +83,9 @@ def rate_table(chosen: Results, names: dict[str, str]) -> str:
     rates = sorted({run["rate"] for runs in chosen.values() for run in runs})
     lines = ["| row | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("|---" * (len(rates) + 1) + "|")
-    for row, name in names.items():
-        found = {run["rate"]: f"{run['mean']:.3f}" for run in chosen.get(row, [])}
-        cells = [name, *(found.get(rate, "") for rate in rates)]
+    for row in (row for row in names if row in chosen):
+        found = {run["rate"]: f"{run['mean']:.3f}" for run in chosen[row]}
+        cells = [names[row], *(found.get(rate, "") for rate in rates)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
