@@ -240,39 +240,86 @@ def test_the_pages_tables_are_those_of_the_results():
             assert part in page
 
 
+SMALL = ("static", "static_distil", "moe", "dense_small")
+
+
+class Means:
+    """What was measured of a mix: by row, and by seed."""
+
+    def __init__(self, mix):
+        table = Table.read(ROWS, mix)
+        _, results = report.load_results(RESULTS / mix, table)
+        self.runs = {row: {r["seed"]: r for r in by} for row, by in results.items()}
+
+    def mean(self, row, of="mean"):
+        return np.mean([run[of] for run in self.runs[row].values()])
+
+    def ahead(self, row, of):
+        """Return by how much a row is ahead on each seed, the least first."""
+        mine, other = self.runs[row], self.runs[of]
+        return sorted(mine[seed]["mean"] - other[seed]["mean"] for seed in (0, 1, 2))
+
+
+def prose(path):
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
 def test_the_pages_prose_says_the_means_of_the_results():
-    table = Table.read(ROWS, "plain")
-    _, results = report.load_results(RESULTS / "plain", table)
-    runs = {row: {r["seed"]: r for r in found} for row, found in results.items()}
-    means = {row: np.mean([r["mean"] for r in by.values()]) for row, by in runs.items()}
-
-    def ahead(row, of):
-        return sorted(runs[row][s]["mean"] - runs[of][s]["mean"] for s in table.seeds)
-
-    page = " ".join(Path(report.__file__).with_name("README.md").read_text().split())
-    small = ("static", "static_distil", "moe", "dense_small")
-    assert f"on every seed, by {min(ahead('ifp', r)[0] for r in small):.3f}" in page
-    worst = min(r["mean"] for r in runs["ifp"].values())
-    best = max(r["mean"] for row in small for r in runs[row].values())
+    found, page = Means("plain"), prose(Path(report.__file__).with_name("README.md"))
+    least = min(found.ahead("ifp", row)[0] for row in SMALL)
+    assert f"on every seed, by {least:.3f}" in page
+    worst = min(r["mean"] for r in found.runs["ifp"].values())
+    best = max(r["mean"] for row in SMALL for r in found.runs[row].values())
     assert (
         f"worst seed ({worst:.3f}) is above the best of any of these ({best:.3f})"
         in page
     )
+    mean = {row: found.mean(row) for row in found.runs}
     for row in ("dense_small_equal", "static_equal"):
-        low, *_, high = ahead(row, "ifp")
-        assert f"by {low:.3f} to {high:.3f}" in page and f"{means[row]:.3f}" in page
-    pairs = f"{means['dense_small_equal']:.3f} against {means['ifp']:.3f}"
-    assert pairs in page
-    assert f"IFP has {means['ifp_words']:.3f}, with names {means['ifp']:.3f}" in page
-    assert f"true task have {means['task_random']:.3f}, IFP" in page
-    assert f"({means['static_distil']:.3f} against {means['static']:.3f} on" in page
-    assert f"hurts here**: {means['ifp_last']:.3f} with" in page
-    assert f"{means['ifp_each']:.3f} where each chunk has its own" in page
-    rows = ("ifp", "static", "static_distil", "dense_small", "moe", "dense_small_equal")
-    overview = Path(report.__file__).parents[1].joinpath("README.md").read_text()
-    trained = overview.partition("## Trained")[2].partition("## Mixtures")[0]
-    for row in (*rows, "static_equal", "ifp_words"):
-        assert f"{means[row]:.3f}" in trained
+        low, *_, high = found.ahead(row, "ifp")
+        assert f"by {low:.3f} to {high:.3f}" in page and f"{mean[row]:.3f}" in page
+    assert f"{mean['dense_small_equal']:.3f} against {mean['ifp']:.3f}" in page
+    assert f"IFP has {mean['ifp_words']:.3f}, with names {mean['ifp']:.3f}" in page
+    assert f"true task have {mean['task_random']:.3f}, IFP" in page
+    assert f"model, such masks have {mean['activation']:.3f}." in page
+    assert f"({mean['static_distil']:.3f} against {mean['static']:.3f} on" in page
+    costs = (found.mean(row, "compute") for row in ("static_distil", "ifp"))
+    assert "({:,.0f} against {:,.0f})".format(*costs) in page
+    assert f"hurts here**: {mean['ifp_last']:.3f} with" in page
+    assert f"{mean['ifp_each']:.3f} where each chunk has its own" in page
+
+
+def test_what_the_page_says_of_the_mix_with_less_room_was_measured():
+    found, page = Means("crowded"), prose(Path(report.__file__).with_name("README.md"))
+    page = page.partition("## A mix with less room")[2]
+    mean = {row: found.mean(row) for row in found.runs}
+    assert (
+        f"{mean['ifp']:.3f} against {mean['dense_small']:.3f} (dense-small), "
+        f"{mean['static']:.3f} (static pruning), {mean['static_distil']:.3f} (with "
+        f"distillation) and {mean['moe']:.3f} (mixture)"
+    ) in page
+    least = min(found.ahead("ifp", row)[0] for row in SMALL)
+    assert f"by {least:.3f} and more on every seed" in page
+    for row in ("dense_small_equal", "static_equal"):
+        low, *_, high = found.ahead("ifp", row)
+        assert f"by {low:.3f} to {high:.3f} ({mean[row]:.3f})" in page
+    rows = ("ifp", "dense_small_equal")
+    facts, skills = ([found.mean(r, of) for r in rows] for of in ("facts", "skills"))
+    assert (
+        "IFP has {:.3f} of them, dense-small at that compute {:.3f}".format(*facts)
+        in page
+    )
+    assert "they have {:.3f} and {:.3f}".format(*skills) in page
+    assert f"{mean['ifp_per_task']:.3f}, where each question's own has" in page
+
+
+def test_the_overview_has_the_means_of_both_mixes():
+    page = prose(Path(report.__file__).parents[1] / "README.md")
+    page = page.partition("## Trained")[2].partition("## Mixtures")[0]
+    plain, crowded = Means("plain"), Means("crowded")
+    for row in (*SMALL, "ifp", "dense_small_equal", "static_equal"):
+        assert f"{plain.mean(row):.3f}" in page and f"{crowded.mean(row):.3f}" in page
+    assert f"{plain.mean('ifp_words'):.3f}" in page
 
 
 @pytest.mark.long

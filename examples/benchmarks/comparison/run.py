@@ -94,13 +94,15 @@ class Bench:
 
     def _as(self, row: str, other: str, rate: float, seed: int) -> int:
         """Return how many steps cost as much as another row, its beginnings counted."""
-        # It costs the same at every rate, so one at which it has been run will do.
-        done = sorted(self.cache.glob(f"runs/*/{seed}/{other}/comparison.json"))
-        known = float(done[0].parents[2].name) if done else rate
-        wanted = self.cost(other, known, seed)
+        wanted = self.cost(other, self._known(other, rate, seed), seed)
         wanted -= sum(self._own(r, rate, seed) for r in self._before(row)[:-1])
         one = estimate(self.config(row, rate, seed)).cost
         return max(1, round((wanted - one.warm_start) / (one.total - one.warm_start)))
+
+    def _known(self, row: str, rate: float, seed: int) -> float:
+        """Return a rate at which a row has been run, else ``rate``: it costs the same."""
+        done = sorted(self.cache.glob(f"runs/*/{seed}/{row}/comparison.json"))
+        return float(done[0].parents[2].name) if done else rate
 
     def trained(self, row: str, rate: float, seed: int) -> dict[str, Any]:
         """Return the report of a run, which is made now if it is not there."""
@@ -170,7 +172,8 @@ class Bench:
         trained = opened(result, scale, activation="select" in about)
         tasks = all_tasks(scale.mix)
         batches = tested(scale, seed)
-        step = self._own("start", rate, seed) / self.table.steps["start"]
+        known = self._known("start", rate, seed)
+        step = self._own("start", known, seed) / self.table.steps["start"]
         found = measure(trained, batches, tasks) | {
             "overlap": overlaps(trained, batches, len(tasks)),
             "parameters": sum(w.size for _, w in tree_flatten(trained.model.parameters())),
