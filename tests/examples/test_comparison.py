@@ -303,6 +303,9 @@ def test_what_the_page_says_of_the_mix_with_less_room_was_measured():
     for row in ("dense_small_equal", "static_equal"):
         low, *_, high = found.ahead("ifp", row)
         assert f"by {low:.3f} to {high:.3f} ({mean[row]:.3f})" in page
+    low, *_, high = found.ahead("dense_full", "ifp")
+    assert f"it was cut from ({mean['dense_full']:.3f})" in page
+    assert f"first mix, by {low:.3f} to {high:.3f}" in page
     rows = ("ifp", "dense_small_equal")
     facts, skills = ([found.mean(r, of) for r in rows] for of in ("facts", "skills"))
     assert (
