@@ -281,7 +281,7 @@ def test_the_pages_prose_says_the_means_of_the_results():
     assert f"{mean['dense_small_equal']:.3f} against {mean['ifp']:.3f}" in page
     assert f"IFP has {mean['ifp_words']:.3f}, with names {mean['ifp']:.3f}" in page
     assert f"true task have {mean['task_random']:.3f}, IFP" in page
-    assert f"model, such masks have {mean['activation']:.3f}." in page
+    assert f"from the dense model, they have {mean['activation']:.3f}." in page
     assert f"({mean['static_distil']:.3f} against {mean['static']:.3f} on" in page
     costs = (found.mean(row, "compute") for row in ("static_distil", "ifp"))
     assert "({:,.0f} against {:,.0f})".format(*costs) in page

@@ -83,9 +83,11 @@ def rate_table(chosen: Results, names: dict[str, str]) -> str:
     rates = sorted({run["rate"] for runs in chosen.values() for run in runs})
     lines = ["| row | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("|---" * (len(rates) + 1) + "|")
-    for row in (row for row in names if row in chosen):
+    for row, name in names.items():
+        if row not in chosen:
+            continue
         found = {run["rate"]: f"{run['mean']:.3f}" for run in chosen[row]}
-        cells = [names[row], *(found.get(rate, "") for rate in rates)]
+        cells = [name, *(found.get(rate, "") for rate in rates)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
