@@ -1,5 +1,6 @@
 """Progress of long work: how functions take a bar, and how commands show one."""
 
+import sys
 from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
@@ -8,6 +9,8 @@ from tqdm import tqdm
 ProgressBar = Callable[[Iterable], Iterable]
 
 
+# Long work that the user did not ask for.
+CALIBRATION = "reading the calibration text, once"
 CARD = "measuring the model's card, once"
 
 
@@ -19,9 +22,23 @@ class Stage(list):
         self.name = name
 
 
+def named(progress: ProgressBar, name: str) -> ProgressBar:
+    """Return a bar that shows what the work is."""
+    return lambda steps: progress(Stage(name, steps))
+
+
+def announce(name: str) -> None:
+    """Say what takes long, once, where standard error shows no bar."""
+    if not sys.stderr.isatty():
+        print(f"{name} ...", file=sys.stderr, flush=True)
+
+
 def _shown(steps: Iterable) -> Iterable:
-    return tqdm(steps, desc=getattr(steps, "name", None), disable=None, leave=False)
+    name = getattr(steps, "name", None)
+    if name is not None:
+        announce(name)
+    return tqdm(steps, desc=name, disable=None, leave=False)
 
 
-# What commands show on a terminal, and nowhere else.
+# What commands show: bars on a terminal, and elsewhere the names of named work.
 SHOWN: ProgressBar = _shown

@@ -19,7 +19,7 @@ from ..checking.rollback import Rollback
 from ..checking.whole import Whole
 from ..files.atomic import new_file
 from ..files.paths import path_of
-from ..files.progress import ProgressBar
+from ..files.progress import CALIBRATION, ProgressBar, named
 from ..selection.calibration import MOST_TOKENS, calibration_chats
 from ..selection.config import CONFIG_FILE, IFPConfig
 from ..selection.masks import Origin, Selection
@@ -628,6 +628,7 @@ class IFPModel:
         Returns:
             float32 ``[L, F]``.
         """
+        progress = named(progress, CALIBRATION)
         chats = [self._calibration_tokens(chat) for chat in calibration_chats()]
         texts = [tokens[:MOST_TOKENS] for tokens in chats]
         sketch: list[mx.array] = []

@@ -3,13 +3,13 @@
 from tqdm import tqdm
 
 from ..engine import Event, Progress
-from ..files.progress import CARD
+from ..files.progress import CALIBRATION, CARD, announce
 
 NAMES = {
     "download": "downloading",
     "load": "opening",
     "card": CARD,
-    "calibrate": "calibrating, once",
+    "calibrate": CALIBRATION,
     "select": "selecting",
     "channels": "loading",
     "prefill": "reading",
@@ -20,7 +20,9 @@ SOON = {
 
 
 class Bars:
-    """Shows one bar at a time, on a terminal and nowhere else."""
+    """Shows one bar at a time on a terminal; elsewhere it names the work that the user
+    did not ask for.
+    """
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -35,6 +37,8 @@ class Bars:
             return
         total = event.total or None
         if self._bar is None:
+            if NAMES[stage] in (CALIBRATION, CARD):
+                announce(NAMES[stage])
             size = {"unit": "B", "unit_scale": True} if stage == "download" else {}
             how = {"disable": None, "leave": False, "delay": SOON.get(stage, 0)} | size
             self._bar, self._stage = tqdm(desc=NAMES[stage], total=total, **how), stage

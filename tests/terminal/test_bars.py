@@ -32,5 +32,9 @@ def test_each_stage_is_a_bar_with_a_name_that_goes_away(monkeypatch):
     assert text.endswith(" \r")  # nothing of it is left
 
 
-def test_where_nobody_looks_there_are_none(monkeypatch):
-    assert shown(monkeypatch, io.StringIO(), *STEPS) == ""
+def test_where_nobody_looks_what_was_not_asked_for_is_named_and_nothing_else(
+    monkeypatch,
+):
+    card, select = "measuring the model's card, once ...\n", STEPS[5:]
+    assert shown(monkeypatch, io.StringIO(), *STEPS) == card
+    assert shown(monkeypatch, io.StringIO(), *select) == ""
