@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from . import cli
 from .evaluation import checked_speed
 from .evaluation.runners import Contest, forget_files
 from .evaluation.speed import Case, draw, measure, table
+from .files.paths import named_path
 from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, open_model
 from .selection.calibration import calibration_chats
@@ -52,7 +52,7 @@ def build_parser() -> cli.Parser:
     add("--max-tokens", "-m", type=int, default=64, help="default: %(default)s")
     add("--turns", type=int, default=5, help="counted turns, default: %(default)s")
     add("--cold", action="store_true", help="also load with nothing in the file cache")
-    add("--plot", type=Path, metavar="FILE", help="draw it, as .png or .svg")
+    add("--plot", type=named_path, metavar="FILE", help="draw it, as .png or .svg")
     add("--json", action="store_true", help="end with one line of JSON on stdout")
     add = parser.add_argument_group("checking").add_argument
     add(

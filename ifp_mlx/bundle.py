@@ -20,6 +20,7 @@ from .bundling.making import (
 from .bundling.metadata import Bundle, read_bundle
 from .bundling.sums import verify
 from .files.atomic import refuse_existing, scratch_beside
+from .files.paths import named_path, path_of
 from .files.progress import SHOWN
 from .model.checkpoint import open_model
 from .model.export import MASK_FILE, write_requested
@@ -45,7 +46,9 @@ def build_parser() -> cli.Parser:
     )
     add = parser.add_argument
     many: dict[str, Any] = {"nargs": "+", "default": []}
-    add("--output", type=Path, help="the folder to make; its name is the bundle's")
+    add(
+        "--output", type=named_path, help="the folder to make; its name is the bundle's"
+    )
     add("--force", action="store_true", help="replace an existing bundle")
     source = parser.add_argument_group("from a model, as ifp_mlx.compact takes it")
     help = "a model folder or a Hugging Face Hub id; default: the shipped checkpoint"
@@ -66,7 +69,7 @@ def build_parser() -> cli.Parser:
     cli.add_compensate_option(parser, cli.LASTING)
     cli.add_quantisation_options(parser)
     made = parser.add_argument_group("from what was made before")
-    paths: dict[str, Any] = {**many, "type": Path}
+    paths: dict[str, Any] = {**many, "type": named_path}
     made.add_argument("--folders", **paths, help="compact folders; named as the tasks")
     help = (
         "packages of ifp_mlx to-coreml: one with a function for each task, or several"
@@ -81,7 +84,9 @@ def build_parser() -> cli.Parser:
     help = "tasks that are fetched with the app; default: none, all on demand"
     said.add_argument("--prefetch", **many, help=help)
     there = parser.add_argument_group("with an existing bundle")
-    there.add_argument("--verify", type=Path, metavar="BUNDLE", help="check all files")
+    there.add_argument(
+        "--verify", type=named_path, metavar="BUNDLE", help="check all files"
+    )
     help = "write one task to --output, as an ordinary model folder"
     there.add_argument("--take", nargs=2, metavar=("BUNDLE", "TASK"), help=help)
     add("--json", action="store_true", help="one line of JSON instead of the path")
@@ -98,7 +103,7 @@ def _command(args: Any) -> None:
         refuse_existing(args.output)
     if args.take:
         bundle, task = args.take
-        out = take(read_bundle(Path(bundle)), task, args.output, progress=SHOWN)
+        out = take(read_bundle(path_of(bundle)), task, args.output, progress=SHOWN)
         print(json.dumps({"path": str(out), "task": task}) if args.json else out)
         return
     wishes = Wishes(

@@ -1,13 +1,13 @@
 """Make a channel store from a model folder, or a folder from a store: the command."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import cli
 from .files.atomic import refuse_existing
+from .files.paths import named_path, path_of
 from .files.progress import SHOWN
 from .model.checkpoint import IFPModel, open_model
 from .selection.masks import Selection
@@ -27,7 +27,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="ifp_mlx.channel_store", description=__doc__)
     cli.add_model_option(parser)
     add = parser.add_argument
-    add("--output", required=True, help="the folder to make")
+    add("--output", type=named_path, required=True, help="the folder to make")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--to-folder",
@@ -83,7 +83,7 @@ def uses_of(
         prior = model.prior if model.prior is not None else model.compute_prior()
         return np.array(prior)[None], PRIOR
     masks = []
-    for path in map(Path, order_from):
+    for path in map(path_of, order_from):
         files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         if not files:
             raise FileNotFoundError(f"There is no mask file in {path}.")
@@ -95,17 +95,17 @@ def uses_of(
 
 
 def _command(args: Any) -> None:
-    refuse_existing(Path(args.output))
+    refuse_existing(args.output)
     progress = SHOWN
     model = open_model(args.model)
-    about: dict[str, Any] = {"path": args.output}
+    about: dict[str, Any] = {"path": str(args.output)}
     if args.to_folder:
         write_folder(model.path, args.output, progress=progress)
     else:
         uses, about["order"] = uses_of(model, args.order_from)
         options = {"granularity": args.granularity, "progress": progress}
         write_store(model.path, args.output, uses=uses, **options)
-        layout = read_layout(Path(args.output) / CHANNEL_FILE)
+        layout = read_layout(args.output / CHANNEL_FILE)
         about |= {"granularity": layout.unit, "record_bytes": layout.record_bytes}
     print(json.dumps(about) if args.json else args.output)
 

@@ -1,12 +1,12 @@
 """A conversation in the terminal: the command."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from . import cli
 from .engine import Engine
 from .engine.sampling import DEFAULT_MAX_TOKENS
+from .files.paths import named_path
 from .terminal.bars import Bars
 from .terminal.conversation import Conversation, Source
 from .terminal.reading import reader_of
@@ -62,7 +62,7 @@ def build_parser() -> cli.Parser:
     cli.add_kv_options(parser)
     add(
         "--history",
-        type=Path,
+        type=named_path,
         metavar="FILE",
         help="keep what is typed in this file, for the next time; default: forget it",
     )

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
+from .files.paths import named_path
 from .terminal.visible import say, visible_output
 
 if TYPE_CHECKING:
@@ -386,7 +387,7 @@ def add_tasks_folder_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--tasks-folder``, where task masks are."""
     parser.add_argument(
         "--tasks-folder",
-        type=Path,
+        type=named_path,
         help="the library of task masks; default: tasks in the model's folder, or here",
     )
 

@@ -2,11 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from . import cli
 from .files.atomic import refuse_existing
+from .files.paths import named_path
 from .files.progress import SHOWN
 from .model.checkpoint import open_model
 from .model.export import MASK_FILE, write_requested
@@ -30,7 +30,7 @@ def build_parser() -> cli.Parser:
     cli.add_selection_options(parser)
     cli.add_compensate_option(parser, cli.LASTING)
     add = parser.add_argument
-    add("--mlx-path", required=True, help="the folder to make")
+    add("--mlx-path", type=named_path, required=True, help="the folder to make")
     cli.add_quantisation_options(parser)
     add(
         "--json", action="store_true", help="print one line of JSON instead of the path"
@@ -39,7 +39,7 @@ def build_parser() -> cli.Parser:
 
 
 def _command(args: Any) -> None:
-    refuse_existing(Path(args.mlx_path))
+    refuse_existing(args.mlx_path)
     if args.instruction is None and args.mask_file is None:
         raise ValueError("Give --instruction or --mask-file: it says what is kept.")
     request = cli.request_of(args)

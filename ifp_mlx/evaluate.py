@@ -39,6 +39,7 @@ from .evaluation.report import first_setting, report, summary
 from .evaluation.rows import Row, read_rows
 from .evaluation.teacher import Setting
 from .files.atomic import new_file
+from .files.paths import named_path
 from .files.progress import SHOWN
 from .model.card import save_card
 from .model.checkpoint import IFPModel, open_model
@@ -71,7 +72,7 @@ def build_parser() -> cli.Parser:
     cli.add_model_option(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     add: Any = what.add_argument
-    add("--data", **MANY, help="JSONL files, one per family of tasks")
+    add("--data", type=named_path, **MANY, help="JSONL files, one per family of tasks")
     add("--harness", **MANY, help="tasks of lm-evaluation-harness")
     add("--answers", **MANY, help="sets of questions: files, or names in a folder")
     add(
@@ -88,7 +89,7 @@ def build_parser() -> cli.Parser:
     add("--limit", type=int, help="rows per file, documents or questions; default: all")
     add(
         "--output",
-        type=Path,
+        type=named_path,
         metavar="FOLDER",
         help="keep results here; go on with them",
     )
@@ -143,10 +144,15 @@ def _add_task_options(parser: cli.Parser) -> None:
         "does not evaluate or its description; default: %(default)s",
     )
     add("--num-shots", type=int, help="--harness: examples in the prompt")
-    add("--harness-path", type=Path, metavar="FOLDER", help="with YAML files of tasks")
+    add(
+        "--harness-path",
+        type=named_path,
+        metavar="FOLDER",
+        help="with YAML files of tasks",
+    )
     add(
         "--answers-folder",
-        type=Path,
+        type=named_path,
         default=Path("models/answers"),
         help="of the sets; default: %(default)s, where "
         "examples/benchmarks/answers/answer_sets.py puts them",
@@ -236,7 +242,7 @@ def _files(args: Any, tokenizer: Any) -> dict[str, list[Row]]:
         limit=args.limit,
         answer_tokens=args.answer_tokens,
     )
-    files = {path.stem: read(path) for path in map(Path, args.data)}
+    files = {path.stem: read(path) for path in args.data}
     if empty := [name for name, rows in files.items() if not rows]:
         raise ValueError(f"{', '.join(empty)} hold no example; give other files.")
     return files

@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from . import cli
+from .files.paths import named_path
 from .files.progress import SHOWN
 from .files.texts import decoded
 from .model.checkpoint import load
@@ -53,9 +53,16 @@ def build_parser() -> cli.Parser:
     )
     cli.add_check_options(parser)
     add(
-        "--cache-folder", type=Path, help="for these results; default: ~/.cache/ifp_mlx"
+        "--cache-folder",
+        type=named_path,
+        help="for these results; default: ~/.cache/ifp_mlx",
     )
-    add("--save-mask", metavar="FILE", help="write the selection as a mask file")
+    add(
+        "--save-mask",
+        type=named_path,
+        metavar="FILE",
+        help="write the selection as a mask file",
+    )
     add("--max-tokens", "-m", type=int, default=100, help="default: %(default)s")
     cli.add_decoding_options(parser)
     cli.add_kv_options(parser)

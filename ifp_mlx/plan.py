@@ -3,11 +3,11 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from . import cli
 from .decoding.kv import KVOptions
+from .files.paths import named_path
 from .planning import devices, machine
 from .planning.roofline import Job
 from .planning.rows import _verdict, as_json, open_subject, plan_rows, report
@@ -28,7 +28,7 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument
     add(
         "--train",
-        type=Path,
+        type=named_path,
         metavar="CONFIG",
         help="a config file of ifp_mlx.train: say what that run takes instead",
     )

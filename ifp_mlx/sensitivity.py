@@ -1,7 +1,6 @@
 """Measure what pruning each layer costs: the command."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ from .evaluation.sensitivity import (
     hash_of,
     measure_sensitivity,
 )
+from .files.paths import named_path
 from .files.progress import SHOWN
 from .model.checkpoint import SENSITIVITY_FILE, open_model
 from .selection.widths import MEASURED_SHARES
@@ -47,7 +47,7 @@ def build_parser() -> cli.Parser:
     cli.add_model_option(parser)
     parser.add_argument(
         "--data",
-        type=Path,
+        type=named_path,
         nargs="+",
         metavar="X",
         help="JSONL files as for evaluate, one per family of tasks: measure on their "

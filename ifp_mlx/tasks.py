@@ -3,7 +3,6 @@
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from .evaluation.tasks import (
     overlap,
 )
 from .files.atomic import new_file, refuse_existing
+from .files.paths import named_path
 from .files.progress import SHOWN
 from .files.texts import read_text
 from .model.checkpoint import IFPModel, open_model
@@ -50,20 +50,24 @@ def build_parser() -> cli.Parser:
         "make", help="make a mask from examples; by the predictor where there is one"
     )
     what = making.add_mutually_exclusive_group(required=True)
-    what.add_argument("--examples", type=Path, help="a JSONL file, as for evaluate")
+    what.add_argument(
+        "--examples", type=named_path, help="a JSONL file, as for evaluate"
+    )
     what.add_argument("--instruction", help="a text, in place of examples")
-    what.add_argument("--instruction-file", type=Path, help="the same, in a file")
+    what.add_argument("--instruction-file", type=named_path, help="the same, in a file")
     merging = verbs.add_parser("merge", help="make one mask for several tasks")
     merging.add_argument("--tasks", nargs="+", required=True, help="their names")
     importing = verbs.add_parser("import", help="take over a profile of experts")
     help = "JSON of another tool: which experts a layer keeps, or how they rank"
-    importing.add_argument("--profile", type=Path, required=True, help=help)
+    importing.add_argument("--profile", type=named_path, required=True, help=help)
     exporting = verbs.add_parser("export", help="write a profile of experts")
     help = "which tool it is for: %(choices)s"
     exporting.add_argument(
         "--format", required=True, choices=profiles.FORMS, help=help, metavar="TOOL"
     )
-    exporting.add_argument("--output", type=Path, required=True, help="a new file")
+    exporting.add_argument(
+        "--output", type=named_path, required=True, help="a new file"
+    )
     masks = ((making, _make), (merging, _merge), (importing, _import))
     for verb, command in (*masks, (exporting, _export)):
         verb.set_defaults(verb=command)
@@ -78,7 +82,7 @@ def build_parser() -> cli.Parser:
         size.add_argument("--target-size", type=int, help="kept units per layer")
         if verb is not importing:
             verb.add_argument("--allocation", help="see ifp_mlx.generate")
-        verb.add_argument("--held-out", type=Path, help="JSONL to measure it on")
+        verb.add_argument("--held-out", type=named_path, help="JSONL to measure it on")
         help = "rows to make it from, and to measure it on; default: %(default)s"
         verb.add_argument("--limit", type=int, default=EXAMPLES, help=help)
     listing = verbs.add_parser("list", help="say what is in the library")

@@ -1,11 +1,11 @@
 """Draw selections as a page: the command."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from . import cli
 from .evaluation.tasks import library
+from .files.paths import named_path
 from .model.checkpoint import open_model
 from .pictures.assemble import visualize
 from .pictures.measured import read_benchmarks, read_evaluation
@@ -28,11 +28,12 @@ def build_parser() -> cli.Parser:
     cli.add_model_option(parser)
     cli.add_tasks_folder_option(parser)
     add = parser.add_argument
-    many: dict[str, Any] = {"nargs": "+", "metavar": "F", "type": Path, "default": []}
+    many: dict[str, Any] = {"nargs": "+", "metavar": "F", "default": []}
+    many["type"] = named_path
     add("--mask-file", **many, help="draw these masks instead of the library")
-    add("--output", type=Path, required=True, help="the HTML page to write")
-    add("--png-folder", type=Path, help="write the pictures there as PNG too")
-    add("--evaluation", type=Path, help="results.json of evaluate --output")
+    add("--output", type=named_path, required=True, help="the HTML page to write")
+    add("--png-folder", type=named_path, help="write the pictures there as PNG too")
+    add("--evaluation", type=named_path, help="results.json of evaluate --output")
     add("--benchmark", **many, help="files with what benchmark --json printed")
     add("--json", action="store_true", help="print one line of JSON, not the files")
     return parser

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .. import cli
 from ..files.atomic import new_folder, refuse_existing
 from ..files.companions import LICENCES, copy_companions
-from ..files.paths import path_of
+from ..files.paths import named_path, path_of
 from ..selection.tokenizer import open_tokenizer
 from ..storage.folder import index_files, resolve, source_of
 from ..storage.writer import fill_store
@@ -340,7 +340,9 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="model folder or Hugging Face id, state dict file, or GGUF file",
     )
-    parser.add_argument("--mlx-path", required=True, help="the folder to make")
+    parser.add_argument(
+        "--mlx-path", type=named_path, required=True, help="the folder to make"
+    )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

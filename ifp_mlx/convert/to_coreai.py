@@ -203,7 +203,7 @@ def command(args: Any) -> None:
     ):
         if given:
             raise ValueError(f"{flag} is for --format coreml; leave it out.")
-    refuse_existing(Path(args.output))
+    refuse_existing(args.output)
     request = cli.request_of(args)
     model = open_model(args.model)
     _check_family(model)  # before the whole model is read to select

@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from .. import cli
 from ..files.atomic import new_folder, refuse_existing
+from ..files.paths import named_path, path_of
 from ..files.progress import SHOWN, ProgressBar
 from ..model.checkpoint import IFPModel, open_model
 from ..model.decide import decide
@@ -347,7 +348,12 @@ def build_parser() -> cli.Parser:
     cli.add_compensate_option(parser, cli.LASTING)
     add = parser.add_argument
     add("--functions", help="NAME=MASK_FILE,...: one function per mask, first default")
-    add("--output", required=True, help="NAME.mlpackage, or a folder to make")
+    add(
+        "--output",
+        type=named_path,
+        required=True,
+        help="NAME.mlpackage, or a folder to make",
+    )
     cli.add_quantisation_options(parser)
     add("--lut", action="store_true", help="lookup tables: exact, 1.8 times larger")
     add("--context-length", type=int, help="positions; default: 2048 at most")
@@ -384,7 +390,7 @@ def parse_functions(text: str) -> dict[str, Path]:
             )
         if name in functions:
             raise ValueError(f"--functions names {name} twice; give each its own name.")
-        functions[name] = Path(file)
+        functions[name] = path_of(file)
     return functions
 
 
@@ -437,7 +443,7 @@ def _command(args: Any) -> None:
 
         return command(args)
     check_coremltools()
-    _targets(Path(args.output))
+    _targets(args.output)
     if args.functions is not None:
         _mask_files(args)  # reports mistakes before anything is loaded
     cli.request_of(args)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checking.loop import Checks
+from ..files.paths import path_of
 from ..files.texts import read_text
 from ..model import generation
 from ..model.checkpoint import IFPModel
@@ -47,7 +48,7 @@ def find_set(name: str, folder: Path) -> Path:
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    path = Path(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
+    path = path_of(name) if name.endswith(".jsonl") else folder / f"{name}.jsonl"
     if not path.is_file():
         there = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl")))
         raise FileNotFoundError(

@@ -4,13 +4,14 @@ starts no Python.
 
 import argparse
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from ..files.paths import named_path
 
 SHELLS = ("bash", "zsh", "fish")
 # Which options name a file or folder; their names say it where their types do not.
 ENDS = ("_path", "_file", "_folder")
-PATHS = {"model", "output", "config", "data", "predictor", "order_from", "save_mask"}
+PATHS = {"model", "output", "data", "predictor", "order_from"}
 # Words for options without fixed choices.
 WORDS = {"keep": ("auto",), "check": ("exact", "off")}
 # Task masks lie in a folder here, unless another is named.
@@ -71,5 +72,5 @@ def _describe(action: Any, words: Mapping[str, tuple[str, ...]], shtab: Any) -> 
         action.choices = words[name]
     elif name in ("task", "tasks"):
         action.complete = shtab.cmd(TASKS)
-    elif action.type is Path or name in PATHS or name.endswith(ENDS):
+    elif action.type is named_path or name in PATHS or name.endswith(ENDS):
         action.complete = shtab.FILE

@@ -14,6 +14,7 @@ from ..checking.rule import Rule
 from ..decoding.kv import KVOptions
 from ..decoding.options import Decoding, Processor
 from ..decoding.stops import Stops
+from ..files.paths import path_of
 from ..files.progress import ProgressBar
 from ..selection.prompts import (
     Prompt,
@@ -87,7 +88,7 @@ def stream_generate(
     request = request or asked
     decoding, rest = Decoding.split(rest | {"seed": request.seed})
     kv, rest = KVOptions.split(rest)
-    path = None if prompt_cache_file is None else Path(prompt_cache_file)
+    path = None if prompt_cache_file is None else path_of(prompt_cache_file)
     request = _checked_options(request, kv, path, rest)
     kv.check_fits(model.source.skeleton)
     file = None if path is None else PromptFile.open(path)

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..files.atomic import new_file
+from ..files.paths import path_of
 from .calibration import SKETCH_VERSION
 
 MASK_FORMAT = "ifp_mlx.mask.1"
@@ -343,7 +344,7 @@ class Selection:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not a mask file, or is damaged.
         """
-        return _read_mask_file(Path(path))
+        return _read_mask_file(path_of(path))
 
     def check_fits(self, layers: int, channels: int, fingerprint: mx.array) -> None:
         """Raise ``ValueError`` unless this selection was made for that model.

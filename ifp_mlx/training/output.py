@@ -21,7 +21,7 @@ def check_unfinished(config: TrainConfig) -> None:
     Raises:
         FileExistsError: if the run there is finished, or it is no folder.
     """
-    output = Path(config.output)
+    output = config.folder
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} is a file; give a folder for the run.")
     if not (output / RESULT).exists():
@@ -46,7 +46,7 @@ def claim(config: TrainConfig, log: Callable[[str], None]) -> None:
     Raises:
         ValueError: if a setting differs that a run which goes on cannot change.
     """
-    output = Path(config.output)
+    output = config.folder
     _same_run(config, output / SETTINGS)
     if not (output / RESULT).exists():
         return

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from ..files.paths import named_path, path_of
 from ..selection.config import IFPConfig
 from ..selection.request import check_seed
 from ..selection.widths import check_multiple, target_size
@@ -184,6 +185,11 @@ class TrainConfig:
             return scores, scores == "centred"
         return scores, self.decorrelate
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return path_of(self.output)
+
     def check(self) -> None:
         """Raise ``ValueError`` naming the first setting that makes no sense."""
         for name in ("model", "data", "output"):
@@ -273,7 +279,9 @@ RECOVER |= {"watch": "off", "lr": 3e-4}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` a flag for every key, and ``--config``."""
-    parser.add_argument("--config", help="YAML or JSON file with any of these keys")
+    parser.add_argument(
+        "--config", type=named_path, help="YAML or JSON file with any of these keys"
+    )
     hints = get_type_hints(TrainConfig)
     for item in fields(TrainConfig):
         kind, choices = _kind(hints[item.name])
@@ -296,7 +304,7 @@ def from_options(args: argparse.Namespace) -> TrainConfig:
     """
     names = [item.name for item in fields(TrainConfig)]
     given = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-    return complete(Path(args.config) if args.config else None, given)
+    return complete(args.config, given)
 
 
 def complete(file: Path | None, given: dict[str, Any]) -> TrainConfig:

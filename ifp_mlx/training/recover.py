@@ -54,7 +54,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
         ValueError, OSError: about settings, mask or data, with a remedy.
     """
     assert config.mask_file is not None
-    output, first = Path(config.output), mx.distributed.init().rank() == 0
+    output, first = config.folder, mx.distributed.init().rank() == 0
     model, tokenizer = load(config.model)
     check_mixture(model.plan, model.config, config)
     selection = Selection.load(config.mask_file).plain()

@@ -223,7 +223,7 @@ def run(config: TrainConfig, log: Callable[[str], None] = print) -> dict[str, An
         FileExistsError: if the run in the output folder is finished.
         ValueError, OSError: about settings, model or data, with a remedy.
     """
-    output, first = Path(config.output), mx.distributed.init().rank() == 0
+    output, first = config.folder, mx.distributed.init().rank() == 0
     check_unfinished(config)
     if config.stage == "recover":
         return recover(config, train, log)

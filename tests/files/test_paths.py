@@ -1,13 +1,23 @@
 """Paths and caches of users, known and unknown."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from conftest import run_command
 
+from ifp_mlx.__main__ import available
+from ifp_mlx.compact import main as compact
 from ifp_mlx.files.caches import cache_place
-from ifp_mlx.files.paths import path_of
+from ifp_mlx.files.paths import named_path, path_of
 from ifp_mlx.generate import main
+from ifp_mlx.installation.completion import _actions
+from ifp_mlx.selection.masks import Selection
+from ifp_mlx.training.recipe import TrainConfig
+
+# Options that say where something is written; a shell leaves the ~ of --output=~/a.
+WRITTEN = {"output", "mlx_path", "save_mask", "plot", "png_folder", "history"}
+WRITTEN |= {"cache_folder", "tasks_folder"}
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
@@ -30,3 +40,31 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(OSError, match="Not a directory"):
         cache_place("compact").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("command", sorted(available().keys() - {"train"}))
+def test_a_command_takes_a_tilde_wherever_it_writes(command):
+    parser = import_module(available()[command]).build_parser()
+    writing = [action for action in _actions(parser) if action.dest in WRITTEN]
+    assert all(action.type is named_path for action in writing)
+    assert not [action.dest for action in _actions(parser) if action.type is Path]
+
+
+def test_what_is_written_under_a_tilde_is_in_the_home_folder(
+    monkeypatch, tmp_path, capsys
+):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    asked = ("--instruction", "What is Norway called in Polish?", "--mlx-path=~/small")
+    status, out, _ = run_command(compact, capsys, *asked)
+    assert status == 0 and out.strip() == str(home / "small")
+    assert (home / "small/config.json").exists() and not list(here.iterdir())
+    mask = Selection.load("~/small/ifp.mask")
+    assert mask.origin.instruction == asked[1]
+
+
+def test_a_run_and_its_settings_may_be_under_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/users/me")
+    assert TrainConfig(output="~/run").folder == Path("/users/me/run")

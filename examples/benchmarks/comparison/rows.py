@@ -275,7 +275,7 @@ def train_oracle(
     from ifp_mlx.training.batches import Batches
     from ifp_mlx.training.trainee import adapt, open_trainee, write_checkpoint
 
-    output = Path(config.output)
+    output = config.folder
     trainee = open_trainee(config)
     config = config.of()
     start, data = Path(config.model), Path(config.data)
