@@ -2,7 +2,7 @@
 
     python -m examples.benchmarks.speed.whole
     git worktree add ../before COMMIT
-    python -m examples.benchmarks.speed.whole --before ../before --turns 7
+    python -m examples.benchmarks.speed.whole --before ../before --turns 5 --write
 
 SmolLM2-135M and Gemma-3-270m (`examples/fetch.py`), each from a plain folder and from a
 channel store, at keep 1, 1/2 and 1/3, by a mask file and by activation. Every row is a
@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from examples.benchmarks.pages import fill
 from examples.fetch import MODELS, PACKAGES, fetch
 from ifp_mlx.evaluation.tables import markdown
+from ifp_mlx.files.atomic import new_file
 from ifp_mlx.model.checkpoint import IFPModel, open_model
 from ifp_mlx.storage.writer import write_store
 
@@ -36,6 +38,10 @@ PROMPT = "Explain in a few sentences why the sky is blue, and why sunsets are re
 TOKENS = 16
 KEEPS = {"1": 1.0, "1/2": 0.5, "1/3": 1 / 3}
 HEADER = b"==========\n"  # what mlx_lm prints before the text
+STOCK = "mlx_lm"
+MEASURED = ("first", "whole", "whole / mlx_lm")  # seconds, seconds, and their ratio
+BESIDE = Path(__file__).parent
+FIGURES, PAGE = BESIDE / "whole.json", BESIDE / "benchmark.md"
 
 
 class Row(NamedTuple):
@@ -123,7 +129,7 @@ def rows_of(name: str, sources: dict[str, Path], checkouts: dict[str, Path]) -> 
     asked = ["--prompt", PROMPT, "--max-tokens", str(TOKENS)]
     folder = str(sources["folder"])
     stock = ["-m", "mlx_lm", "generate", "--model", folder, *asked, "--temp", "0"]
-    rows = [Row(name, "mlx_lm", "folder", "", "", HERE, stock)]
+    rows = [Row(name, STOCK, "folder", "", "", HERE, stock)]
     for source, path in sources.items():
         for keep, share in KEEPS.items():
             size = ["--keep", str(share), "--selector", "activation"]
@@ -175,16 +181,30 @@ def figures(rows: Sequence[Row], turns: Sequence[list[Ran]]) -> list[dict[str, A
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Return the figures as a Markdown table."""
-    names = ["model", "checkout", "source", "chosen", "keep"]
-    head = [*names, "first token s", "whole s", "whole / mlx_lm", "same text"]
-    lines = []
+    """Return the figures as a Markdown table: a line has all checkouts of one way of
+    answering.
+    """
+    lines: dict[tuple, list[str]] = {}
+    checkouts = [one["checkout"] for one in found if one["checkout"] != STOCK]
+    checkouts = list(dict.fromkeys(checkouts))
     for one in found:
-        times = [f"{one[name]:.2f}" for name in ("first", "whole", "whole / mlx_lm")]
-        lines.append(
-            [*(one[n] for n in names), *times, "yes" if one["same text"] else "no"]
-        )
-    return markdown(head, lines)
+        way = tuple(one[name] for name in ("model", "source", "chosen", "keep"))
+        stock = one["checkout"] == STOCK
+        cells = lines.setdefault(way, [way[0], STOCK if stock else way[1], *way[2:]])
+        cells += [f"{one[name]:.2f}" for name in MEASURED]
+        if stock:
+            cells += ["", "", ""] * (len(checkouts) - 1)
+    names = [f"{name}, {at}" for at in checkouts for name in MEASURED]
+    return markdown(
+        ["model", "source", "chosen by", "keep", *names], list(lines.values())
+    )
+
+
+def write(found: Sequence[dict[str, Any]]) -> None:
+    """Keep the figures beside this file, and put their table into the page."""
+    with new_file(FIGURES) as scratch:
+        scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    fill(PAGE, {"whole processes": table(found)})
 
 
 def main() -> None:
@@ -195,6 +215,11 @@ def main() -> None:
     add("--models", nargs="+", choices=PACKAGES, default=[*PACKAGES])
     add("--turns", type=int, default=7, help="counted turns, default: %(default)s")
     add("--scratch", type=Path, default=MODELS / "whole", help="made, and deleted")
+    add(
+        "--write",
+        action="store_true",
+        help="keep the figures, and put them in the page",
+    )
     args = parser.parse_args()
     checkouts = {"now": HERE}
     if args.before is not None:
@@ -210,6 +235,8 @@ def main() -> None:
     wrong = [one for one in found if one["keep"] == "1" and not one["same text"]]
     print(table(found))
     print(json.dumps(found))
+    if args.write:
+        write(found)
     if wrong:
         raise SystemExit(f"Kept whole, and another text than mlx_lm's: {wrong}")
 
