@@ -36,8 +36,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     error.
 
     For a full disk Python's own error names no file, MLX raises a ``RuntimeError``, and
-    copying a tree a list of errors. Inside another such block the outer path counts. An
-    error about another file stays unchanged.
+    copying a tree raises a list of errors. Where such blocks are nested, the error
+    names the outer path. An error about another file stays unchanged.
     """
     try:
         yield

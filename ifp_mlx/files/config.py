@@ -9,13 +9,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .objects import read_object
 
-# transformers 5 notes position encoding in rope_parameters. mlx-lm's names of two of
-# its numbers; the others go into rope_scaling.
+# transformers 5 keeps the position encoding in rope_parameters. These are mlx-lm's
+# names for two of its numbers; the others go into rope_scaling.
 NAMES = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
-# By model type, the name of the base of sliding layers, which are never scaled.
+# By model type, mlx-lm's key for the RoPE base of sliding-window layers, which are
+# never scaled.
 SLIDING_BASE = {
     "gemma3_text": "rope_local_base_freq",
     "gemma3n_text": "rope_local_base_freq",

@@ -5,7 +5,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from typing import Any
 
-# Methods whose weights mlx-lm keeps packed, with mlx-lm's name of the form.
+# Methods whose weights mlx-lm keeps packed, with mlx-lm's settings for each.
 KEPT = {
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
@@ -15,7 +15,9 @@ LEFT_OUT = ("modules_to_not_convert", "ignore", "exclude_modules")
 
 
 def noted(config: dict[str, Any]) -> dict[str, Any]:
-    """Return another program's notes; empty without any, or if MLX has quantised it."""
+    """Return what another program noted of how it quantised a model; empty if none did,
+    or if MLX has quantised it.
+    """
     if config.get("quantization"):
         return {}
     inner = config.get("text_config")

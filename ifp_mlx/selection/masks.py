@@ -17,7 +17,7 @@ from ..files.paths import path_of
 from .calibration import SKETCH_VERSION
 
 MASK_FORMAT = "ifp_mlx.mask.1"
-# In the words of a file.
+# Keys in a mask file's metadata.
 COMPENSATED_BY, TEXT_DIGEST = "compensated by", "text digest"
 SKETCH = "sketch"
 TRAINED_BY = "recovered by"
@@ -32,7 +32,7 @@ class Compensation:
         source: what the text is, in words.
         tokens: how many it has.
         digest: of its token ids; empty in files of version 0.1 that lost them.
-        sketch: which sketch of the calibration text stood beside it, or ``None``.
+        sketch: which sketch of the calibration text was used with it, or ``None``.
     """
 
     source: str
@@ -43,11 +43,11 @@ class Compensation:
 
 @dataclass(frozen=True)
 class Origin:
-    """How a selection was made, and what is known of it; ``None`` is not known.
+    """How a selection was made, and what is known of it; ``None`` means unknown.
 
     Attributes:
         selector, allocation: see :class:`ifp_mlx.selection.request.Request`.
-        keep: share of the units.
+        keep: kept share of the units.
         instruction: the text that selected.
         task: the name of the task it is for.
         model: the name of the model it was made with.
@@ -56,10 +56,11 @@ class Origin:
         slicing: how a quantised model was sliced: ``whole groups``, ``requantised``.
         requantised_layers: how many layers were quantised again.
         requantisation_kl: what that costs, nats per token.
-        agreement: at which share of the text that selected the compact model chooses
-            the dense model's next token.
-        kl: from the dense model there, nats per token.
-        router_mass: share of the router's gate weights that the kept experts had there.
+        agreement: share of tokens, of the text that selected, after which the compact
+            model chooses the same next token as the dense model.
+        kl: on that text, KL from the dense model, nats per token.
+        router_mass: on that text, share of the router's gate weights that the kept
+            experts had.
         notes: anything else that a file says.
     """
 
@@ -85,7 +86,7 @@ class Origin:
         return "predictor" in (self.selector, (self.made or {}).get("selector"))
 
     def as_text(self) -> dict[str, str]:
-        """Return what is known as words, by the names that mask files have for it."""
+        """Return what is known, in words, by the names that mask files have for it."""
         found = dict(self.notes)
         for name, key in FILE_KEYS.items():
             value = getattr(self, name)
@@ -101,7 +102,7 @@ class Origin:
 
     @staticmethod
     def from_text(text: dict[str, str]) -> "Origin":
-        """Return what :meth:`as_text` gave."""
+        """Return the origin that :meth:`as_text` put into words."""
         notes, known = dict(text), {}
         for name, key in FILE_KEYS.items():
             if (value := notes.pop(key, None)) is not None:
@@ -143,8 +144,8 @@ class Selection:
         trained: how the weights that it came with were trained further, in words, or
             ``None``.
         unit: what is kept or dropped.
-        adapter: what tells the adapter of the model it was made with from others, 12 hex
-            digits; ``None`` without one.
+        adapter: the digest of the adapter that was fused into the model it was made
+            with, 12 hex digits; ``None`` without one.
     """
 
     indices: tuple[mx.array, ...] = field(repr=False)
@@ -190,7 +191,7 @@ class Selection:
         Args:
             tokens: ``T`` ids that show how; default: its own ``text``, if there is one.
             source: what they are, in words.
-            sketch: which sketch of the calibration text stands beside them; ``None`` for
+            sketch: which sketch of the calibration text is used with them; ``None`` for
                 none, as in version 0.1.
 
         Raises:
@@ -279,8 +280,9 @@ class Selection:
 
     @property
     def identity(self) -> str:
-        """12 hex digits: a hash of all that decides the compact model's weights, for
-        whatever keeps one; the ``mask_id`` where units and gates are all.
+        """12 hex digits: a hash of all that decides the compact model's weights, by
+        which caches tell compact models apart; it is the ``mask_id`` if channels and
+        gates alone decide them.
         """
         how = self.compensation
         plain = how is None and self.trained is None and self.unit == "channel"
@@ -308,7 +310,7 @@ class Selection:
         Args:
             path: the file.
             scores: ``[L, F]`` that the selection was made from, to be kept with it
-                in float16; :meth:`load` leaves them where they are.
+                in float16; :meth:`load` does not return them.
         """
         from safetensors.numpy import save
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-# What we tell a chat template ourselves, or do with its text: not its own options.
+# Arguments of apply_chat_template that we set ourselves, or that say what is done with
+# the text: none of them may be given as an option of the template.
 NOT_ASKED = {"tokenize", "add_generation_prompt", "continue_final_message"}
 NOT_ASKED |= {"return_dict", "return_tensors", "padding", "truncation", "max_length"}
 NOT_ASKED |= {"conversation", "chat_template", "return_assistant_tokens_mask", "tools"}
@@ -15,8 +16,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 
 
 def ids_of(prompt: Any) -> list[int] | None:
-    """Return the ids of a prompt that is token ids, which are taken as they are, from any
-    sequence or array; ``None`` for a text or messages.
+    """Return the ids, unchanged, of a prompt that is a sequence or array of token ids;
+    ``None`` if the prompt is a text or messages.
 
     Raises:
         ValueError: if it holds nothing, or more than one row of ids, or is none of these.
@@ -48,11 +49,11 @@ def known_tokens(
     Args:
         tokens: of a prompt, or of an example.
         vocabulary: rows of the model's embedding.
-        context: the most tokens that it was made for, if they are not to be more.
+        context: the most tokens that the model was made for; ``None``: no limit.
 
     Raises:
-        ValueError: naming one that it has none for (MLX would read past the embedding),
-            or how many are too many.
+        ValueError: naming a token that has no row (MLX would read past the embedding),
+            or the number of tokens if there are too many.
     """
     if context is not None and len(tokens) > context:
         raise ValueError(
@@ -211,8 +212,8 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     Args:
         tokenizer: mlx-lm's.
         text: plain, or what a chat template made.
-        special: put the tokenizer's own special tokens around it; a text that begins
-            with the first of them itself has it once, as in mlx-lm.
+        special: put the tokenizer's own special tokens around it, unless the text
+            already begins with the first of them, as in mlx-lm.
 
     Raises:
         ValueError: if the text is broken.

@@ -26,7 +26,7 @@ WITHOUT_CARD = (
 # name one dish three times where three are asked for; answers at 74 % go round in
 # circles (examples/benchmarks/auto).
 MIN_AGREEMENT = 0.9
-MOST_DRAFTED = 16  # tokens a check, where nothing else is said
+MOST_DRAFTED = 16  # tokens per check, unless a request says otherwise
 PREFILLS: tuple[Prefill, ...] = ("auto", "compact", "dense")
 SOURCES = ("instruction", "selection", "mask_file", "task")
 
@@ -40,43 +40,46 @@ class Request:
             :func:`ifp_mlx.generate`; messages, of which those up to the first user
             message count; or token ids, taken as they are. The model does not see it.
         selection: use this one and select nothing.
-        mask_file: use the one in this file.
-        task: use that of a named task; a caller that knows the library replaces it by a
-            selection or a mask file.
+        mask_file: use the selection in this file.
+        task: use the selection of the task of this name; a caller that knows where
+            tasks are kept has to replace it by a selection or a mask file.
         keep: kept share of the units (channels, or experts), rounded to the
             granularity; or ``auto``: the smallest for which the model's card promises
             ``min_agreement``. Default: the checkpoint's own target size, else ``auto``.
         target_size: ``k``, kept units per layer, instead of ``keep``.
         selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``, or
-            ``auto``: the first of predictor, blend (if a prior is kept with the
-            checkpoint) and activation that is there. ``prior`` and ``blend`` compute
-            the prior once if it is missing.
+            ``auto``: the predictor if the checkpoint has one, else blend, or for
+            experts activation. ``prior`` and ``blend`` compute the prior once if it is
+            missing.
         allocation: ``uniform``, ``first-layer`` or, once measured, ``sensitivity``.
             Default: uniform for a trained predictor and for experts, else first-layer
             where the budget pays for it.
         granularity: units that are selected together. Default: as the checkpoint
-            says, else 1, for which a quantised ``down_proj`` is quantised again; whole
-            groups lose nothing and choose worse.
-        compensate: let kept channels make up for dropped ones, as the selection's own
-            text, else the instruction shows. Default: see :func:`compensates`.
+            says, else 1. With 1, a quantised ``down_proj`` is quantised again; whole
+            quantisation groups avoid that loss, but are a worse choice of channels.
+        compensate: let kept channels make up for dropped ones, learned from the
+            selection's own text, else from the instruction. Default: see
+            :func:`compensates`.
         seed: of the selector ``random``.
         prefill: which model reads the prompt: ``compact``, the whole ``dense`` one, or
             ``auto``: dense where that has read it to select, else compact.
-        min_agreement: at which share of tokens the compact model is to choose the dense
-            model's next token: what ``auto`` asks of the model's card, by default
-            ``MIN_AGREEMENT``. Of a size that is given it is asked on the instruction's
-            last tokens, by default nothing; what falls short is refused.
+        min_agreement: share of tokens after which the compact model must choose the
+            same next token as the dense model. ``auto`` asks that of the model's card,
+            by default ``MIN_AGREEMENT``. If a size is given, it is asked on the
+            instruction's last tokens, and a selection that falls short is refused; by
+            default nothing is asked.
         check: whether the whole model checks what the compact one drafts
-            (:mod:`ifp_mlx.checking`): ``off``; ``exact``, every token is the whole
-            model's; or a tolerance above 0 and below 1, a token stands if the whole model
-            gives it at least so much of the probability of its best token.
-        draft_tokens: drafted at most for one check; how many are follows how many stood.
+            (:mod:`ifp_mlx.checking`): ``off``; ``exact``: every token is the whole
+            model's; or a tolerance above 0 and below 1: a drafted token stands if its
+            probability in the whole model is at least this share of the best token's.
+        draft_tokens: the most tokens drafted for one check; how many are drafted
+            depends on how many stood before.
         reselect: ``drift`` chooses other channels in a check when those that are kept
             fit the latest tokens much less than others would; or ``off``.
         chat_template_config: options of the chat template for prompt and instruction,
             such as ``{"enable_thinking": False}``.
-        memory_bytes: that compact model, KV cache and predictor may take; ``auto`` keeps
-            no more than fits, and a ``keep`` that does not fit is refused.
+        memory_bytes: bytes that compact model, KV cache and predictor may take;
+            ``auto`` keeps no more than fits, and a ``keep`` that does not is refused.
 
     Raises:
         ValueError: on a choice that nothing could satisfy.
@@ -226,10 +229,10 @@ def compensates(
 ) -> bool:
     """Return whether kept channels are to make up for dropped ones.
 
-    The request decides. If it does not: what is selected now is compensated where the
-    dense model reads the instruction anyway, to select; a given selection as it says
-    itself; and a model that is written for good also where a given selection has a text
-    to learn from.
+    The request decides. If it says nothing, a new selection is compensated where the
+    dense model reads the instruction anyway, in order to select. A given selection is
+    compensated where it says so itself, and in a model that is written for good also
+    where it has a text to learn from.
 
     Args:
         request: what was asked for.

@@ -12,9 +12,9 @@ def blend_scores(
 ) -> mx.array:
     """Aggregate two scorings of the units, layer by layer.
 
-    Of channels the ranks are averaged. Ranks say nothing of experts that a short text
-    sent no token to, so of experts each scoring counts as what it is: shares of the
-    layer's energy.
+    For channels the ranks are averaged. Ranks say nothing of experts that a short text
+    sent no token to, so for experts the shares of the layer's energy are averaged
+    instead.
 
     Args:
         local: ``[L, F]``, of this instruction.

@@ -24,7 +24,7 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
     """
     from mlx_lm.utils import load_tokenizer
 
-    # Without this, transformers would ask on stdin whether to run it.
+    # Without this, transformers would ask on stdin whether to run the folder's code.
     options: dict[str, Any] = {"trust_remote_code": False}
     if (template := lone_template(folder)) is not None:
         options["chat_template"] = template
@@ -40,10 +40,10 @@ def open_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
 def _fit_detokenizer(tokenizer: Any) -> None:
     """See that streamed text is the text that was encoded.
 
-    mlx-lm chooses what streams it by a few forms of tokenizer.json. Where there is no
-    such file, or a decoder in it that is not the vocabulary's, text comes twice or
-    without spaces; then the first of mlx-lm's detokenizers that returns the text is
-    used.
+    mlx-lm knows a few forms of tokenizer.json, and chooses its streaming detokenizer by
+    them. If there is no such file, or its decoder does not belong to the vocabulary,
+    text comes twice or without spaces. Then the first of mlx-lm's detokenizers that
+    returns the text is used.
     """
     from mlx_lm import tokenizer_utils as utils
 

@@ -51,7 +51,7 @@ def layer_sizes(
             ``sensitivity``: a layer loses the less, the higher its ``costs``.
         granularity: channels per selectable block.
         costs: ``[L, 6]``, what it costs to prune a layer alone to each of
-            ``MEASURED_SHARES``, nats; needed by ``sensitivity``.
+            ``MEASURED_SHARES``, nats per token; needed by ``sensitivity``.
 
     Raises:
         ValueError: if ``k`` does not fit the channels, the granularity or the
@@ -85,9 +85,9 @@ def _sizes_by_cost(
 ) -> list[int]:
     """Let every layer lose channels in inverse proportion to what that costs there.
 
-    Costs are known at this budget, of one layer at a time. Taking channels where they
-    are cheapest, by the whole curves, would empty some layers; together they cost far
-    more than each alone.
+    A layer's cost at this budget was measured with only that layer pruned. Taking the
+    next channel wherever the measured curves are cheapest would empty some layers, and
+    layers that are pruned together cost far more than each alone.
     """
     blocks, budget = channels // granularity, k // granularity
     most = blocks - max(1, min(budget, round(LEAST_SHARE * blocks)))

@@ -1,9 +1,10 @@
-"""A layer's kept channels with their weights unchanged; gates and corrections apart.
+"""Kept channels with their weights unchanged; gates and corrections are held apart.
 
-A sliced layer has gates and what makes up for dropped channels folded into its weights.
-To compute the dense layer too, with the dropped channels beside the kept ones, the
-weights are needed as they were. So they stay, and gates and correction are applied to
-what comes into the inlet. A correction is two factors, much smaller than ``down_proj``.
+In a sliced layer, gates and the correction for dropped channels are folded into the
+weights. To compute the dense layer too, from the kept and the dropped channels, the
+weights are needed as they were. So here they stay unchanged, and gates and correction
+are applied to what comes into the inlet. A correction is two factors, much smaller than
+``down_proj``.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,7 @@ Linear = Callable[[mx.array], mx.array]
 
 
 class Apart:
-    """What an inlet does with the channels of a layer whose parts are apart.
+    """What an inlet computes from kept channels, with gates and correction apart.
 
     Attributes:
         index: int32 ``[k]``, sorted, the channels that are kept.
@@ -34,11 +35,11 @@ class Apart:
             selection cuts could not be sliced without loss.
         gate: float32 ``[k]``, what each channel is multiplied with, or ``None``.
         correction: makes up for dropped channels, or ``None``.
-        dropped: while the dense layer is computed: the channels that are not kept, as
-            they come into the inlet, ``[..., F - k]``, and what the inlet makes of them,
-            ``[..., D]`` (0 if the inlet is whole).
+        dropped: ``None``, except while the dense layer is computed: then the channels
+            that are not kept, as they come into the inlet, ``[..., F - k]``, and what
+            the inlet makes of them, ``[..., D]`` (0 if the inlet is whole).
         recent: channels of the latest tokens that the dense layer has read, ``[n, F]``,
-            where they are remembered; grows with each.
+            to which each token adds a row; ``None`` if they are not remembered.
     """
 
     def __init__(
@@ -155,8 +156,8 @@ def set_apart_all(
     Args:
         model: a stock mlx-lm model, dense in shape; its weights are not in memory.
         plan: its plan.
-        fills: gets the indices of each layer (``None`` for all) and returns an
-            iterator; each item that this gives fills the next layer.
+        fills: gets for each layer the indices to read (``None`` for all), and returns
+            an iterable; taking an item from that fills the next layer.
         selection: made for this model.
         progress: wraps the iteration over layers.
     """

@@ -5,11 +5,11 @@ channels that stay. Where the dense model has just read a text (as it does to ch
 activation), the channels of every token are at hand, and the best linear stand-in is a
 ridge regression of what is missing on what is kept. It changes ``down_proj`` alone,
 needs no training, and costs nothing afterwards. A short text alone would be learned by
-heart, so a sketch of a calibration text is added to it. Then those channels can be kept
-that the others can least make up for.
+heart, so a sketch of a calibration text is added to it. The same rows tell for which
+channels the others can least make up, so that these can be kept.
 
-The ridge into ``down_proj``, from a calibration text alone, was published as GRAIL
-(arXiv:2602.23795), and something similar as MoDeGPT (arXiv:2408.09632).
+Ridge regression into ``down_proj``, from a calibration text alone, was published as
+GRAIL (arXiv:2602.23795), and something similar as MoDeGPT (arXiv:2408.09632).
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from .sliced import (
 STRENGTH = 0.3  # on text that it was not chosen on, as good as any between 0.1 and 1
 EXPECTED_SHARE = 0.8  # of a token's energy, in the channels that will be kept
 WORTH = 300  # the calibration text counts as so many tokens of the text that selects
-KNOWN = 330  # energy of all rows, in tokens, at which STRENGTH holds with a sketch
+KNOWN = 330  # with a sketch, STRENGTH holds at this energy of all rows; a token has 1
 TOKENS = 2048  # of a text that are looked at, at most
 TOKENS_ALONE = 1024  # without a sketch, as in version 0.1
 TEXT_TOKENS = 2000  # of a task's examples, which make one text
@@ -75,7 +75,8 @@ def evidence(channels: mx.array, sketch: mx.array | None = None) -> Evidence:
 
     Args:
         channels: what comes into the inlet of the dense layer for a text, ``[T, F]``; of
-            a long text, ``TOKENS`` of it, evenly spread.
+            a long text at most ``TOKENS`` rows are used, evenly spread, or without a
+            sketch ``TOKENS_ALONE``.
         sketch: of a calibration text, ``[r, F]``, from
             :func:`ifp_mlx.slicing.sketch.condensed`. Without one, the evidence is that
             of version 0.1, so that models compensated then can be made again.
@@ -93,9 +94,9 @@ def worth(known: Evidence) -> mx.array:
     """Return how much of each channel would be lost if all others made up for it.
 
     With the second moment ``A = Hᵀ H + λ I`` of the rows ``H`` it is ``1 / (A⁻¹)ⱼⱼ``: a
-    channel's energy, less what follows from the others (optimal brain surgeon, Hassibi and
-    Stork 1993, without the weights: how large a channel's column of ``down_proj`` is
-    misleads).
+    channel's energy, less what follows from the others. This is optimal brain surgeon
+    (Hassibi and Stork 1993) without the weights, since the size of a channel's column
+    of ``down_proj`` misleads.
 
     Since the rows of a sketch are at right angles, a system has to be solved only for
     the rows of the text, less their part in the sketch.
@@ -121,10 +122,11 @@ def worth(known: Evidence) -> mx.array:
 def merit(known: Evidence, keep: float) -> mx.array:
     """Return the scores by which channels that make up for others are chosen.
 
-    It is their :func:`worth` plus ``4 keep⁵`` times their energy, which is an eighth of
-    it at keep 0.5 and about all of it at 0.75. Few kept channels have much to make up
-    for and have to differ from each other; among many the strongest do best. Both
-    shares were found on a few calibration prompts of SmolLM2-135M.
+    It is their :func:`worth` without its λ, plus ``4 keep⁵`` times their energy: an
+    eighth of the energy at keep 0.5, and about all of it at 0.75. Few kept channels
+    have much to make up for and have to differ from each other; among many the
+    strongest do best. Both shares were found on a few calibration prompts of
+    SmolLM2-135M.
 
     Args:
         known: from :func:`evidence`.
@@ -204,7 +206,8 @@ def compensated_down(down: mx.array, known: Evidence, index: mx.array) -> mx.arr
 def down_correction(down: mx.array, known: Evidence, index: mx.array) -> mx.array:
     """Return what to add to each kept column of ``down_proj``.
 
-    With the rows split into kept ``K`` and dropped ``R``, the correction ``Δ`` minimises
+    With ``K`` the kept channels of the rows, ``R`` the dropped ones and ``Rdown`` the
+    dropped columns of ``down``, the correction ``Δ`` minimises
     ``|K Δᵀ − R Rdownᵀ|² + λ |Δ|²``, each token counting the same. It is solved in
     whichever of the two dual forms is smaller.
 

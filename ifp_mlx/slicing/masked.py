@@ -35,9 +35,6 @@ def mask_model(model: nn.Module, plan: Plan) -> list[nn.Module]:
     Returns:
         The ``L`` inlets, or routers, for :func:`set_masks`; ``channels`` of each is
         ``F``.
-
-    Raises:
-        ValueError: if the experts' router takes no mask.
     """
     if plan.unit == "expert":
         return _mask_routers(model, plan)
@@ -74,7 +71,9 @@ def set_masks(masked: Sequence[nn.Module], masks: mx.array) -> None:
     Args:
         masked: ``L`` modules, from :func:`mask_model`.
         masks: ``[L, F]``, the same for all rows of a batch, or ``[L, B, 1 or T, F]``;
-            ``[L, 1]`` of ones keeps all.
+            ``[L, 1]`` of ones keeps all. A router that gives no logits
+            (:func:`gives_logits`) takes one mask for all rows; with others the model's
+            call raises ``ValueError``.
     """
     for module, mask in zip(masked, masks, strict=True):
         module._mask = mask
@@ -159,10 +158,10 @@ def _mask_routers(model: nn.Module, plan: Plan) -> list[nn.Module]:
 
 
 def _blinded_call(stock: type) -> Any:
-    """A router that is a linear layer gives logits. The logarithm of the mask is added:
-    0 where it is 1, as good as −∞ where an expert is dropped, and in between a weight
-    of the expert's probability before the chosen ones are normalised (of its odds, where
-    a block takes the sigmoid of every logit).
+    """A router that is a linear layer gives logits. The logarithm of the mask is added
+    to them: 0 where the mask is 1, as good as −∞ where an expert is dropped. A value in
+    between multiplies the expert's probability before the chosen ones are normalised
+    (its odds, where a block takes the sigmoid of every logit).
     """
 
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:

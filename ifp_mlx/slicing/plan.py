@@ -187,8 +187,8 @@ def _difference(
 
 
 def _bases(before: Shapes, moved: list[tuple], unit: Unit) -> set[tuple[int, int]]:
-    """Return old and new size of the axes that make others units: inputs of a matrix,
-    or the stacks of experts beside a router.
+    """Return the old and new sizes of the axes by which units are recognised: inputs
+    of matrices, or for experts the first axes of stacks.
     """
     inputs = {(a, b) for n, axis, a, b in moved if (len(before[n]), axis) == (2, 1)}
     if unit == "channel":

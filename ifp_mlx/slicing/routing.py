@@ -78,16 +78,16 @@ def _lengths(vectors: mx.array) -> mx.array:
 def overheard(
     model: nn.Module, plan: Plan
 ) -> Iterator[tuple[list[mx.array], list[mx.array]]]:
-    """Let what the routers say, and which experts they choose, be known of all that is
-    computed meanwhile, with its gradient.
+    """Record the routers' logits and the experts they choose, of all that is computed
+    inside the ``with`` block; gradients flow through the logits.
 
     Args:
         model: of this plan, its routers giving logits; masked and adapted, or not.
         plan: of experts.
 
     Yields:
-        Two lists that fill up, a layer at a time: logits ``[..., E]``, which the masks
-        have been at, and the chosen experts, integers ``[..., K]``.
+        Two lists that fill up, a layer at a time: logits ``[..., E]``, masks already
+        applied, and the chosen experts, integers ``[..., K]``.
     """
     logits: list[mx.array] = []
     chosen: list[mx.array] = []

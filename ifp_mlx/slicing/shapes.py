@@ -28,7 +28,7 @@ class Slice:
     Attributes:
         module: where its parameter is, from the layer's own module; may be empty.
         tensor: the parameter's name there, such as ``weight``.
-        axis: the axis of the tensor, not quantised.
+        axis: the axis of the tensor, in its shape before quantisation.
         repeat: elements of that axis per unit; 2 where gate and up are fused.
         interleaved: whether a unit's elements lie side by side, or one in each of
             ``repeat`` blocks.
@@ -48,8 +48,8 @@ class LayerPlan:
     Attributes:
         path: of the module that holds all of them, from the model.
         slices: what is cut.
-        inlet: from there, the module whose input carries the channels; for experts, the
-            router, which decides which of them get a token.
+        inlet: from the path, the module whose input carries the channels; for experts,
+            the router, which decides which of them get a token.
         linear: module and block of rows that a channel's value is proportional to, so
             that gates can be folded in; ``None`` where there are none.
         attributes: plain numbers that follow the number of units: module, name, and how
@@ -165,7 +165,7 @@ def changed(
 
     Args:
         config: stays as it is.
-        key: where it is, from :func:`_numbers`.
+        key: where it is.
         factor: what it is multiplied with; whole numbers stay whole.
         exact: the new value of a whole number that is not in a list.
     """

@@ -74,8 +74,8 @@ def cut_rows(module: nn.Module, layer: LayerPlan, index: mx.array, units: int) -
 
 
 def follow(module: nn.Module, layer: LayerPlan, count: int) -> None:
-    """Set the plain numbers of a layer that follow its units for ``count``, in
-    place.
+    """Set a layer's plain numbers that depend on its number of units, in place, as
+    ``count`` units need them.
     """
     for path, name, repeat in layer.attributes:
         setattr(at(module, path), name, repeat * count)
@@ -202,8 +202,8 @@ def slice_model(model: nn.Module, plan: Plan, selection: Selection) -> None:
 
 
 def note_units(model: nn.Module, plan: Plan) -> None:
-    """Set in a sliced model's own settings how many units its layers have, if all have
-    the same number.
+    """Set the number of units per layer in a sliced model's own settings, if all layers
+    have the same number.
     """
     counts = {*map(count_units, plan.modules(model), plan.layers)}
     if len(counts) == 1:

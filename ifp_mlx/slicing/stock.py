@@ -18,8 +18,8 @@ IN_LAYER = re.compile(r"\.\d+\.")  # of a parameter's name
 
 @contextmanager
 def unmoved_random_state() -> Iterator[None]:
-    """Leave MLX's random state as it was: a class draws random weights when it is built,
-    and what is sampled or initialised later must not depend on how often that was.
+    """Leave MLX's random state as it was: building a model draws random weights, and
+    what is sampled or initialised later must not depend on how many were built.
     """
     state: Any = mx.random.state
     high, low = state[0].tolist()

@@ -1,4 +1,4 @@
-"""An adapter that mlx_lm.lora trained on the dense model, fused in as that is read.
+"""An adapter that mlx_lm.lora trained on the dense model, fused into it as it is read.
 
 The adapted model is an ordinary one: mlx-lm's own ``fuse`` adds the adapter to the
 weights before anything else sees them, each weight when it is read. So the adapted
@@ -118,8 +118,8 @@ class Adapter:
 
     def check_unit_by_unit(self, layer: LayerPlan, module: nn.Module) -> None:
         """Raise ``ValueError`` if units of a layer cannot be fused without the others:
-        DoRA scales a row of weights by all of it, and the inlet's rows go through all
-        channels.
+        DoRA scales each row of weights by a number that depends on the whole row, and
+        each row of the inlet has a weight for every channel.
         """
         path = ".".join(filter(None, (layer.path, layer.inlet)))
         columns = any(

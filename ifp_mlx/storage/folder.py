@@ -377,8 +377,8 @@ class ChannelStore(Folder):
         return True
 
     def open_beside(self, other: "nn.Module") -> "nn.Module":
-        """See :meth:`Folder.open_beside`; the model is copied, since opening it takes
-        longer than reading what a switch changes.
+        """See :meth:`Folder.open_beside`; ``other`` is copied, since opening the model
+        again takes longer than reading the units that change.
         """
         model = twin(other)
         forget_units(model, self.plan)

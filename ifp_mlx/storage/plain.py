@@ -1,4 +1,4 @@
-"""Reads chosen units of an ordinary folder, and only those that lie in one piece alone.
+"""Reads chosen units of an ordinary folder; where they are columns, the whole tensor.
 
 A unit's part of a tensor is a row of it, or several: one expert of a stack, one row of
 ``gate_proj``. A channel's part of ``down_proj`` is a column, which does not lie in one
@@ -63,8 +63,8 @@ class PlainReader(UnitReader):
     Args:
         plan: of the model.
         model: the model; no weight of it is read.
-        tensors: for parameters that a file holds as the model uses them, by name, where
-            they are.
+        tensors: where the parameters are that a file holds as the model uses them, by
+            their names in the model.
         device: see :class:`UnitReader`.
     """
 

@@ -1,4 +1,4 @@
-"""Reads chosen units of a channel file into arrays, and nothing else of it."""
+"""Reads chosen units of a channel file, and gaps between them where that is faster."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -124,7 +124,7 @@ class ChannelReader(UnitReader):
         return [home[tensor] for home, tensor in tensors], np.array(donor.units)
 
     def _held(self, index: mx.array) -> np.ndarray:
-        """Return all units in the records that hold some units."""
+        """Return all channels (or experts) in the records that hold ``index``."""
         size = self.layout.unit
         found = units_of(np.array(index), size)[:, None] * size + np.arange(size)
         return found.ravel().astype(np.int32)

@@ -1,5 +1,5 @@
-"""The common part of what reads units into a model: layer after layer is filled, and
-while one is put in place the next is read.
+"""The common part of the classes that read units into a model: they fill layer after
+layer, and while one is put in place, they read the next.
 """
 
 import threading
@@ -49,9 +49,9 @@ class UnitReader(ABC):
         plan: of the model.
         bytes_read: bytes asked of the system so far, gaps between units included.
         bytes_wanted: bytes of the units that were needed.
-        throttle: called by the thread that read some megabytes, with their number and
-            the time it began, as of ``time.perf_counter``; it may make the thread wait,
-            as a slower disk would.
+        throttle: called after each read by the thread that did it, with the number of
+            bytes and the time at which the read began, by ``time.perf_counter``; it may
+            make the thread wait, as a slower disk would.
     """
 
     def __init__(self, plan: Plan, device: Device | None = None) -> None:
@@ -85,8 +85,8 @@ class UnitReader(ABC):
             index: int32 ``[k]``, sorted; ``None`` is all units.
 
         Raises:
-            ValueError: if a record is damaged, or a quantised ``down_proj`` would be
-                cut inside a group.
+            ValueError: if a record is damaged, or ``k`` channels do not make whole
+                quantisation groups.
             OSError: if a file cannot be read.
         """
         for _ in self.fill_each([Wanted(module, layer, index)]):
