@@ -17,7 +17,7 @@ class CheckedResponse:
     Attributes:
         text: what it adds, possibly nothing.
         token: its id.
-        logprobs: the dense model's log-probabilities there, ``[V]``, not computed.
+        logprobs: the dense model's log-probabilities there, ``[V]``, not yet computed.
         from_draft: whether the compact model said it first.
         prompt_tokens: tokens of the prompt that were read now.
         prompt_tps: how many of them per second, up to the first token.

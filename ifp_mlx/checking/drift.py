@@ -1,10 +1,10 @@
-"""Other channels for an answer that has moved on, without reading anything more.
+"""Exchange channels when an answer has moved on, without reading anything more.
 
 A check has just computed every channel of the whole model for the latest tokens, so it
-is known which channels they use. When other channels would have clearly more of their
-energy than the kept ones, the next check, which has all channels of each layer in
-memory anyway, exchanges them, and learns from the same tokens how the new ones make up
-for the rest.
+is known which channels they use. When other channels would have clearly more of these
+tokens' energy than the kept ones, the next check exchanges them, since it has all
+channels of each layer in memory anyway. It learns from the same tokens how the new ones
+make up for the rest.
 
 Masks that follow what is generated: DART (arXiv:2601.22632).
 """
@@ -28,7 +28,7 @@ class Move:
     """A change of the kept channels.
 
     Attributes:
-        token: of the answer, before which it was decided.
+        token: how many tokens the answer had when it was decided.
         kept: share of the latest tokens' energy in the old channels, mean over the
             layers that drop any.
         best: the same share in the new ones.

@@ -1,4 +1,4 @@
-"""Draft some tokens, check them together, go on from what stands.
+"""Draft some tokens, check them together, go on from those that stand (are accepted).
 
 One KV cache serves both models: entries of drafted tokens are removed before the dense
 model reads these tokens, and only its keys and values stay. So every draft goes on from
@@ -23,7 +23,7 @@ from .whole import Whole
 
 WORTH_DRAFTING = 0.05  # draft a token if the chance that it is reached is at least this
 MEMORY = 0.8  # weight of earlier checks, from one to the next
-GUESS = (4.0, 6.0)  # tokens that stood, and that were judged, before the first check
+GUESS = (4.0, 6.0)  # assumed at first: tokens that stood, tokens that were judged
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Checked(NamedTuple):
 
     Attributes:
         token: its id.
-        logprobs: the dense model's log-probabilities there, ``[V]``, not computed.
+        logprobs: the dense model's log-probabilities there, ``[V]``, not yet computed.
         from_draft: whether the compact model said it first.
     """
 
@@ -65,8 +65,8 @@ class Checked(NamedTuple):
 
 @dataclass
 class DraftLength:
-    """How many tokens to draft: as long as the next one is likely to be reached, judged
-    by the share of tokens that stood lately.
+    """How many tokens to draft: those that a check reaches with a chance of at least
+    ``WORTH_DRAFTING``, going by the share of tokens that stood lately.
 
     Attributes:
         most: at most so many.
@@ -87,8 +87,8 @@ class DraftLength:
         return min(self.most, max(self.least, worth))
 
     def note(self, stood: int, drafted: int) -> None:
-        """Note how many tokens stood in a check; those after the first that did not were
-        not judged.
+        """Note how many tokens stood in a check; those after the first rejected one
+        were not judged.
         """
         self._stood = MEMORY * self._stood + stood
         self._judged = MEMORY * self._judged + min(stood + 1, drafted)
@@ -103,7 +103,7 @@ class CheckedRun:
         rule: drafts and judges.
         length: says how many tokens to draft.
         cache: mlx-lm's KV cache of the dense model, or ``None``; it is changed.
-        known: how many tokens of the prompt it has.
+        known: how many tokens of the prompt the cache has.
         follow: whether the kept channels follow what the answer uses
             (:mod:`ifp_mlx.checking.drift`): then the compact model changes.
 
@@ -112,7 +112,8 @@ class CheckedRun:
         figures: what checking took so far.
 
     Raises:
-        ValueError: if the model's KV cache cannot go back.
+        ValueError: if drafted tokens cannot be taken out of the model's KV cache again,
+            or with ``follow`` if the kept channels cannot be exchanged.
     """
 
     def __init__(

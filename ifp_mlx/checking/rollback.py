@@ -138,7 +138,7 @@ class StandInCache(StandIn):
         self._made, self._number = made, number
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """See mlx-lm's."""
+        """Do what the layer's cache does, and note the keys and values."""
         self._made[self._number] = keys, values
         return self.module.update_and_fetch(keys, values)
 

@@ -1,13 +1,13 @@
 """Which drafted tokens stand, and what replaces the first that does not.
 
-Exactly: the answer is the dense model's. Without a temperature a token stands if it is
-the dense model's own choice. With one, it stands with the probability ``min(1, p/q)``
-for the dense model's ``p`` and the compact model's ``q``; a rejected one is replaced by
-a draw from the part by which ``p`` exceeds ``q``: the rejection rule of speculative
-sampling (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318),
-which preserves the dense model's distribution.
+With ``exact`` the answer is the dense model's. Without a temperature a token stands if
+it is the dense model's own choice. With a temperature, it stands with the probability
+``min(1, p/q)`` for the dense model's ``p`` and the compact model's ``q``; a rejected
+one is replaced by a draw from the part by which ``p`` exceeds ``q``. This rejection
+rule of speculative sampling (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023,
+arXiv:2302.01318) preserves the dense model's distribution.
 
-Within a tolerance ``T``: a token stands if the dense model gives it at least ``T`` of the
+With a tolerance ``T`` a token stands if the dense model gives it at least ``T`` of the
 probability of its best token, as in Sirius (Zhou et al. 2024, arXiv:2409.03856); else the
 dense model's choice, or a draw from ``p``, takes its place.
 """
@@ -59,8 +59,8 @@ class Rule:
 
         Args:
             drafted: ``n`` tokens of this run.
-            logits: the dense model's, processed, ``[n + 1, V]``: at the token before each
-                and after the last.
+            logits: the dense model's, processed, ``[n + 1, V]``: for each drafted
+                token, and for the token after the last one.
         """
         if self.check != "exact":
             return self._within(drafted, logits)

@@ -33,13 +33,13 @@ class Whole:
     Args:
         source: where the weights are.
         model: the compact model, its parts apart (:mod:`ifp_mlx.slicing.apart`).
-        room: bytes that dropped channels may take for good: those of the first layers,
-            which could not be read ahead.
+        room: bytes in which dropped channels may stay in memory: those of the first
+            layers, which could not be read ahead.
 
     Attributes:
         model: the compact model.
         plan: of both.
-        parts: of every layer.
+        parts: what the inlet of each layer does with the kept channels.
         visits_once: whether a forward pass goes through each layer once.
         held: the modules of layers whose dropped channels are in memory for good.
     """
@@ -265,8 +265,9 @@ def exchange(
     """Exchange channels between the two modules of a layer, in place.
 
     Args:
-        kept: has those of ``old.index``, then of ``new.index``.
-        other: has the rest.
+        kept: the module that has the channels of ``old.index`` now, and then those of
+            ``new.index``.
+        other: the module that has the rest.
         layer: the plan of what both have.
         old, new: the channels before and after.
     """

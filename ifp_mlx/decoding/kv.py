@@ -139,7 +139,7 @@ class KVOptions:
 
     def cache_of(self, model: nn.Module) -> list[Any]:
         """Return an empty cache for a model. mlx-lm does not pass the size on to types
-        that make their own cache, such as llama.
+        that make their own cache, such as llama, so it is set here.
         """
         from mlx_lm.models.cache import make_prompt_cache
 

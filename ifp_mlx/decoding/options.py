@@ -1,4 +1,4 @@
-"""How a token is chosen from logits: every option of it, with what it may be.
+"""How a token is chosen from logits: every option, with its bounds.
 
 This is the only list. The commands make flags from it, the engine and the server read
 their options by it, and mlx-lm's ``make_sampler`` and ``make_logits_processors``, which
@@ -108,7 +108,7 @@ class Decoding:
         return self.temp < COLD or self.top_p == 0
 
     def sampler(self) -> Callable[[mx.array], mx.array]:
-        """Return mlx-lm's sampler, for which ``top_p=0`` would be no limit at all."""
+        """Return mlx-lm's sampler; ``top_p=0`` is greedy, though no limit to mlx-lm."""
         from mlx_lm.sample_utils import make_sampler
 
         if self.greedy:
@@ -178,7 +178,7 @@ class Decoding:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Return the names of all options."""
+        """Return the names of all options that a caller sets."""
         names = [option.name for option in fields(cls)]
         return [name for name in names if name != "xtc_special_tokens"]
 
@@ -224,7 +224,7 @@ class Decoding:
     def chances(self, logits: mx.array) -> np.ndarray:
         """Return each token's probability, float64 ``[n, V]``, for logits ``[n, V]``.
 
-        XTC tosses a coin for each token; this is the sum over both outcomes.
+        XTC tosses a coin for each token; both outcomes count by their chance.
         """
         from mlx_lm.sample_utils import apply_min_p, apply_xtc
 

@@ -28,6 +28,10 @@ class Chat:
             first; the conversation is then prefilled again wherever the mask changes.
         options: defaults of every turn, as of :meth:`Engine.stream`.
 
+    Raises:
+        InvalidRequest: on another ``reselect``, or on one beside a fixed task, mask
+            file or instruction.
+
     Source: Hou et al. 2025 (arXiv:2501.02086) sec. 3.
     """
 

@@ -30,7 +30,7 @@ from .sampling import Sampling
 from .worker import Worker
 
 # The fields of a Request that apply here: memory is the engine's own, and the compact
-# model reads the prompt.
+# model reads the prompt unless the answer is checked.
 CHOOSING = (
     "task",
     "mask_file",
@@ -196,7 +196,8 @@ class Engine:
             name: of the task; default: its identity. An existing one is replaced.
             load: ``False`` leaves loading to the first request, unless selecting loads
                 anyway.
-            progress: called with ``select`` and ``channels``, on the worker thread.
+            progress: called with ``card``, ``calibrate``, ``select`` and ``channels``,
+                on the worker thread.
             stop: cancels at the next layer or calibration text.
             options: the fields of :class:`Request` that are in ``CHOOSING``. A task
                 serves requests with and without ``check``; here ``check`` says for
@@ -278,6 +279,7 @@ class Engine:
         Raises:
             InvalidRequest: on a choice that cannot be had; `UnknownTask` and
                 `ContextTooLong` are of that kind.
+            OutOfMemory: if the request would exceed the memory limit.
             Busy: if ``max_queue`` requests are waiting.
             CheckFailed: if the whole model can no longer be read to check.
             EngineClosed: if the worker has ended, also in the midst of a stream.
@@ -324,8 +326,9 @@ class Engine:
 
     def checking(self) -> dict[str, Any]:
         """Report what checking took since the engine was opened: ``checks``, tokens
-        ``drafted`` and ``accepted``, their share ``acceptance`` (``None`` so far), and
-        ``bytes_read`` of dropped channels. It waits for nobody.
+        ``drafted`` and ``accepted``, the share ``acceptance`` of drafted ones that were
+        accepted (``None`` before any was drafted), and ``bytes_read`` of dropped
+        channels. It does not wait for the worker.
         """
         return self._tally.report()
 

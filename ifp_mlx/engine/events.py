@@ -88,10 +88,11 @@ class Done:
         agreement: the share of the last tokens of the text that selected at which the
             compact model chooses the dense model's next token, or ``None`` where they
             were not compared.
-        promise: the same share over tokens of the dense model's answers, as the model's
-            card (``evaluate --card``) has measured it for this number of units;
-            ``None`` without a card, or below what it has measured.
-        router_mass: share of the gate weights that the kept experts had there.
+        promise: the same share over the tokens of answers, as the model's card
+            (``evaluate --card``) has measured it for this number of units; ``None``
+            without a card, or below what it has measured.
+        router_mass: of a mixture, the share of all gate weights that the kept experts
+            had on the text that selected, or ``None``.
         prompt_tokens: tokens in the prompt.
         cached_tokens: how many of them came from the prompt cache.
         generation_tokens: tokens generated.

@@ -110,8 +110,8 @@ def weigh(model: IFPModel, decision: Decision) -> tuple[int, int]:
 
 
 def moving_bytes(model: IFPModel, selection: Selection) -> int:
-    """Return the bytes of channels that follow one answer, with none shared any more,
-    and of what is remembered to choose them.
+    """Return the bytes of a compact model's channels if one answer exchanges them, so
+    that no array is shared, and of what is remembered to choose new ones.
     """
     request = Request(selection=selection, check="exact", reselect="drift")
     return weigh(model, decide(request, model))[0]

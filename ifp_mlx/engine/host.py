@@ -128,7 +128,7 @@ class Host:
         self.arrivals.append(ticket)
 
     def turn(self) -> None:
-        """Take in arrivals until one takes long, then make one step for every lane."""
+        """Take in arrivals until ``QUICK`` seconds are over, then step each lane."""
         start = time.perf_counter()
         while self.arrivals and time.perf_counter() - start < QUICK:
             self._take_in(self.arrivals.popleft())

@@ -43,13 +43,13 @@ class Ticket:
         emit: hands an event, or the error that ends the stream, to the caller.
         stop: the caller's cancel token.
         messages: the conversation or text, as the caller gave it.
-        request: which selection.
+        request: what it asks of a selection.
         calling: the tools that the answer may call.
         sampling: how to decode.
         use: what it needs in memory, once there is a selection.
         tokens: the prompt's ids, once tokenised.
         max_tokens: most tokens that ``sampling`` and the context allow.
-        kv_bytes: of its KV cache at its longest, and of anything else that only it has.
+        kv_bytes: of its KV cache at full length, and of what else only it needs.
         cached: tokens of the prompt that came from the prompt cache.
         seconds: the time spent so far.
         check: what checking took so far.
@@ -234,7 +234,7 @@ class Seats(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """Take every request a bit further."""
+        """Do one step: of all requests at once, or of the next in turn."""
 
     @abstractmethod
     def close(self) -> None:
@@ -387,7 +387,7 @@ class Schedule:
         self.lanes: dict[tuple[str, bool], Seats] = {}
 
     def uses(self) -> list[Use]:
-        """Return what is decoded with."""
+        """Return the uses of all open lanes."""
         return [lane.use for lane in self.lanes.values()]
 
     @property

@@ -9,7 +9,7 @@ WHOLE_MODEL = "whole model"  # the maker of checked answers' caches, whatever th
 
 
 class Prompts:
-    """Caches by who made them and of which tokens, the least recently used let go first.
+    """KV caches, found by their maker and tokens; the least recently used go first.
 
     Args:
         max_bytes: of all of them; 0 keeps none.

@@ -38,7 +38,7 @@ from .forms import (
 from .lanes import mask_figures
 
 Emit = Callable[[Progress], None]
-REMEMBERED_BYTES = 64 << 20  # of selections of nameless instructions
+REMEMBERED_BYTES = 64 << 20  # of selections made for requests without a task
 
 
 class Shelf:
@@ -52,7 +52,8 @@ class Shelf:
 
     Attributes:
         in_use: returns the uses that are decoding; their models are freed last.
-        read: gets the dense model's KV cache and tokens, for a request that it checks.
+        read: gets the tokens that the dense model has read and its KV cache of them,
+            where the whole model checks.
     """
 
     in_use: Callable[[], Iterable[Use]] = staticmethod(lambda: ())
@@ -78,8 +79,9 @@ class Shelf:
         emit: Emit,
         stop: CancelToken,
     ) -> Use:
-        """Return the use of a request; its selection is made once for each instruction.
-        Where the dense model reads that, the compact model is made at once, and kept.
+        """Return what a request needs in memory. A selection is made once for each
+        instruction; where the dense model reads that, the compact model is made at
+        once, and kept.
         """
         if request.task is not None:
             if request.task not in self.named:
@@ -224,18 +226,18 @@ class Shelf:
 
     def check_limit(self, use: Use, tokens: int = 0, moving: bool = False) -> int:
         """Return the bytes that only one request needs: its KV cache, and channels that
-        follow its answer.
+        are exchanged for its answer alone.
 
         Args:
             use: of the request.
             tokens: of its prompt and its answer.
-            moving: whether channels follow.
+            moving: whether its answer exchanges channels (``reselect="drift"``).
 
         Raises:
             OutOfMemory: if they and the compact model exceed the limit.
         """
         own = self.footprint.kv_bytes(tokens)
-        if use.checked:  # copies caches that overwrite themselves, to go back
+        if use.checked:  # a rollback copies caches that overwrite themselves
             own += sum(c.bytes(tokens) for c in self.footprint.caches if c.window)
         if moving and use.checked:
             own += moving_bytes(self.model, use.selection)

@@ -15,8 +15,8 @@ class Sampling(Decoding):
     """How to decode: the fields of :class:`ifp_mlx.decoding.options.Decoding`, and more.
 
     Attributes:
-        max_tokens: most tokens of the answer; ``None`` is 512, or what the context
-            leaves.
+        max_tokens: most tokens of the answer; ``None`` is 512, or less where the
+            context leaves less.
         seed: makes sampling repeatable, alone or in a batch.
         logprobs: report the token's log probability.
         top_logprobs: report this many of the most probable tokens too.

@@ -136,7 +136,7 @@ class Worker:
 def detached(error: BaseException) -> BaseException:
     """Return ``error`` without its frames, which hold arrays of this thread.
 
-    A fault of ours keeps its traceback as a note.
+    An error that is no :class:`IFPError` keeps its traceback as a note.
     """
     if not isinstance(error, IFPError) and error.__traceback__ is not None:
         error.add_note("".join(traceback.format_tb(error.__traceback__)))

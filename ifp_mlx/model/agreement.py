@@ -2,9 +2,9 @@
 
 The dense model has just read that text to select by it, so what it would say at each token
 is known. The compact model reads the last tokens again, going on from the dense model's keys
-and values as an answer does, and both are compared. A selection then knows how good it is
-where that can be had for little; how far it foretells the answer is what
-examples/benchmarks/auto measures.
+and values as an answer does, and both are compared. So such a selection comes with a
+measure of its quality that costs little. How well it predicts the quality of the answer
+is measured in examples/benchmarks/auto.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from ..selection.masks import Selection
 from ..slicing.stock import log_softmax, logits_at, prefill, steps_of
 
 PLACES = 64  # tokens at which they are compared, at most
-SHARE = 8  # one token in eight is compared, to take only a small part of select
+SHARE = 8  # one token in eight is compared, so that selecting takes little longer
 FEWEST = 8
 
 
 def places_of(tokens: Sequence[int]) -> mx.array:
-    """Return where both models are compared in the last step of a text, int32
-    ``[n]``: at its last tokens, the very last of which begins the answer.
+    """Return the places at which both models are compared, int32 ``[n]``: the last
+    tokens of a text, counted from the start of its last prefill step.
     """
     count = len(steps_of(tokens)[-1])
     some = min(count, PLACES, max(FEWEST, len(tokens) // SHARE))
@@ -47,7 +47,7 @@ def compared(
         noted: what the dense model's output layer gets at :func:`places_of`, ``[1, n, D]``,
             from :func:`ifp_mlx.slicing.stock.noted_at`.
         tokens: ``T`` ids of the text.
-        kv: the dense model's cache of the text; it is as it was afterwards.
+        kv: the dense model's cache of the text; unchanged afterwards.
     """
     said, found = says(model, noted, tokens, kv)
     same = (found.argmax(axis=-1) == said.argmax(axis=-1)).astype(mx.float32).mean()

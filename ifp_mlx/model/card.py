@@ -1,4 +1,4 @@
-"""A model's card: how far its compact models say what it says, measured once.
+"""A model's card: how far its compact models agree with it, measured once.
 
 How much a model can lose differs from model to model, so each has figures of its own:
 `evaluate --card` measures them (:mod:`ifp_mlx.evaluation.card`), and commands that are
@@ -21,11 +21,11 @@ from ..storage.layout import CHANNEL_FILE
 
 CARD_FILE = "ifp_card.json"
 VERSION = 1
-NEAR = 0.005  # how far a keep may be from a measured one: layers have whole units
+NEAR = 0.005  # how far a keep may be below the smallest measured: units are whole
 WEIGHTS = ("model*.safetensors", CHANNEL_FILE, "predictor/*.safetensors")
 SAMPLES, SAMPLE_BYTES = 256, 1024  # of each file of weights
-# On what both were compared: the dense model's own greedy answers, or given ones
-# (ifp_mlx.model.trial).
+# The answers on which compact and dense model were compared: the dense model's own
+# greedy ones, or given ones (ifp_mlx.model.trial).
 OWN, GIVEN = "own", "given"
 
 
@@ -45,12 +45,12 @@ class Point:
     Attributes:
         kind: of prompt.
         keep: share of the units that was kept.
-        rows: prompts.
-        agreement: at which share of the tokens of the dense model's answers the compact
-            model would choose the same token, over all its prompts.
+        rows: how many prompts there were.
+        agreement: the share of the answers' tokens at which the compact model would
+            choose the same token as the dense one, over all prompts.
         kl: from the dense model there, nats per token.
-        self_agreement, self_kl: the same at the last tokens of the prompt, as the
-            selection says itself, mean over prompts; ``None`` if the dense model did not
+        self_agreement, self_kl: the same at the last tokens of the prompt, as noted
+            with the selection, mean over prompts; ``None`` if the dense model did not
             read them.
         right: share of the compact model's own answers that are right, of those that
             can be checked; ``None`` if none can.
@@ -75,14 +75,14 @@ class Card:
         unit: what was kept or dropped.
         selector: what chose it, from each prompt for itself.
         fingerprint: of its weights, from :func:`fingerprint_of`.
-        tokens: of answers, which were compared.
-        seconds: that it took.
+        tokens: how many tokens of answers were compared.
+        seconds: how long measuring took.
         package: version of ifp_mlx that measured it.
         points: one for each kind and keep below 1.
         dense_right: kind → the dense model's share of right answers, where they can be
             checked.
-        answers: that were compared, ``own`` or ``given``.
-        version: of this form.
+        answers: which answers were compared: the dense model's ``own``, or ``given``.
+        version: of the file's format.
     """
 
     model: str

@@ -69,8 +69,8 @@ class Compact(NamedTuple):
         whole: the dense model beside it, where that checks it; ``model`` then has its
             parts apart (:mod:`ifp_mlx.slicing.apart`).
         kv: the dense model's KV cache of the instruction, if it read that.
-        select: seconds to the selection; in a sweep, which loads too, seconds of all of
-            it.
+        select: seconds to the selection; a sweep loads too, so there these are the
+            seconds of the whole sweep.
         load: seconds of reading and slicing.
         cache: ``hit`` if it was on disk already, ``miss`` if it was swept and kept
             there.
@@ -191,8 +191,9 @@ class IFPModel:
         return self._stored(SENSITIVITY_FILE, "kl", self.layers, shares)
 
     def sketch(self, progress: ProgressBar = iter) -> list[mx.array]:
-        """Return the sketch of the calibration text, kept with the prior: ``[r, F]``
-        float16 for each layer, computed now if it is missing.
+        """Return the sketch of the calibration text (:mod:`ifp_mlx.slicing.sketch`),
+        ``[r, F]`` float16 for each layer. It is kept with the prior, and computed now
+        if it is missing.
 
         It is read anew each time it is used: the sketches of all layers are large.
         """
@@ -323,8 +324,9 @@ class IFPModel:
             progress: wraps the iterations over calibration texts and over layers.
 
         Raises:
-            ValueError: if it is to be checked, and the model's KV cache cannot go back;
-                or if it agrees less with the dense model than was asked for.
+            ValueError: if answers are to be checked, and drafted tokens cannot be taken
+                out of the model's KV cache again; or if the compact model agrees less
+                with the dense one than was asked for.
         """
         start = time.perf_counter()
         made = self._prepared(decision, progress)
@@ -407,9 +409,10 @@ class IFPModel:
             selection: made with this model. If it is compensated, the dense model
                 reads its text, layer by layer (:mod:`ifp_mlx.slicing.compensation`),
                 and a quantised ``down_proj`` is quantised again.
-            beside: another compact model of this one, and its selection. Attention,
-                embeddings and norms are used again instead of read; so are, from a
-                channel store, units that are neither compensated nor have gates.
+            beside: another compact model made from this one, and its selection. The
+                new model shares its attention, embeddings and norms. Units that both
+                keep are copied where possible, unless the other model has gates or one
+                of the two is compensated.
             progress: wraps the iteration over layers.
 
         Returns:
@@ -417,8 +420,8 @@ class IFPModel:
             is folded in: gates are part of the weights.
 
         Raises:
-            ValueError: if the selection is of another model, or is compensated and
-                has gates, or by a text that is lost.
+            ValueError: if the selection is of another model; or if it is compensated
+                and has gates, or the text that it was compensated by is lost.
         """
         self.check_fits(selection)
         selection.check_reproducible()
@@ -439,16 +442,17 @@ class IFPModel:
         return model
 
     def apart(self, selection: Selection, *, progress: ProgressBar = iter) -> nn.Module:
-        """Load the selected channels with their own weights, for the whole model to be
-        computed beside them.
+        """Load the selected channels with unchanged weights, so that the whole model
+        can be computed with them.
 
         Args:
             selection: see :meth:`compact`.
             progress: wraps the iteration over layers.
 
         Returns:
-            A compact model that gates and corrects what comes into its inlets
-            (:mod:`ifp_mlx.slicing.apart`), instead of having that in its weights.
+            A compact model that applies gates and corrections to what comes into the
+            inlet of each layer (:mod:`ifp_mlx.slicing.apart`), instead of having them
+            folded into its weights.
         """
         self.check_fits(selection)
         selection.check_reproducible()
@@ -541,7 +545,7 @@ class IFPModel:
         return self.readable(tokens)
 
     def readable(self, tokens: Sequence[int]) -> list[int]:
-        """Return the token ids of a prompt.
+        """Return a prompt's token ids, checked: the model can read all of them.
 
         Raises:
             ValueError: if there are more than the model was made for, or one is unknown.
@@ -604,7 +608,7 @@ class IFPModel:
         """Return how strongly some texts use each unit, float32 ``[L, F]``.
 
         Args:
-            examples: token ids of each text, in as many parts as the others.
+            examples: token ids of each text, in parts; as many parts for every text.
             dense: see :meth:`scores`.
             progress: wraps the iteration over layers, or batches of texts.
         """
@@ -622,8 +626,8 @@ class IFPModel:
 
     def compute_prior(self, *, progress: ProgressBar = iter) -> mx.array:
         """Compute the prior over the package's calibration text and keep it with the
-        checkpoint (only in memory where the folder cannot be written); for channels
-        with a sketch of them, see :meth:`sketch`.
+        checkpoint (only in memory where the folder cannot be written). For channels
+        their sketch is computed and kept too; see :meth:`sketch`.
 
         Returns:
             float32 ``[L, F]``.

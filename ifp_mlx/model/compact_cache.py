@@ -1,8 +1,9 @@
-"""Compact models kept on disk, so that a task that recurs is not swept again.
+"""Compact models kept on disk, so that a recurring task needs no second sweep.
 
-An entry is a folder with the mask and the FFN channels of a compact model; everything
-else of it is read from the large model's own folder. When all entries together are too
-large, those unused for longest are deleted.
+A sweep reads the dense model layer by layer (:mod:`ifp_mlx.model.sweep`). An entry is a
+folder with the mask and the FFN channels of a compact model; everything else of it is
+read from the large model's own folder. When all entries together are too large, those
+unused for longest are deleted.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Decide what a request leaves open, which only the model can say."""
+"""Decide what a request leaves open, which depends on the model."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from .experts import check_number, groups_of
 from .fit import Limits, check_fits, fitting_size, room_beside
 from .trial import tried
 
-TRIED = (SAFE_KEEP, 0.9)  # shares of a model's first card
+TRIED = (SAFE_KEEP, 0.9)  # kept shares that a model's first card measures
 
 
 def decide(
@@ -43,8 +43,8 @@ def decide(
         model: the one that it is for.
         limits: memory to fit into; ``None`` for no limit.
         lasting: whether the compact model is written for good.
-        multiple: sizes to be found are multiples of it: for channels that will be
-            quantised, of their group.
+        multiple: a size that is searched for is a multiple of it; where the channels
+            will be quantised, the quantisation group.
         progress: wraps the iteration over the dialogues of a model's first card.
 
     Raises:
@@ -111,13 +111,13 @@ def _found(
     step: int,
     progress: ProgressBar,
 ) -> Decision:
-    """Decide on the smallest size for which the model's card promises enough, which is
-    measured now if there is none.
+    """Decide on the smallest size for which the model's card promises enough; if there
+    is no card, it is measured now.
 
     A card says nothing of selections for which the dense model does not read the
-    instruction, and is not needed where the whole model checks the answer: then it is
-    the size that is safe for most untrained models, or as much as fits into a limit of
-    memory.
+    instruction, and is not needed where the whole model checks the answer. In these two
+    cases the size is the one that is safe for most untrained models, or, under a limit
+    of memory, the largest that fits.
     """
     units = model.plan.units
     safe = target_size(units, SAFE_KEEP, step)
@@ -141,10 +141,10 @@ def first_card(
     ``None`` if it has too few units for that.
 
     Args:
-        model: the card is of this model, and kept with it, unless memory is too small
+        model: what is measured. The card is kept with it, unless memory is too small
             for all the shares of a card.
         progress: wraps the iteration over dialogues.
-        most: units that fit into memory.
+        most: the most units per layer that fit into memory; default: all.
     """
     units = model.plan.units
     most = most or units
@@ -239,7 +239,7 @@ def _of_given(
 def can_compensate(
     request: Request, model: Checkpoint, given: Selection | None, **about: bool
 ) -> bool:
-    """Return :func:`compensates`, which experts never do.
+    """Return what :func:`compensates` says; experts never compensate.
 
     Raises:
         ValueError: if they are asked to.

@@ -35,18 +35,18 @@ class Checkpoint(Protocol):
 
     @property
     def prior(self) -> mx.array | None:
-        """``[L, F]``."""
+        """The prior kept with the checkpoint, ``[L, F]``, or ``None``."""
 
     @property
     def card(self) -> Card | None:
         """What was measured of its quality."""
 
     def keep_card(self, card: Card) -> None:
-        """Know a card from now on, and keep it with the model."""
+        """Use a card from now on, and keep it with the model."""
 
     @property
     def sensitivity(self) -> mx.array | None:
-        """``[L, 6]``."""
+        """What pruning each layer alone costs, ``[L, 6]``, or ``None``."""
 
     def check_fits(self, selection: Selection) -> None:
         """Raise ``ValueError`` unless a selection was made for this model."""
@@ -64,16 +64,16 @@ class Decision:
     Attributes:
         request: what was asked for.
         selector: its name; ``all`` where every unit is kept, ``given`` where the
-            selection is.
+            request gives the selection.
         sizes: kept units of every layer.
         size: ``k``, kept units per layer on average.
-        allocation: what the sizes follow.
+        allocation: how the units are shared out among the layers, by name.
         granularity: units that are selected together.
         tokens: of the text that selects, or from which compensation learns; none if
             nothing reads it.
         compensate: whether kept channels make up for dropped ones.
         unit: what is kept.
-        channels: how many there are in a layer.
+        channels: how many units a layer has.
         groups: equal parts of a layer, each of which keeps equally many units.
         selection: the one that was given, compensated as decided.
         room: bytes left for dropped channels that checks need, so that they can stay in

@@ -19,9 +19,10 @@ class Reading(NamedTuple):
 
     Attributes:
         kv: mlx-lm's KV cache, if there is one.
-        tokens: how many.
-        seconds: that it took now.
-        cached: how many of them were read another time.
+        tokens: how many tokens of the prompt were read.
+        seconds: how long reading took now.
+        cached: how many of the tokens were not read now, but come from a prompt cache
+            file.
     """
 
     kv: list[Any] | None
@@ -39,8 +40,8 @@ def read_densely(
         kv: a KV cache of the dense model, or ``None``; it may be changed.
         read: the tokens that this cache has read.
         tokens: of the prompt.
-        model: whose dense model reads all but the last token if ``kv`` has not, or
-            ``None`` to leave it at that.
+        model: unless ``kv`` has all tokens but the last, the dense model of this one
+            reads them now; ``None`` goes on from ``kv`` as it is.
     """
     known = 0 if kv is None else _common_start(kv, read, tokens)
     if model is None or known == len(tokens) - 1:
@@ -53,8 +54,9 @@ def read_densely(
 def _common_start(cache: list[Any], read: list[int], tokens: list[int]) -> int:
     """Return how many of a prompt's first tokens a KV cache has.
 
-    Since at least one must follow, it is shortened in place if it has all; where it
-    cannot be, or has read anything else, the number is 0.
+    One token at least must be left to read, so a cache that has all of them is
+    shortened in place. If it cannot be shortened, or has read other tokens, the number
+    is 0.
     """
     from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 

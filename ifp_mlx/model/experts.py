@@ -1,4 +1,4 @@
-"""Which selections of experts leave a mixture a stock model."""
+"""Which selections of experts a stock mixture model can run with."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from ..selection.masks import Selection
 from ..slicing.shapes import Plan
 from ..slicing.stock import build, unmoved_random_state
 
-# Routers that choose groups of experts first. No shape tells how many groups there are.
+# A router that first chooses groups of experts states their number under one of these
+# keys; no weight's shape tells it.
 GROUP_KEYS = ("n_group", "num_expert_group")
 
 
@@ -24,7 +25,7 @@ def check_number(plan: Plan, config: dict[str, Any], count: int) -> None:
     """Raise ``ValueError`` unless the stock class runs with this many experts a layer.
 
     Args:
-        plan: of the model, of experts.
+        plan: the model's; its units are experts.
         config: its config.json.
         count: ``E'``, experts kept in every layer.
     """
@@ -56,9 +57,9 @@ def fewest(plan: Plan, config: dict[str, Any], start: int) -> int:
     where its config cannot say how many there are.
 
     Args:
-        plan: of the model, of experts.
+        plan: the model's; its units are experts.
         config: its config.json.
-        start: not fewer than these, such as the experts that a token gets.
+        start: the least number to try, such as the experts that a token is sent to.
     """
     if plan.key is None:
         return plan.units

@@ -81,8 +81,9 @@ def write_compact(
         progress: wraps the iteration over layers.
 
     Returns:
-        ``out``. The folder also holds the mask file and a card (README.md), which
-        say, where ``down_proj`` had to be quantised again, what that costs.
+        ``out``. The folder also holds the mask file and a card (README.md). Both say
+        whether a quantised ``down_proj`` had to be quantised again, and, except for a
+        compensated selection, what that costs.
 
     Raises:
         FileExistsError: if ``out`` is there.
@@ -174,7 +175,8 @@ def _written(
         compact, config = _quantise(compact, config, quantisation)
     with new_folder(out) as scratch:
         _write(compact, config, model.path, scratch)
-        # The examples of a task stay with its maker, since folders are passed on.
+        # Without the text it was made from: folders are passed on to others, and a
+        # task's examples are its maker's own.
         replace(selection, text=None).save(scratch / MASK_FILE)
         card = _card(model, selection, quantisation, config, said)
         (scratch / "README.md").write_text(card, encoding="utf-8")

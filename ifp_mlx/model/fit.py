@@ -96,7 +96,7 @@ def _allowed(model: Any, decision: Decision, limits: Limits) -> tuple[int, Footp
 
 
 def room_beside(model: Any, decision: Decision, limits: Limits) -> int:
-    """Return the bytes that a limit of memory leaves for dropped channels to stay."""
+    """Return the bytes under a memory limit in which dropped channels can stay."""
     if limits.memory_bytes is None or not decision.checks:
         return 0
     footprint = _in_passing(model, decision, limits)
@@ -112,7 +112,8 @@ def _in_passing(model: Any, decision: Decision, limits: Limits) -> Footprint:
 
 def in_checks(model: Any, decision: Decision, swept: Footprint) -> Footprint:
     """Return a footprint that includes what checking needs: dropped channels of the
-    layer being computed and of the next, corrections, inlets that stay whole.
+    layer being computed and of the next, corrections, inlets that stay whole, and with
+    ``reselect="drift"`` the remembered channels.
     """
     units, width = swept.channels, swept.hidden_size
     floats = swept.reading_floats * FFN_STEP

@@ -52,7 +52,7 @@ class LayerCache:
         token_bytes: of a token's key and value.
         window: tokens that are kept at most; ``None`` is all.
         state_bytes: of what is kept however many tokens there are (state spaces).
-        item_bytes: of one number in it.
+        item_bytes: of one number in the cache.
         packed_bytes: of a token's key and value once the cache is quantised.
         packed_from: it is quantised from this many tokens on; ``None`` is never.
     """
@@ -102,7 +102,7 @@ class Footprint:
         caches: of the layers that have a KV cache.
         predictor_bytes: of the predictor and its head; 0 without one.
         reading_floats: float32 numbers in memory for each token while a layer reads to
-            select; in 16 bits it takes a little less than half of that.
+            select; a model in 16 bits needs a little less than half of their bytes.
         passing_bytes: of what else is in memory for a while: the dense layer that a
             sweep reads, and what it computes with it; 0 without a sweep.
         least: the fewest units per layer that the stock class runs with.
@@ -252,7 +252,7 @@ class Footprint:
             memory_bytes: for the compact model, the KV cache and the predictor.
             context_tokens: tokens that the cache must hold.
             sizes: the units of each layer for a ``k``, as an allocation gives
-                them; default: ``k`` in every layer. More units for a larger ``k``.
+                them; default: ``k`` in every layer. They must grow with ``k``.
 
         Raises:
             ValueError: if not even the smallest selection fits, naming the memory
@@ -384,7 +384,7 @@ def _packed(model: nn.Module, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def quantise_as(model: nn.Module, how: dict[str, Any]) -> None:
-    """Quantise a stock model, in place, as a config.json notes that another one was."""
+    """Quantise a stock model in place, in the way that a config.json notes."""
 
     def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in how:

@@ -37,7 +37,7 @@ STOCK_MAX_TOKENS = 256  # mlx-lm's default
 STOCK_OPTIONS = {
     "max_tokens",
     "prefill_step_size",
-}  # of mlx-lm that say nothing of tokens
+}  # mlx-lm's options that do not change how tokens are chosen
 
 
 def stream_generate(
@@ -227,7 +227,7 @@ def stream_checked(
     """Generate from a compact model that the whole one checks.
 
     Args:
-        compact: both.
+        compact: the compact model, with the whole one beside it.
         tokenizer: mlx-lm's.
         tokens: the prompt's ids.
         request: says how to check.
@@ -238,7 +238,7 @@ def stream_checked(
         prefill_step_size: tokens of the prompt that are read at once; default: mlx-lm's.
 
     Raises:
-        ValueError: if the model's KV cache cannot go back.
+        ValueError: if drafted tokens cannot be taken out of the model's KV cache again.
     """
     assert compact.whole is not None and request.check != "off"
     rule = Rule(request.check, decoding)

@@ -79,7 +79,8 @@ class PromptFile:
         """Return what the file has read, for a compact model to go on from.
 
         Raises:
-            ValueError: if another one read it, or its cache is kept in another way.
+            ValueError: if another model, compact or large, read it, or its KV cache is
+                kept in another way.
         """
         identity, weights = self.made_by
         if weights != fingerprint_of(model):
@@ -111,7 +112,7 @@ def write_prompt_cache(
     Args:
         path: the file; its folder must be there.
         model: the large model.
-        compact: reads.
+        compact: the compact model that reads.
         tokens: of the prompt.
         count: how many of them go into the file.
         kv: how the cache is kept.

@@ -1,10 +1,10 @@
 """Read a dense model layer by layer: one dense FFN, or mixture, is in memory at a time.
 
-The forward pass is mlx-lm's own, layer after layer. At an FFN the weights are read, the
-instruction's tokens go through them, and they are let go again: all of them, or all
-except the units that the instruction turned out to need. Channels can learn on the spot
-to make up for the others. At the end the dense model's KV cache of the text is there
-too, for an answer to go on from.
+Such a sweep is mlx-lm's own forward pass. At an FFN the weights are read, the
+instruction's tokens go through them, and the weights are let go again: all of them, or
+all except those of the units that the instruction turned out to need. On the way the
+kept channels can learn to make up for the dropped ones. At the end the dense model's KV
+cache of the text is there too, for an answer to go on from.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -88,7 +88,7 @@ def scores(
 def calibration(
     source: Folder, texts: Sequence[Sequence[int]], *, progress: ProgressBar = iter
 ) -> tuple[mx.array, list[mx.array]]:
-    """Return how some texts use each channel, and a sketch of each layer's.
+    """Return how some texts use each channel, and a sketch of each layer's channels.
 
     Args:
         source: where the weights are.
@@ -154,11 +154,11 @@ def compact_model(
         compensate: let the kept channels make up for the dropped ones, as the text
             shows (:mod:`ifp_mlx.slicing.compensation`); else the model is equal to slicing the
             same units out of the dense one.
-        sketch: of a calibration text, which shows it too.
-        apart: leave the kept channels' weights as they are, and what makes up for
-            others apart (:mod:`ifp_mlx.slicing.apart`).
-        remember: of this many last tokens the channels are remembered, where they are
-            apart and compensated.
+        sketch: of a calibration text, from which the kept channels learn too.
+        apart: leave the kept channels' weights as they are, and keep what makes up for
+            dropped ones separately (:mod:`ifp_mlx.slicing.apart`).
+        remember: the channels of this many last tokens are kept for later, with
+            ``apart`` and ``compensate`` only.
         places: int32 ``[n]``, tokens of the text's last step for which the dense
             model's result is noted.
         progress: wraps the iteration over layers.
@@ -187,7 +187,7 @@ def compensated_model(
 
     Args:
         source: where the weights are.
-        selection: made for the source's model; its text shows how.
+        selection: made for the source's model; its text shows how to compensate.
         sketch, apart: see :func:`compact_model`.
         progress: wraps the iteration over layers.
 

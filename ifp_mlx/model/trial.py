@@ -1,7 +1,7 @@
 """A model's first card: how much it can lose, tried on a few dialogues.
 
-How much a model can lose differs from model to model, and checking a selection on its
-own instruction does not tell, since that has chosen the units. So a few dialogues are
+How much a model can lose differs from model to model. Comparing on the instruction
+alone does not tell, since the units were chosen by that text. So a few dialogues are
 tried, once for each model. Each question selects for itself, as `generate` does by
 default; the compact model then reads the dialogue's answer, going on from the dense
 model's keys and values of the question, and at each token both predict the next.
@@ -29,7 +29,7 @@ from .decision import Decision
 DIALOGUES = "trial.jsonl"
 KIND = "short dialogues"
 MOST_TOKENS = 64  # of an answer
-# Decides on the selection of a share of the units by some tokens.
+# Gets the tokens that select and the share of units to keep, and decides on the rest.
 Decide = Callable[[Sequence[int], float], Decision]
 
 

@@ -145,7 +145,7 @@ class Service:
         return _json(body, 200 if alive else 503)
 
     async def models(self, request: "Request") -> "Response":
-        """``GET /v1/models``: the model, and the model at each prepared task."""
+        """``GET /v1/models``: the model, and ``MODEL@TASK`` for each prepared task."""
         try:
             tasks = await asyncio.to_thread(self._engine.tasks)
         except Exception as error:

@@ -33,7 +33,8 @@ class Asked:
         chat: whether the chat template applies.
         calling: the tools that the answer may call.
         choices: how many answers.
-        stream: whether the answer is streamed, and ``include_usage`` with its usage.
+        stream: whether the answer is streamed.
+        include_usage: whether the stream ends with the usage.
         options: of ``Engine.astream``.
         echo: fields of the request that the answer repeats.
     """

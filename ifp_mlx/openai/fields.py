@@ -120,8 +120,8 @@ def must(sentence: str) -> WrapValidator:
 
 
 def within(low: float, high: float) -> WrapValidator:
-    """Return a validator of numbers from ``low`` to ``high``; whole ones if they
-    are.
+    """Return a validator of numbers from ``low`` to ``high``: of whole numbers if
+    ``low`` is one.
     """
     kind = "a whole number" if isinstance(low, int) else "a number"
     words = {"words": f"must be {kind} from {low:.20g} to {high:.20g}"}

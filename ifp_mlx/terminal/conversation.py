@@ -25,8 +25,8 @@ class Source(NamedTuple):
 
     Attributes:
         words: what it is, for people.
-        mask_file: a mask file, or
-        instruction: a text that selects.
+        mask_file: the mask file to use, or ``None``.
+        instruction: the text that selects, or ``None`` with a mask file.
     """
 
     words: str
@@ -48,7 +48,7 @@ class Conversation:
 
     Attributes:
         stop: cancels the work in progress; the reader of the next line sets a new one.
-        source: what selects before the first message, or ``None``: that selects.
+        source: what selects before the first message; ``None`` if that message selects.
         found: the current selection, if there is one.
         last: the figures of the last answer.
         answers: how many there were.
@@ -116,7 +116,8 @@ class Conversation:
         self._forget_found()
 
     def select_by(self, source: Source | None) -> None:
-        """Select by this from now on, and load what it needs; ``None``: by messages.
+        """Select by this from now on, and load what it needs; ``None`` lets messages
+        select.
 
         Raises:
             IFPError: if it cannot be had; then nothing changes.

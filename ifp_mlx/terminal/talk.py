@@ -27,8 +27,8 @@ def hold(talk: Conversation, reader: Reader, bars: Bars) -> None:
         bars: show progress.
 
     Raises:
-        EngineClosed: if the engine does not go on.
-        KeyboardInterrupt: if nobody types the lines.
+        EngineClosed: if the engine has ended.
+        KeyboardInterrupt: on Ctrl-C, if nobody types the lines.
     """
     while True:
         try:

@@ -23,7 +23,7 @@ def visible(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error, visibly."""
+    """Print a line on standard error, its control characters shown as text."""
     print(visible(text), file=sys.stderr, flush=True)
 
 
@@ -38,7 +38,7 @@ class Visible:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write a text, visibly."""
+        """Write a text, its control characters shown as text."""
         return self._stream.write(visible(text))
 
     def __getattr__(self, name: str) -> Any:
