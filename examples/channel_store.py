@@ -4,7 +4,7 @@
 
 In a plain folder a channel lies in three places, and the whole file is read; in a store
 it is one record. A store takes the place of a folder everywhere. Expect Allemagne from
-both, and a quarter of the bytes wanted for it.
+both; the question wants a quarter of the channels' bytes.
 """
 
 import json

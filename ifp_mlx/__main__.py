@@ -42,7 +42,7 @@ GROUPS = {
         "completion": "write the completion script of a shell",
     },
 }
-# The modules of commands that have another name than theirs.
+# The modules of commands whose module has another name.
 MODULES = {
     "channel-store": "ifp_mlx.channel_store",
     "convert": "ifp_mlx.convert.from_pytorch",

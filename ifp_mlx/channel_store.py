@@ -66,8 +66,8 @@ def uses_of(
             there.
 
     Returns:
-        Float32 ``[n, L, F]`` for :func:`order.order_units`, or ``None`` to keep the
-        order; and their name.
+        Float32 ``[n, L, F]`` for :func:`ifp_mlx.storage.order.order_units`, or ``None``
+        to keep the order; and their name.
 
     Raises:
         FileNotFoundError: if there is no such mask.

@@ -46,8 +46,8 @@ def run(command: Callable[[], None], prog: str) -> None:
     """Run ``command`` so that a user's mistake is one line and exit status 2.
 
     ``ValueError``, ``OSError``, ``ImportError`` and the engine's ``MemoryError`` carry the
-    sentence for the user; anything else is a fault of ours and keeps its traceback. A terminated run still
-    cleans up after itself.
+    sentence for the user; anything else is a fault of ours and keeps its traceback. A
+    terminated run still cleans up after itself.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -141,11 +141,12 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_compensate_option(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add ``--compensate``, ``None`` where neither it nor its opposite is given.
+    """Add ``--compensate`` and ``--no-compensate``; the value is ``None`` if neither is
+    given.
 
     Args:
         parser: takes the option.
-        default: says when it is done then.
+        default: in words for the help, when compensation is done if neither is given.
     """
     parser.add_argument(
         "--compensate",

@@ -92,8 +92,8 @@ def take(bundle: Bundle, task: str, out: Path, *, progress: ProgressBar = iter) 
     the disk has none.
 
     Args:
-        bundle: it comes from.
-        task: its name.
+        bundle: the one that holds the task.
+        task: the task's name.
         out: the folder to make.
         progress: wraps the iteration over files.
 

@@ -79,7 +79,7 @@ def bundle_folders(
 
     Raises:
         FileExistsError: if ``out`` is there and is not to be replaced.
-        ValueError: if a name cannot be one, or the folders are of different models.
+        ValueError: if a name is not allowed, or the folders are of different models.
     """
     check_wishes(out, tasks, wishes)
     configs = {

@@ -108,9 +108,10 @@ def folder_of(part: str) -> str:
 
 
 def check_names(bundle: str, tasks: Iterable[str]) -> None:
-    """Raise ``ValueError`` if a bundle's name or a task's cannot be one.
+    """Raise ``ValueError`` if the name of a bundle or of a task is not allowed.
 
-    Most disks of Apple's systems do not distinguish upper and lower case.
+    Names of tasks must differ in more than case, since most disks of Apple's systems do
+    not distinguish upper and lower case.
     """
     known: dict[str, str] = {}
     for what, name in [("bundle", bundle), *(("task", task) for task in tasks)]:

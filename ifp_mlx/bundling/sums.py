@@ -47,7 +47,7 @@ def verify(folder: Path, *, progress: ProgressBar = iter) -> Bundle:
 
     Raises:
         FileNotFoundError: if it has no metadata.json or no SHA256SUMS.
-        ValueError: if a file is missing, changed, or one too many in a part.
+        ValueError: if a file is missing or changed, or a part has a file too many.
     """
     bundle, sums = read_bundle(folder), _sums(folder)
     listed = _listed(bundle.parts.values())

@@ -68,8 +68,11 @@ def convert(
         channel_store: make a channel store (:mod:`ifp_mlx.channel_store`); the model is
             on disk twice for a while.
 
+    Returns:
+        ``mlx_path``.
+
     Raises:
-        FileExistsError: if ``mlx_path``, which is returned, is already there.
+        FileExistsError: if ``mlx_path`` is already there.
         FileNotFoundError, ValueError: if the source is incomplete or unsupported.
         ImportError: if it needs PyTorch or gguf and they are not installed.
     """

@@ -419,7 +419,9 @@ def _selections(args: Any, model: IFPModel) -> dict[str, Selection]:
 def select(
     model: IFPModel, requests: dict[str, Request], *, progress: ProgressBar = iter
 ) -> dict[str, Selection]:
-    """Return a selection for each function's request, for a lasting model."""
+    """Return a selection for each function's request, decided as for a model that is
+    written for good.
+    """
     found = {}
     for name, request in requests.items():
         decision = decide(request, model, lasting=True, progress=progress)

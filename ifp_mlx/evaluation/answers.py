@@ -106,8 +106,8 @@ def measure(
     Args:
         model: from :func:`ifp_mlx.load`.
         sets: questions by the name of their set.
-        settings: ways of selecting, from each question; the compact model reads it,
-            unless they say how to check.
+        settings: ways of selecting, from each question. The compact model alone reads
+            the question and answers, unless the setting has a ``check``.
         log: results so far, with the key :data:`KEY`.
         max_tokens: of an answer.
         seed: of the selector ``random``.
@@ -140,8 +140,8 @@ def measure(
 def compare(
     sets: Mapping[str, Sequence[Question]], settings: Sequence[Setting], log: Log
 ) -> dict[str, dict[str, Any]]:
-    """Return set → arm → :func:`.shares.compare`, and the share of answers in which an
-    answer was ``found``; where some are checked, :func:`.checked.summary` too.
+    """Return set → arm → :func:`.shares.compare`, and as ``found`` the share of texts
+    that hold a result to judge; where some are checked, :func:`.checked.summary` too.
     """
     result: dict[str, dict[str, Any]] = {}
     for name, questions in sets.items():
@@ -171,9 +171,9 @@ class Answer(NamedTuple):
     """A generated answer.
 
     Attributes:
-        text: without its end.
-        ids: of its tokens, the end included.
-        check: what checking cost.
+        text: the answer, without its end-of-text token.
+        ids: of all its tokens, the end-of-text token included.
+        check: what checking cost, or ``None`` if it was not checked.
     """
 
     text: str
@@ -210,7 +210,9 @@ def _answer(
 def _as_generate(
     model: IFPModel, prompt: list[int], setting: Setting, *, max_tokens: int, seed: int
 ) -> Iterator[Any]:
-    """Return the steps of an answer that is checked, or made as if it were."""
+    """Return the steps of an answer that is made as ``generate`` makes it, checked or
+    not.
+    """
     assert setting.check is not None
     request = setting.request(prompt, seed)
     about: dict[str, Any] = {"request": request, "max_tokens": max_tokens}
@@ -224,7 +226,9 @@ def _beside(
     answer: Answer,
     own: list[int] | None,
 ) -> Line:
-    """Return how an answer compares with the dense model's own, by default itself."""
+    """Return how an answer compares with the dense model's ``own``; without that, with
+    itself.
+    """
     prompt = model.tokens_of(as_messages(question.prompt))
     line: Line = {"ids": answer.ids, "nats": checked.nats(dense, prompt, answer.ids)}
     line |= checked.compare(answer.ids, own or answer.ids)

@@ -1,9 +1,9 @@
 """Measure a model's card: what leaving parts out of it costs on the package's own prompts.
 
 The dense model answers each prompt greedily. Each prompt then selects for itself at
-every keep, as `generate` selects by default, and the compact model reads that answer
-from where its own would begin: after the dense model's keys and values of the prompt.
-Where an answer can be checked, it also gives its own.
+every keep, as `generate` selects by default. The compact model reads the dense model's
+answer where its own would begin: after the dense model's keys and values of the prompt.
+For a prompt whose answer can be checked, it also generates an answer of its own.
 """
 
 import copy
@@ -85,7 +85,7 @@ def card_prompts() -> list[CardPrompt]:
 
 
 def settings_of(model: IFPModel, prompts: Sequence[CardPrompt]) -> Line:
-    """Return what decides the lines of a card's log."""
+    """Return the settings that the lines of a card's log depend on."""
     shown = repr([(p.prompt, p.expect, p.max_tokens) for p in prompts])
     return {
         "card of": model.name,
@@ -100,10 +100,11 @@ def measured_keeps(model: IFPModel, keeps: Sequence[float] | None) -> list[float
 
     Args:
         model: from :func:`ifp_mlx.load`.
-        keeps: shares of the units; default: those of :data:`KEEPS` that it runs with.
+        keeps: shares of the units; default: those of :data:`KEEPS` that the model can
+            run with.
 
     Raises:
-        ValueError: if one of them cannot be had, or none is below 1.
+        ValueError: if the model cannot keep such a share, or none is below 1.
     """
     smallest = model.footprint.smallest
     wanted = keeps or [k for k in KEEPS if k * model.channels >= smallest]
@@ -135,7 +136,7 @@ def measure(
     """
     dense: nn.Module | None = None
     if model.plan.unit == "channel" and model.predictor is None:
-        model.known_prior(progress)  # else the default would change once it is there
+        model.known_prior(progress)  # first: the default selection depends on it
     for prompt in progress(prompts):
         todo = [keep for keep in keeps if (prompt.name, keep) not in log]
         if todo or (prompt.name, DENSE) not in log:

@@ -35,8 +35,8 @@ STREAMED = 8  # tokens to stream; more would tell nothing, as all take the same 
 class Disk:
     """A single disk of some bandwidth, which many threads read from.
 
-    Each thread waits until its bytes could have arrived: after the bytes asked for
-    before.
+    Each thread waits until its bytes could have arrived, after all bytes that were
+    asked for earlier.
 
     Args:
         bandwidth: bytes per second.
@@ -48,7 +48,9 @@ class Disk:
         self._lock = threading.Lock()
 
     def __call__(self, nbytes: int, began: float) -> None:
-        """Wait, as :attr:`ifp_mlx.storage.units.UnitReader.throttle`."""
+        """Wait until the bytes could have arrived; to be used as
+        :attr:`ifp_mlx.storage.units.UnitReader.throttle`.
+        """
         with self._lock:
             self._free = max(self._free, began) + nbytes / self.bandwidth
             due = self._free
@@ -97,7 +99,8 @@ class CheckedContest:
 
         Args:
             row: ``DENSE``, ``ALONE``, ``STREAMING``, or how to check.
-            bandwidth: bytes per second of the disk; default: the system's cache's.
+            bandwidth: bytes per second of the disk; default: as fast as the system's
+                cache gives them.
         """
         clear()
         before = mx.get_active_memory()
@@ -187,7 +190,7 @@ class CheckedCase:
 
     @property
     def rows(self) -> list[str]:
-        """Their names, in order."""
+        """The names of the rows, in order."""
         return list(dict.fromkeys(row for row, _ in self.runs))
 
     def tokens_per_second(self, row: str, bandwidth: float | None) -> float | None:

@@ -73,10 +73,10 @@ class SelectingLM(MLXLM):
         self._task_masks: dict[str, Selection] | None = None
 
     def use(self, setting: Setting | None, tasks: dict[str, Any] | None = None) -> None:
-        """Select from now on.
+        """Set how requests select from now on.
 
         Args:
-            setting: how; ``None`` leaves the model dense.
+            setting: how to select; ``None`` leaves the model dense.
             tasks: name → lm-eval's object, of tasks that get one mask each; ``None``
                 selects request by request.
 
@@ -301,7 +301,9 @@ def measure(
 
 
 def arm_name(setting: Setting, by: By) -> str:
-    """Return what tables call a setting: a task's mask has no other selector."""
+    """Return what tables call a setting; with a mask for each task, the setting's
+    selector is not used and not named.
+    """
     if by == "input":
         return setting.label
     name = f"task mask, keep {setting.keep:g}, {setting.allocation}"

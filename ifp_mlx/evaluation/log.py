@@ -14,7 +14,8 @@ class Log:
     """Lines of results, each known by its key, in a folder if there is one.
 
     Args:
-        folder: where ``settings.json`` and ``rows.jsonl`` are; ``None`` forgets them.
+        folder: where ``settings.json`` and ``rows.jsonl`` are; with ``None`` the lines
+            are in memory only.
         settings: what decides the results of a key. A folder made with others is
             refused.
         key: the names of the fields that identify a line.
@@ -66,7 +67,7 @@ def _check_settings(path: Path, settings: Line) -> None:
 
 
 def _whole_lines(path: Path) -> list[Line]:
-    """Return the lines of a file, and end it with one: a kill may have cut the last."""
+    """Return the whole lines of a file, and remove a last one that a kill cut short."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:

@@ -191,8 +191,8 @@ def time_arms(
 ) -> None:
     """Measure how fast every arm decodes: all models are in memory at once.
 
-    Its speed does not depend on which units a selection keeps, so one selection stands
-    for all with its keep and allocation.
+    A compact model's speed does not depend on which units it keeps, so one selection
+    stands for all with the same keep, allocation and bits.
 
     Args:
         model: from :func:`ifp_mlx.load`.
@@ -276,7 +276,7 @@ def evaluate(
 
 
 def about_run(model: IFPModel, seed: int) -> dict[str, Any]:
-    """Return what decides every result of a folder."""
+    """Return the settings that every result in a folder depends on."""
     return {
         "model": model.name,
         "fingerprint": [round(float(x), 4) for x in model.fingerprint[:8]],

@@ -12,7 +12,7 @@ MEGA = 1e6
 
 
 def summary(arm: Arm, first: Arm) -> dict[str, Any]:
-    """Return an arm's means, sizes and, against the first setting, its interval.
+    """Return an arm's means, its sizes, and intervals of its difference from another.
 
     Args:
         arm: measured.
@@ -140,7 +140,9 @@ def _notes(
 
 
 def _verdict(arms: Sequence[Arm]) -> str:
-    """Say which selections a whole model of at most their size is better than."""
+    """Say how many selections are further from the dense model than a whole model of at
+    most their size.
+    """
     compact = [arm for arm in arms if arm.setting is not None]
     whole = [arm for arm in arms[1:] if arm.setting is None and arm.values("kl")]
     best = {

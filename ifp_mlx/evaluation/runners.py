@@ -70,7 +70,7 @@ class Contest:
         options: fields of the :class:`Request` of ``activation``.
         prompt: token ids; they select for ``activation``.
         max_tokens: tokens to decode; an end of text does not stop it.
-        size: ``k``, of ``stock``.
+        size: ``k``, the units per layer of ``stock``.
     """
 
     model: IFPModel

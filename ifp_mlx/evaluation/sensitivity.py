@@ -52,6 +52,9 @@ def measure_sensitivity(
     Returns:
         KL to the dense model when a layer alone keeps each of ``MEASURED_SHARES``,
         nats per token, ``[L, 6]`` float32; the last column is 0.
+
+    Raises:
+        ValueError: if the model is a mixture, whose layers keep equally many experts.
     """
     if model.plan.unit == "expert":
         raise ValueError(
@@ -82,6 +85,10 @@ def data_texts(model: IFPModel, files: Sequence[Path]) -> list[list[int]]:
     Args:
         model: whose tokenizer reads them.
         files: JSONL, in the formats of ``ifp_mlx.evaluate``; at least one.
+
+    Raises:
+        FileNotFoundError, ValueError: if a file is missing or bad, or none holds an
+            example.
     """
     each = max(1, DATA_TEXTS // len(files))
     texts = []

@@ -18,9 +18,9 @@ def compare(values: Values, dense: Values) -> dict[str, Any]:
 
     Returns:
         ``n``, ``mean``, ``interval`` (binomial where all values are 0 or 1, else of a
-        bootstrap), ``minus_dense``, its paired ``minus_dense_interval``, and for 0 and
-        1 ``mcnemar``, the probability of a split this uneven between equally good
-        models.
+        bootstrap), ``minus_dense``, its paired ``minus_dense_interval``, and, where all
+        values are 0 or 1, ``mcnemar``: the probability of a split this uneven between
+        equally good models.
     """
     pairs = list(zip(values, dense, strict=True))
     count, mean = len(pairs), sum(values) / len(pairs)

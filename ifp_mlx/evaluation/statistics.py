@@ -33,6 +33,9 @@ def bootstrap(groups: Groups) -> tuple[float, float]:
 def binomial_interval(right: int, count: int) -> tuple[float, float]:
     """Return the 95 % interval of a share.
 
+    Raises:
+        ValueError: if ``count`` is below 1.
+
     Source: Wilson 1927, the score interval: it stays inside [0, 1] and has a width
     even where all or none are right.
     """

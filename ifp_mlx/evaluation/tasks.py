@@ -6,8 +6,8 @@ by what prompts and answers use together, over all examples, so it also has the 
 that only answers need, which no prompt can show. It then keeps the first tokens of its
 examples, from which the kept channels can learn to make up for the dropped ones.
 
-It is an ordinary mask file that says how it was made and what it cost when that was
-measured; a folder of them is a library (`--task NAME` in the other commands).
+A task mask is an ordinary mask file. It says how it was made and, if that was measured,
+what it costs. A folder of task masks is a library (`--task NAME` in other commands).
 """
 
 import re
@@ -126,8 +126,8 @@ def merge(
     """Make one mask for several tasks, of the size of one.
 
     In every layer each task counts the same: its scores are shares of the energy that
-    its own texts have there. Of a predictor's scores, whose spread is the same, the
-    highest counts: that of the task that needs a channel most.
+    its own texts have there. A predictor's scores have the same spread for every task,
+    so there a channel gets its highest score, that of the task that needs it most.
 
     Args:
         model: the one that the tasks were made with.
@@ -225,6 +225,9 @@ def measure(
         task: what to measure.
         rows: examples that it was not made from.
         progress: wraps the iteration over rows.
+
+    Raises:
+        ValueError: if there are no rows.
     """
     if not rows:
         raise ValueError(
@@ -254,8 +257,8 @@ def _means(found: list[dict[str, float]]) -> dict[str, float]:
 def overlap(a: Selection, b: Selection) -> np.ndarray:
     """Return the overlap of two selections and its chance level, ``[L, 2]``.
 
-    The overlap of a layer is the shared part of the smaller selection; two random
-    ones share k/F of it on average, the larger one's ``k``.
+    The overlap of a layer is the shared part of the smaller selection. Two random
+    selections share k/F of it on average, where the larger one keeps ``k`` units.
     """
     rows = []
     for one, other in zip(a.indices, b.indices, strict=True):
@@ -266,7 +269,11 @@ def overlap(a: Selection, b: Selection) -> np.ndarray:
 
 
 def library(folder: Path) -> list[TaskMask]:
-    """Return the tasks in a folder, by name; other masks in it are left out."""
+    """Return the tasks in a folder, by name; other masks in it are left out.
+
+    Raises:
+        ValueError: if there is no task mask in it.
+    """
     tasks = []
     for path in sorted(folder.glob("*.safetensors")):
         if Selection.load(path).origin.task is not None:

@@ -32,10 +32,11 @@ class Setting:
         allocation: how they are spread over the layers.
         prefill: which model reads the prompt.
         bits: to which the compact model is quantised, or ``None``.
-        compensate: whether kept channels make up for dropped ones, by what selects.
-        check: how the whole model checks generated answers; these, also with ``off``,
-            are made as ``generate`` makes them. ``None``: the compact model alone,
-            which reads the question too.
+        compensate: whether kept channels make up for dropped ones, fitted to the text
+            that selects.
+        check: how the whole model checks generated answers. With any value, also
+            ``off``, answers are made as ``generate`` makes them; with ``None`` the
+            compact model alone reads the question and answers.
     """
 
     selector: str
@@ -125,8 +126,8 @@ class Evaluator:
             row: ``A`` answer tokens.
             mask: ``[L, F]``.
             reference: from :meth:`reference`, with its cache for a dense prompt.
-            prefill: which model reads the prompt. Its last token gives the first
-                token of the answer, and belongs to it.
+            prefill: which model reads the prompt, its last token included; that model
+                also predicts the first token of the answer.
         """
         return self.compare(row, self.masked(mask), reference, prefill)
 
@@ -142,7 +143,7 @@ class Evaluator:
         reference: Reference,
         prefill: Prefill = "compact",
     ) -> dict[str, float]:
-        """Return the metrics of one row of another model.
+        """Return the metrics of one row for another model.
 
         Args:
             row: ``A`` answer tokens.

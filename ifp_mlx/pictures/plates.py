@@ -1,4 +1,4 @@
-"""The same pictures as files, drawn by matplotlib."""
+"""The page's pictures as PNG files, drawn by matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from .measured import Point
 from .tally import Tally
 
 COLOURS = {"none": "#eef1f3", "all": "#1d4e63", "some": "#3f9c93", "own": "#d9572f"}
-TURNING = ["#c4472b", "#fafafa", "#12706a"]  # at none, chance, all
+TURNING = ["#c4472b", "#fafafa", "#12706a"]  # colours of overlap 0, chance, 1
 INK, CHANCE = "#1f2a30", "#a3154f"
 
 

@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 
 SIZE = 1060, 310  # of a chart, pixels
-LETTER = 6.8  # the width of one, about, pixels
+LETTER = 6.8  # about the width of a character, pixels
 LINES = 6  # how many series of a chart have a colour of their own
 MAX_LABEL = 18
 
@@ -218,12 +218,12 @@ def _line(line: Series, places: Sequence[tuple[float, float]]) -> str:
 
 
 def stacked(title: str, units: str, shares: np.ndarray, expected: np.ndarray) -> str:
-    """Draw for every layer how large a share of its units is kept by how many.
+    """Draw for every layer which share of its units each number of selections keeps.
 
     Args:
         title: what it shows.
         units: what they are, in words.
-        shares: ``[L, N + 1]``, by 0 … ``N`` selections.
+        shares: ``[L, N + 1]``, kept by exactly 0 … ``N`` selections.
         expected: ``[L]``, the share that all would keep by chance.
     """
     L, N = shares.shape[0], shares.shape[1] - 1
@@ -269,6 +269,8 @@ def count_class(count: int, of: int) -> str:
 
 
 def opacity(count: int, of: int) -> float:
-    """Return how strongly it is drawn: between one and all, more is stronger."""
+    """Return the opacity of units that ``count`` of ``of`` selections keep: between one
+    and all, more is stronger.
+    """
     between = count_class(count, of) == "some"
     return 0.45 + 0.55 * (count - 1) / (of - 2) if between and of > 3 else 1.0

@@ -74,7 +74,7 @@ class Tally:
     @cached_property
     def overlaps(self) -> np.ndarray:
         """The overlap of every two selections and its chance level,
-        ``[N, N, L, 2]``; see :func:`ifp_mlx.tasks.overlap`.
+        ``[N, N, L, 2]``; see :func:`ifp_mlx.evaluation.tasks.overlap`.
         """
         pairs = [[overlap(a, b) for b in self.selections] for a in self.selections]
         return np.array(pairs)

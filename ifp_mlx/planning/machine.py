@@ -21,7 +21,7 @@ from .devices import Device, Figure, Runtime, profile
 TURNS = 5
 MEMORY_BYTES, STORAGE_BYTES = 128 << 20, 256 << 20
 SIDE = 1024  # of the matrices that are multiplied
-LAYERS = 16  # of a model so small that its layers take only their start
+LAYERS = 16  # of a model so small that starting its kernels is all that takes time
 
 
 def here(folder: Path | None = None, *, again: bool = False) -> Device:

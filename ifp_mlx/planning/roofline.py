@@ -25,7 +25,7 @@ class Work:
         core: per token, in all layers, without units and attention itself.
         channel: per token, for one unit, a channel or an expert, in one layer.
         head: per token, for the output layer.
-        attention: for a token and one that it looks at, in each layer.
+        attention: per pair of a token and a token it attends to, for each layer.
         lookup_bytes: of embeddings, of which a token reads only one row.
         slots: ``K``, the experts that a token is sent to in a layer; ``None`` where it
             goes through every unit.
@@ -40,7 +40,9 @@ class Work:
 
     @staticmethod
     def of(dense: nn.Module, plan: Plan) -> "Work":
-        """Count a stock mlx-lm model's, dense in shape; no weight is read."""
+        """Count the multiplications of a stock mlx-lm model with all its units; no
+        weight is read.
+        """
         linears = {
             name: _weights(module)
             for name, module in dense.named_modules()
@@ -78,8 +80,8 @@ class Work:
         return round(self.core + self.channel * sum(self.used(sizes, 1)))
 
     def used(self, sizes: Sizes, tokens: int) -> list[float]:
-        """Return how many of a layer's units some tokens go through together; for
-        experts the number expected if each token were sent to any, evenly.
+        """Return how many units of each layer some tokens go through together; for
+        experts, the expected number if all were equally likely to be chosen.
         """
         if self.slots is None:
             return [float(size) for size in sizes]
@@ -93,8 +95,10 @@ class Times:
 
     Attributes:
         select: from the instruction to the selection.
-        load: of the units, from storage; ``None`` where the device has no figure for it.
-        load_warm: of the units, from memory: the system's cache, or all of them.
+        load: of the weights, from storage; ``None`` where the device has no figure for
+            it.
+        load_warm: of the weights, where memory holds them already, as in the system's
+            cache.
         prefill: of the prompt.
         decode: of all the tokens asked for.
     """
@@ -186,7 +190,7 @@ def predict(
     """Predict the phases of one request.
 
     Args:
-        device: it runs on.
+        device: the one that the request runs on.
         work: of the large model.
         footprint: of the large model.
         sizes: units kept in every layer.
@@ -223,7 +227,7 @@ def predictor_seconds(
     """Return the seconds that a predictor takes to read an instruction.
 
     Args:
-        device: it runs on.
+        device: the one that it runs on.
         weights: of its language model; every token is multiplied with all of them.
         count: its bytes, the head's included.
         layers: of its language model.
@@ -263,7 +267,7 @@ def _unit_weights(shapes: Shapes, plan: Plan) -> dict[str, int]:
 
 
 def _looks(tokens: int, window: int | None) -> int:
-    """Return how many pairs of a token and one that it looks at there are."""
+    """Return the number of pairs of a token and a token that it attends to."""
     short = min(tokens, window or tokens)
     return short * (short + 1) // 2 + (tokens - short) * short
 
@@ -275,8 +279,8 @@ def _weights(module: nn.Module) -> int:
 
 
 def _attention_width(layer: nn.Module) -> int:
-    """Return the multiplications of a token with one that it looks at: a product with
-    its key and one with its value, in every head.
+    """Return the multiplications for a token and one token that it attends to: a
+    product with its key and one with its value, in every head.
     """
     for _, module in layer.named_modules():
         if "q_proj" in module:

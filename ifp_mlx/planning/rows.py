@@ -65,7 +65,7 @@ class Row:
         fits: in the memory that was named; ``None`` if none was.
         times: predicted; ``None`` without a device.
         agreement: how often it would choose the dense model's next token, by the
-            model's card; ``None`` without one, or below what that has measured.
+            model's card; ``None`` without a card, or below the keeps in the card.
     """
 
     keep: float

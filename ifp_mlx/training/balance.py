@@ -13,13 +13,16 @@ def balance_of(
     """Return the mean over layers of ``Σ_e f_e · P_e / u_e``: 1 if all experts get
     equally much, up to ``E / K`` if few get all.
 
-    ``f`` is each expert's share of the chosen places, ``P`` the mean of the softmax of
-    the logits, and ``u`` what both would be if every token were spread evenly over the
-    experts that its mask keeps: ``1 / E`` where all are kept. Gradient comes by ``P``.
+    ``f`` is each expert's share of the routers' choices, ``P`` the mean of the softmax
+    of the logits, and ``u`` what both would be if every token were spread evenly over
+    the experts that its mask keeps: ``1 / E`` where all are kept. The gradient flows
+    through ``P`` alone.
 
     Args:
-        logits: of ``L`` layers, ``[..., E]`` of the ``N`` tokens of ``real``.
-        chosen: of ``L`` layers, integers ``[..., K]`` of the same tokens.
+        logits: one array for each of ``L`` layers, ``[..., E]``, for the ``N`` tokens
+            of ``real``.
+        chosen: the chosen experts of each layer, integers ``[..., K]``, for the same
+            tokens.
         real: 1 where a token counts, 0 where it is padding, ``N`` in all.
 
     Source: Fedus et al. 2021 (arXiv:2101.03961) eq. 4-6, there for one expert a token.

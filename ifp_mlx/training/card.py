@@ -36,10 +36,10 @@ def trained_card(
     """Return the README of a trained model.
 
     Args:
-        config: of the run, nothing in it left open.
+        config: the run's settings, none left open (see ``TrainConfig.of``).
         plan: of the model.
         source: folder of the model it was trained from.
-        found: the latest measurements: those of :data:`LOSSES` that there are.
+        found: the latest measurements; the card shows those named in :data:`LOSSES`.
     """
     licence = licence_of(source)
     front = f"license: {licence}\n" if licence else ""

@@ -15,9 +15,10 @@ TENSORS, ABOUT = "state.safetensors", "state.json"
 
 
 def save(folder: Path, step: int, tensors: dict[str, mx.array]) -> None:
-    """Write the state after a step beside the older one, read it back, then drop that.
+    """Write the state after a step with its checksum, then delete the older one.
 
-    One is enough, since it is large: it holds every weight and two moments of it.
+    Only one is kept, since it is large: it holds every trained weight and two moments
+    of each.
 
     Args:
         folder: holds the checkpoints of one run.

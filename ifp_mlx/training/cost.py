@@ -1,9 +1,10 @@
 """What a run costs: multiplications, by one definition for every way of training.
 
 A weight that a token passes is one multiplication. A pass whose weights are trained
-counts three times (forward, and twice backward); a pass whose masker alone is trained
-counts twice, and a pass without training once. Attention's own products are left out:
-they are the same for every way of training, and small at these lengths.
+counts three times (forward, and twice backward); a pass in which only adapters or the
+masker are trained counts twice, and a pass without training once. Attention's own
+products are left out: they are the same for every way of training, and small at these
+lengths.
 """
 
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def weights_per_token(model: nn.Module, plan: Plan | None = None) -> int:
 
     Args:
         model: dense; its weights need not be read.
-        plan: of experts, where it has any.
+        plan: the model's plan; needed for a mixture of experts.
     """
     found = 0.0
     tied = "lm_head" not in dict(model.named_modules())
@@ -77,13 +78,13 @@ def cost_of(
     """Return what a run costs.
 
     Args:
-        config: its settings.
+        config: the run's settings.
         model: what is trained.
-        plan: of it.
-        predictor: its predictor, or ``None``.
+        plan: the model's plan.
+        predictor: the model's predictor, or ``None``.
         records: the training examples.
         fresh: whether the predictor is new, and has a warm start.
-        grouped: whether it learns groups of examples before step 0.
+        grouped: whether the predictor learns groups of examples before step 0.
         teacher: the dense model that gives the KL, or ``None``.
     """
     read, asked = (
@@ -119,7 +120,8 @@ def _sizes(record: Record) -> tuple[int, int]:
 
 def _head(predictor: Any) -> int:
     """Return the weights of a predictor's backbone that a token passes, without its
-    last layer, which is not used; its head reads once, and is left out.
+    last layer, which is not used. The predictor's head is left out: it reads once for
+    each instruction, not for each token.
     """
     weights = tree_flatten(predictor.backbone.parameters())
     return sum(

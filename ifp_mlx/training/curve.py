@@ -8,10 +8,10 @@ from ..files.atomic import new_file
 
 
 def draw_curve(lines: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw the losses over the overlaps of a run's log.
+    """Draw the losses of a run's log, and below them the overlaps of its masks.
 
     Args:
-        lines: as :func:`ifp_mlx.train.train` returns them.
+        lines: as :func:`ifp_mlx.training.run.train` returns them.
         path: of the picture; its suffix says the format.
 
     Raises:

@@ -12,7 +12,7 @@ from .run import new_masker, read_examples, run_cost
 from .trainee import adapt, open_trainee
 
 FLOATS = 4  # bytes of a float32, in which losses and moments are computed
-# Arrays [T, D] and [T, F] that a layer keeps for the backward pass, about.
+# About how many arrays [T, D] and [T, F] a layer keeps for the backward pass.
 HIDDEN, CHANNELS = 14, 6
 LOGITS = 4  # arrays [T, V]
 

@@ -22,14 +22,14 @@ FITTED = 4096  # examples that centres are found from
 
 
 def groups_of(records: Sequence[Record], how: How, seed: int) -> np.ndarray | None:
-    """Return the number of every example's group, int ``[N]``; ``None`` for each on its
-    own.
+    """Return the number of every example's group, int ``[N]``; ``None`` if there are no
+    groups.
 
     Args:
         records: the training examples.
         how: ``task`` by the rows' ``task``; ``words`` by the words that examples with
             the same answer share; ``auto`` for the first of these that the data allow.
-        seed: of the centres that words are grouped around.
+        seed: for the k-means centres of ``words``.
 
     Raises:
         ValueError: if rows name no tasks, and are to be grouped by them.

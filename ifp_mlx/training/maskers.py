@@ -21,7 +21,8 @@ class Budget:
 
     Attributes:
         k: kept channels per layer, a multiple of the granularity.
-        temperature: ε of the soft top-k, in units of the scores; also an array.
+        temperature: ε of the soft top-k, in units of the scores; a number or a scalar
+            array.
         gates: whether kept channels are weighted by λ (``soft``, the paper) or by 1
             (``binary``), in training and inference alike.
         granularity: channels per selectable block; a block's score is its mean.
@@ -70,7 +71,7 @@ class Budget:
 
     @property
     def training_form(self) -> Form:
-        """The form whose value is that of inference and which carries gradient."""
+        """The form with the values of inference through which gradients flow."""
         return "soft" if self.gates == "soft" else "straight-through"
 
 
@@ -107,7 +108,8 @@ class Masker(nn.Module):
         masks = budget.masks(self.scores(rows), form)
         if masks.ndim == 2:
             return masks
-        # A position is under the mask of what selects for the token that follows it.
+        # A position predicts the next token, so it takes the mask of the instruction
+        # that selects for that token.
         rows_of = batch.selectors[:, 1:] + K * mx.arange(B)[:, None]
         return masks[:, rows_of, 0]
 
@@ -129,7 +131,7 @@ class PredictorMasker(Masker):
 
 
 class ScoreTable(Masker):
-    """Learned scores without reading: one row for all, or one for every task.
+    """Learned scores that read no instruction: one row for all, or one for every task.
 
     With one row it is a learned static mask; with the true task of every example it is
     what an oracle could do.
@@ -174,7 +176,7 @@ class FixedMask(Masker):
 
 
 def masked_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the masked inlet of every layer, masking a model that is not yet."""
+    """Return the masked inlet of every layer; a model without masks gets them first."""
     return masked_inlets(model) or mask_model(model, plan_of(model))
 
 

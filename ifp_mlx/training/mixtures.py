@@ -19,7 +19,7 @@ INSTEAD = (
 
 
 def check_mixture(plan: Plan, about: dict[str, Any], config: TrainConfig) -> None:
-    """Look at the settings that mean something else, or nothing, for experts; no weight
+    """Check the settings that mean something else, or nothing, for experts; no weight
     is read.
 
     Args:
@@ -28,7 +28,7 @@ def check_mixture(plan: Plan, about: dict[str, Any], config: TrainConfig) -> Non
         config: the settings.
 
     Raises:
-        ValueError: naming the first that cannot be had.
+        ValueError: naming the first setting that is not possible.
     """
     if config.balance_weight:
         _check_balance(plan, about, config)
@@ -121,12 +121,12 @@ def _check_router(plan: Plan, about: dict[str, Any], config: TrainConfig) -> Non
 
 
 def freeze_routers(model: nn.Module, plan: Plan) -> None:
-    """Keep from training what says who gets a token, in place: the routers, and biases
-    and scales of each expert that are not the expert's own.
+    """Freeze, in place, what decides which expert gets a token: the routers, and biases
+    and scales for each expert that are stored outside the experts' own weights.
 
     Args:
-        model: a stock model of this plan, or one with LoRA layers, which its routers
-            lose; not masked yet.
+        model: a stock model of this plan, not masked yet. It may have LoRA layers;
+            those of its routers are removed.
         plan: its plan, of experts.
     """
     for layer in plan.layers:

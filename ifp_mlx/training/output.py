@@ -16,10 +16,10 @@ FREE |= {"compile", "grad_checkpoint"}
 
 
 def check_unfinished(config: TrainConfig) -> None:
-    """Look whether there is anything to do in the output folder.
+    """Check that the output folder is new, or holds a run that can go on.
 
     Raises:
-        FileExistsError: if the run there is finished, or it is no folder.
+        FileExistsError: if the run there is finished, or the path is no folder.
     """
     output = config.folder
     if output.exists() and not output.is_dir():

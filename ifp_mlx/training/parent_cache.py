@@ -99,11 +99,12 @@ class ParentCache:
 
 
 def weights_of(logp: np.ndarray, form: Form) -> np.ndarray:
-    """Return what each kept token stands for, ``[T, W]``; the sum over a row is 1.
+    """Return the probability that each kept token stands for, ``[T, W]``; a row sums to
+    1, or to less if the form has no samples.
 
     Args:
-        logp: as they are kept, ``[T, W]``.
-        form: how.
+        logp: log-probabilities as they are kept, ``[T, W]``.
+        form: how they are kept.
     """
     top = np.exp(logp[:, : form.top])
     if not form.samples:
@@ -129,7 +130,7 @@ def fill_cache(
         open_parent: returns the dense model; called only if something is missing.
         records: what the parent is to read; ``task`` must number them from 0.
         form: how distributions are kept.
-        about: settings on which the content depends besides.
+        about: other settings on which the content depends.
         progress: wraps the iteration over the missing parts.
 
     Raises:
@@ -197,7 +198,7 @@ def compress(logp: np.ndarray, form: Form, rng: np.random.Generator) -> np.ndarr
     Args:
         logp: log-probabilities, float32 ``[T, V]``; ``V`` above ``top``.
         form: how much is kept.
-        rng: of the samples.
+        rng: draws the samples.
 
     Returns:
         ``[T]`` records of the form's dtype.

@@ -1,4 +1,4 @@
-"""Every setting of a training run: its meaning, its default, a file and flags of it."""
+"""Every setting of a training run: its meaning, default, key in a file, and flag."""
 
 import argparse
 import difflib
@@ -30,14 +30,15 @@ def key(default: Any, meaning: str) -> Any:
 class TrainConfig:
     """The settings of a run, and the only place where a default stands.
 
-    ``scores`` and ``decorrelate`` choose themselves by ``from_scratch``. A pretrained
-    model has channels that every task needs: its scores are a global prior plus what
-    the instruction adds, since centring would give those channels away. A model that
-    learns from scratch has none yet, and there centred and decorrelated scores keep
-    keep the masks of different tasks apart. Where tasks compete for capacity in a small
-    model of your own, ``scores: centred`` is worth a try after pretraining too.
+    The defaults of ``scores`` and ``decorrelate`` depend on ``from_scratch``. A
+    pretrained model has channels that every task needs: its scores are a global prior
+    plus what the instruction adds, since centring would no longer keep those channels.
+    A model that learns from scratch has none yet, and there centred and decorrelated
+    scores keep the masks of different tasks apart. Where tasks compete for capacity in
+    a small model of your own, ``scores: centred`` is worth a try after pretraining too.
 
-    What is ``None`` or ``auto`` is left open until the model is known: see :meth:`of`.
+    A setting that is ``None`` or ``auto`` is open until the model is known: see
+    :meth:`of`.
     """
 
     # fmt: off
@@ -130,7 +131,7 @@ class TrainConfig:
             k = target_size(channels, _known(self.keep), granularity)
         check_multiple(k, granularity, channels)
         if step is not None and step < self.anneal_keep:
-            # In sixteenths: every k of its own is compiled once.
+            # In sixteenths, since a step is compiled anew for every new k.
             left = 1 - int(16 * step / self.anneal_keep) / 16
             k += round((channels - k) * left) // granularity * granularity
         if step is not None and step % 2 and self.largest_keep is not None:
@@ -144,8 +145,8 @@ class TrainConfig:
         return Budget(k, temperature, self.gates, granularity)
 
     def _larger(self, k: int, most: int, step: int) -> int:
-        """Return a share above ``k``: ``most`` in every second of such steps, which is
-        where all gates are 1, else one drawn in sixteenths of what is between.
+        """Return how many units an odd step keeps, above ``k``: ``most`` in every
+        second odd step, else a number drawn in sixteenths of the way from ``k`` to it.
 
         Source: the smallest, the largest and others, as in universally slimmable
         networks (Yu and Huang 2019, arXiv:1903.05134).
@@ -156,12 +157,12 @@ class TrainConfig:
         return k + round((most - k) * drawn / 16)
 
     def of(self, unit: Unit = "channel", own: IFPConfig | None = None) -> "TrainConfig":
-        """Return the settings with what was left open resolved: as the checkpoint that
-        is trained further has it, else by default.
+        """Return the settings with the open ones filled in: from the checkpoint that is
+        trained further, else by default.
 
         Args:
             unit: what is kept or dropped.
-            own: what the checkpoint says of its selections, if it has a predictor.
+            own: the ifp_config.json of a checkpoint with a predictor, or ``None``.
         """
         gates: Any = "binary" if unit == "expert" else "soft"
         found: dict[str, Any] = {"temperature": 0.3, "granularity": 1, "shared": 0}
@@ -308,7 +309,7 @@ def from_options(args: argparse.Namespace) -> TrainConfig:
 
 
 def complete(file: Path | None, given: dict[str, Any]) -> TrainConfig:
-    """Return the settings of a file and of what is given besides, which wins.
+    """Return the settings of a file, overridden by those in ``given``.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`from_options`.

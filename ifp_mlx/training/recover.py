@@ -1,7 +1,7 @@
 """Recovery: the part that a fixed mask keeps learns to answer like the dense model.
 
 The model is sliced first and the compact model itself is trained, so a step costs what
-a small model costs. The dense parent reads the examples once, before.
+a small model costs. The dense parent reads the examples once, before training.
 """
 
 import time
@@ -43,7 +43,7 @@ def recover(config: TrainConfig, train: Callable[..., Any], say: Say) -> dict[st
 
     Args:
         config: of the stage ``recover``.
-        train: :func:`ifp_mlx.train.train`.
+        train: :func:`ifp_mlx.training.run.train`.
         say: takes one line of progress.
 
     Returns:
@@ -220,7 +220,7 @@ class Closeness:
         return {f"valid_{name}": value for name, value in found.items()}
 
     def measure(self, compact: nn.Module) -> Report:
-        """Return the means of :data:`ifp_mlx.evaluate.METRICS` over the rows."""
+        """Return the means of :data:`METRICS` over the rows."""
         dense = self.parent.dense()
         compact.eval()
         found = [

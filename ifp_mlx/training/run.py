@@ -81,8 +81,9 @@ def train(
             takes ``s·accumulate`` and those after it. Under mlx.launch every machine
             takes its share of the rows.
         config: see :class:`TrainConfig`.
-        parent: the dense parent's logits ``[B, T - 1, V]`` of a batch, needed if the
-            KL has a weight; so ``plan``, the model's, if the balance of experts has.
+        parent: returns the dense parent's logits ``[B, T - 1, V]`` of a batch; needed
+            if ``kl_weight`` is above 0.
+        plan: the model's plan; needed if ``balance_weight`` is above 0.
         validate: called every ``eval_every`` steps, before the first and after the
             last; what it returns goes into the log. See :class:`Validation`.
         watcher: looks at every validation, and stops a run whose masks collapse.
@@ -174,8 +175,8 @@ def _descend(
 
 
 def _resume(step: Step, folder: Path | None, world: mx.distributed.Group) -> int:
-    """Take over the newest checkpoint; return the steps made. The first machine's
-    state is everyone's: the others need no folder, and no equal start.
+    """Take over the newest checkpoint; return the steps made. All machines take the
+    first one's state, so the others need no folder, and may start from another state.
     """
     made = 0
     if folder is not None and world.rank() == 0:
@@ -300,7 +301,12 @@ class Examples(NamedTuple):
 def read_examples(
     trainee: Trainee, config: TrainConfig, masker: Masker, log: Callable[[str], None]
 ) -> Examples:
-    """Return the examples of a run."""
+    """Return the examples of a run.
+
+    Raises:
+        ValueError: if there are no training or no validation examples, or a row is bad.
+        FileNotFoundError: if the data are not there.
+    """
     longest = context_of(trainee.config) or config.max_length
     own = getattr(getattr(masker, "predictor", None), "tokenizer", None)
     reader = Reader(
@@ -385,8 +391,8 @@ def _warm(
     config: TrainConfig,
     how: dict[str, Any],
 ) -> dict[str, Any]:
-    """Solve a new predictor's head from some examples, in the order given, and where
-    they have groups let it learn these.
+    """Solve a new predictor's head from some examples, in the order given. If the
+    examples have groups, the predictor also learns to tell the groups apart.
     """
     groups = groups_of(records, config.groups, config.seed)
     named = list(records)
@@ -414,7 +420,7 @@ def _finish(
     config: TrainConfig,
     last: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the result and hold it against what was trained."""
+    """Write the result and compare it with the model that was trained."""
     report: dict[str, Any] = {}
     ifp = predictor = None
     if isinstance(masker, PredictorMasker):

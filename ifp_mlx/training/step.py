@@ -33,7 +33,7 @@ PARTS = ("llm", "masker")
 
 
 class StepConfig(Protocol):
-    """What a step needs to know; :class:`ifp_mlx.train.TrainConfig` has it all."""
+    """What a step needs to know; :class:`.recipe.TrainConfig` has it all."""
 
     steps: int
     lr: float
@@ -112,13 +112,13 @@ def divergence(logits: mx.array, parent: Said, batch: Batch) -> mx.array:
 
 
 class Step:
-    """The state of training and its one move.
+    """The state of training, and the step that changes it.
 
     Args:
-        pair: what is trained: its trainable parameters.
+        pair: model and masker; their trainable parameters are trained.
         config: learning rates, schedule, clipping, weights of the loss.
         compiled: use mx.compile (``MLX_DISABLE_COMPILE`` overrules it).
-        plan: of the model, of experts; needed if their balance has a weight.
+        plan: the plan of a mixture; needed if ``balance_weight`` is above 0.
     """
 
     def __init__(
@@ -198,7 +198,8 @@ class Step:
         Args:
             batches: micro-batches of this step; under mlx.launch, this machine's share.
             budget: how scores become masks, now.
-            parent: the dense parent's logits, needed if the KL has a weight.
+            parent: returns the dense parent's logits; needed if ``kl_weight`` is above
+                0.
 
         Raises:
             FloatingPointError: if the loss is NaN or infinite; nothing has changed.
@@ -270,7 +271,8 @@ class Step:
         if world.size() > 1:
             grads = average_gradients(grads)
             sums = mx.distributed.all_sum(sums, stream=mx.cpu)
-        # average_gradients has divided by the machines, which each saw some targets.
+        # average_gradients has divided by the number of machines; undo that, and
+        # divide by the number of targets on all of them.
         scale = world.size() / mx.maximum(sums[-1], 1)
         norms = []
         for part, optimizer in self.optimizers.items():

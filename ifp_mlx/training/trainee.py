@@ -243,7 +243,9 @@ def write_checkpoint(
 def _pretrained_backbone(
     trainee: Trainee, name: str
 ) -> tuple[nn.Module, dict[str, Any], Any]:
-    """Return a stock language model, its config, and its tokenizer if another one."""
+    """Return a stock language model, its config, and its tokenizer if it has another
+    vocabulary than the trainee.
+    """
     path = resolve(name)
     source = source_of(path)
     about, backbone = source.config, source.dense()

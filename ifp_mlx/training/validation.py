@@ -27,7 +27,7 @@ def evaluate_loss(
     """Return the mean cross-entropy of the targets, nats per token.
 
     Args:
-        model: as in :func:`train`.
+        model: as in :func:`ifp_mlx.training.run.train`.
         masker: where the masks come from.
         batches: validation examples.
         budget: how scores become masks.
@@ -49,7 +49,7 @@ class Validation:
     how much the masks of instructions overlap.
 
     Args:
-        model: as in :func:`train`.
+        model: as in :func:`ifp_mlx.training.run.train`.
         masker: where the masks come from.
         batches: validation examples.
         budget: how scores become masks, at the end of annealing.

@@ -110,8 +110,8 @@ def warm_start(
 
     Returns:
         ``prior``: mean importance, float32 ``[L, F]``; ``explained``: share of the
-        importance's variance over instructions that the instruction predicts, by a fit
-        without the example itself; ``rank``: directions in use.
+        importance's variance over instructions that the instruction predicts, each
+        example being left out of its own fit; ``rank``: directions in use.
     """
     wanted, features = [], []
     for batch in progress(batches):
@@ -151,8 +151,8 @@ def group_start(
         progress: wraps the iterations over batches and over steps.
 
     Returns:
-        As :func:`warm_start` does; ``explained`` is of the groups' codes in the last
-        steps.
+        As :func:`warm_start` does; ``explained`` is the share of the groups' codes that
+        the predictor explains in the last steps.
     """
     wanted, features, groups = [], [], []
     for batch in progress(batches):

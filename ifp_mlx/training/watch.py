@@ -106,7 +106,7 @@ class Watcher:
 
     Attributes:
         floor: the least :attr:`Overlap.dependence`.
-        patience: evaluations in a row below the floor that raise.
+        patience: after how many validations in a row below the floor it raises.
     """
 
     floor: float = 0.1

@@ -13,7 +13,7 @@ from ...slicing.shapes import Plan
 from ...slicing.sliced import count_units, pad
 
 # How far, in steps, a zero point may be from the integer that stands in for it. MLX
-# makes it an integer; float16 and bfloat16 then round it away by up to 0.06.
+# chooses integers; rounding to float16 or bfloat16 then moves them by up to 0.06.
 INTEGER = 0.1
 QUANTISED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
 
@@ -32,7 +32,7 @@ def quantise(model: nn.Module, plan: Plan, bits: int, group: int) -> None:
         group: weights per scale.
 
     Raises:
-        ValueError: if any other matrix is not a multiple of the group wide.
+        ValueError: if the width of any other matrix is not a multiple of the group.
     """
     for module, layer in zip(plan.modules(model), plan.layers, strict=True):
         pad(module, layer, -(-count_units(module, layer) // group) * group)
@@ -112,8 +112,8 @@ def shift_scale(w: Quantised) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     biases = np.where(mirrored, w.biases + top * w.scales, w.biases)
     scales = np.abs(w.scales)
 
-    # A group that is constant in float16 has no useful step, often none at all: it
-    # becomes one step of its own size, up or down from zero.
+    # Where a group is constant in float16, its scale says nothing and is often 0: the
+    # constant's size becomes the scale, and data - offset is 1, 0 or -1.
     constant = scales * top <= np.abs(biases) * 2.0**-11
     size = np.abs(biases)
     scales = np.where(constant, np.where(size > 0, size, 1), scales)
@@ -138,7 +138,7 @@ def lookup_tables(w: Quantised) -> tuple[np.ndarray, np.ndarray]:
         ``[N, K / group, 2**bits, 1]``.
 
     Raises:
-        ValueError: if a table would be as large as its group or larger.
+        ValueError: if a table would be as large as its group or larger, or for 5 bits.
     """
     rows, groups = w.scales.shape
     if 2**w.bits >= w.q.shape[1] // groups or w.bits == 5:

@@ -18,8 +18,8 @@ def write_shards(
 
     Args:
         folder: where to.
-        tensors: names and arrays, evaluated one at a time as they come. Their maker
-            should keep none.
+        tensors: names and arrays, evaluated one at a time as they come. The iterable
+            should not keep arrays that it has yielded.
         count: how many there are, for the progress bar.
     """
     import mlx.core as mx

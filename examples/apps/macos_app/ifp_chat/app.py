@@ -13,7 +13,7 @@ SHARED, OWN, LEFT_OUT = "#264653", "#e76f51", "#dfe3e6"
 LEGEND = (
     "Kept channels, layer by layer. Dark: by every task; orange: not by every task."
 )
-KEEP_FROM, KEEP_AT, KEEP_TO, KEEP_STEP = 25, 75, 100, 5  # once it is moved
+KEEP_FROM, KEEP_AT, KEEP_TO, KEEP_STEP = 25, 75, 100, 5  # %, once it is moved
 
 
 class ChatApp(toga.App):
@@ -21,7 +21,7 @@ class ChatApp(toga.App):
 
     Args:
         model: a folder or hub id to open at the start.
-        controller: what a test puts there.
+        controller: default: a new one; a test gives its own.
     """
 
     def __init__(self, model: str = "", controller: Controller | None = None) -> None:

@@ -73,7 +73,13 @@ class Assignment:
 
 
 def alone(can_stop: bool) -> Callable[[Any], Any]:
-    """Do one thing at a time; an error becomes the status."""
+    """Return a decorator of methods that do not run while another one does.
+
+    An error becomes the status.
+
+    Args:
+        can_stop: whether the user may stop the method.
+    """
 
     def decorate(work: Callable[..., Awaitable[None]]) -> Callable[..., Any]:
         @wraps(work)
@@ -107,7 +113,7 @@ class Controller:
 
     Args:
         redraw: called on the loop, at most 25 times a second, after something changed.
-        open_engine: ``Engine.open``, or what a test puts there.
+        open_engine: ``Engine.open``; a test gives its own.
 
     Attributes:
         assignments: by name, in the order of the table.
