@@ -21,6 +21,7 @@ SMALL = memory.QUARTER._replace(
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     },
+    fits=8,
     kept=8,
     tokens=2,
     turns=1,

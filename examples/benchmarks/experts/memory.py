@@ -53,6 +53,7 @@ class Setup(NamedTuple):
     Attributes:
         shape: config.json of the model.
         memory_gb: what `generate` is allowed.
+        fits: experts a layer, the most that this allows.
         limit_bytes: what a process may have.
         kept: experts a layer that are loaded, switched and decoded with.
         tokens: of an answer.
@@ -61,6 +62,7 @@ class Setup(NamedTuple):
 
     shape: dict[str, Any]
     memory_gb: float
+    fits: int
     limit_bytes: int
     kept: int
     tokens: int
@@ -90,6 +92,7 @@ QUARTER = Setup(
         "eos_token_id": 0,
     },
     memory_gb=2.4,
+    fits=52,
     limit_bytes=3_400_000_000,
     kept=48,
     tokens=16,
@@ -212,7 +215,8 @@ def limited(folders: Folders, setup: Setup) -> dict[str, Any]:
     stock = ["mlx_lm.generate", "--model", folders.model, *asked]
     dense, _ = child(*stock, limit=setup.limit_bytes)
     _, empty = child("mlx_lm.generate", "--model", folders.empty, *asked)
-    allowed = ["--memory-gb", setup.memory_gb, "--selector", "activation"]
+    allowed = ["--memory-gb", setup.memory_gb, "--target-size", setup.fits]
+    allowed += ["--selector", "activation"]
     allowed += ["--cache-folder", cache, "--save-mask", mask]
     runs = [
         ask(folders.model, setup, *options, limit=limit)

@@ -19,6 +19,7 @@ from typing import Any
 from .store_check import PROMPT, child, write_large
 
 MEMORY_GB, LIMIT_BYTES = 1.4, 2_200_000_000
+FITS = 1038  # channels a layer, the most that may be kept; auto would ask a card first
 TOKENS = 16
 
 
@@ -37,7 +38,9 @@ def check(folder: Path, scratch: Path) -> dict[str, Any]:
     command = ["mlx_lm.generate", "--model", folder, "--prompt", PROMPT]
     dense, _ = child(*command, "--max-tokens", TOKENS, limit=LIMIT_BYTES)
     mask = scratch / "mask.safetensors"
-    sweep = ["--memory-gb", MEMORY_GB, "--selector", "activation", "--save-mask", mask]
+    sweep = ["--memory-gb", MEMORY_GB, "--target-size", FITS]
+    # Compensation reads a calibration text first, which takes minutes of a model this big.
+    sweep += ["--selector", "activation", "--no-compensate", "--save-mask", mask]
     sweep += ["--cache-folder", scratch / "cache"]
     first, second = (ask(folder, *sweep, limit=LIMIT_BYTES) for _ in range(2))
     whole = ask(folder, "--mask-file", mask)
