@@ -80,6 +80,14 @@ class Origin:
     router_mass: float | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Round what was measured as mask files do, so that a selection says the same
+        before and after it was saved.
+        """
+        for name in ("requantisation_kl", "agreement", "kl", "router_mass"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(f"{value:.4g}"))
+
     @property
     def predicted(self) -> bool:
         """Whether the scores are a trained predictor's."""

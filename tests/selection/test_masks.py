@@ -211,3 +211,10 @@ def test_a_mask_of_another_model_is_refused():
         mask.check_fits(3, 8, norm)
     with pytest.raises(ValueError, match="another model of the same shape"):
         mask.check_fits(2, 8, norm[::-1])
+
+
+def test_what_was_measured_is_the_same_before_and_after_it_was_saved():
+    measured = {"agreement": 2 / 3, "kl": 0.46018478, "router_mass": 1 / 7}
+    origin = Origin(**measured, requantisation_kl=0.0012345678)
+    assert Origin.from_text(origin.as_text()) == origin
+    assert origin.kl == 0.4602
