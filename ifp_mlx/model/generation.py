@@ -91,7 +91,7 @@ def stream_generate(
     path = None if prompt_cache_file is None else path_of(prompt_cache_file)
     request = _checked_options(request, kv, path, rest)
     kv.check_fits(model.source.skeleton)
-    file = None if path is None else PromptFile.open(path)
+    file = None if path is None else PromptFile.open(path, model)
     how: dict[str, Any] = {"system": system_prompt, "chat_template": chat_template}
     how["config"] = request.chat_template_config
     tokens, selecting = _read_prompt(model, tokenizer, prompt, file, **how)
@@ -100,7 +100,7 @@ def stream_generate(
     limits = Limits(context, request.memory_bytes, kv)
     compact, decision = _prepared(model, request, selecting, limits, cache, progress)
     if file is not None:
-        reading = file.reading(model, compact, kv)
+        reading = file.reading(compact, kv)
     elif path is not None:
         count = open_length(tokenizer, prompt, tokens, **how)
         reading = write_prompt_cache(path, model, compact, tokens, count, kv, rest)

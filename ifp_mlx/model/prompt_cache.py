@@ -38,20 +38,21 @@ class PromptFile:
         path: of it.
         tokens: ids of what was read.
         kv: mlx-lm's KV cache.
-        made_by: identity of the selection, and fingerprint of the model's weights.
+        identity: of the selection that it was read with.
     """
 
     path: Path
     tokens: list[int]
     kv: list[Any]
-    made_by: tuple[str, str]
+    identity: str
 
     @staticmethod
-    def open(path: Path) -> "PromptFile | None":
+    def open(path: Path, model: IFPModel) -> "PromptFile | None":
         """Return what is in a file, ``None`` if it is not there yet.
 
         Raises:
-            ValueError: if it is no prompt cache of a compact model.
+            ValueError: if it is no prompt cache of a compact model, or was read by
+                another large model.
         """
         from mlx_lm.models.cache import load_prompt_cache
 
@@ -65,7 +66,7 @@ class PromptFile:
         try:
             kv, about = load_prompt_cache(str(path), return_metadata=True)
             tokens = json.loads(about[TOKENS])
-            made_by = about[MADE_BY[0]], about[MADE_BY[1]]
+            identity, weights = about[MADE_BY[0]], about[MADE_BY[1]]
             if not (isinstance(tokens, list) and {*map(type, tokens)} == {int}):
                 raise TypeError("its tokens are none")
         except Exception as error:  # whatever a file of another kind causes
@@ -73,24 +74,23 @@ class PromptFile:
                 f"{path} is no prompt cache that ifp_mlx wrote ({type(error).__name__}); "
                 "give a new name, and it is written after the prompt was read."
             ) from error
-        return PromptFile(path, tokens, kv, made_by)
+        if weights != fingerprint_of(model):
+            raise ValueError(
+                f"{path} was read by another model, or with another adapter; use the one "
+                "it was made with, or a new file."
+            )
+        return PromptFile(path, tokens, kv, identity)
 
-    def reading(self, model: IFPModel, compact: Compact, kv: KVOptions) -> Reading:
+    def reading(self, compact: Compact, kv: KVOptions) -> Reading:
         """Return what the file has read, for a compact model to go on from.
 
         Raises:
-            ValueError: if another model, compact or large, read it, or its KV cache is
-                kept in another way.
+            ValueError: if another compact model read it, or its KV cache is kept in
+                another way.
         """
-        identity, weights = self.made_by
-        if weights != fingerprint_of(model):
+        if self.identity != compact.selection.identity:
             raise ValueError(
-                f"{self.path} was read by another model, or with another adapter; use "
-                "the one it was made with, or a new file."
-            )
-        if identity != compact.selection.identity:
-            raise ValueError(
-                f"{self.path} was read by the compact model {identity}, and this one is "
+                f"{self.path} was read by the compact model {self.identity}, and this is "
                 f"{compact.selection.identity}; select as when it was made (by the same "
                 "--instruction, --mask-file or --task), or use a new file."
             )
