@@ -158,6 +158,6 @@ def _verdict(arms: Sequence[Arm]) -> str:
         if arm.name in best
     )
     return (
-        f"Of the {len(best)} selections that a whole model of no more bytes was "
-        f"measured beside, {worse} are further from the dense model than it."
+        f"Whole models of no more bytes were measured beside {len(best)} selections; the "
+        f"best of them is nearer to the dense model than {worse} of these selections."
     )

@@ -51,7 +51,7 @@ class TrainConfig:
 
     max_length: int = key(2048, "most tokens of an example")
     chunk: int = key(512, "tokens of a chunk in pretrain")
-    chunk_masks: Literal["last", "each"] = key("last", "pretrain: last: every chunk is an example, all its context under the mask of the chunk before it; each: a text is read once, every chunk under the mask of the chunk before it, as when channels are selected again while generating; cheaper by the number of chunks less one")
+    chunk_masks: Literal["last", "each"] = key("last", "pretrain: last: every chunk is an example, all its context under the mask of the chunk before it; each: a text is read once, every chunk under the mask of the chunk before it, as when channels are selected again while generating; it costs one pass over a text of n chunks, where last costs n - 1")
     skip_bad: bool = key(False, "leave bad rows out instead of refusing the file")
 
     mask_file: str | None = key(None, "recover: what is kept")

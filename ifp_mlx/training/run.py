@@ -81,11 +81,10 @@ def train(
             takes ``s·accumulate`` and those after it. Under mlx.launch every machine
             takes its share of the rows.
         config: see :class:`TrainConfig`.
-        parent: returns the dense parent's logits ``[B, T - 1, V]`` of a batch; needed
-            if ``kl_weight`` is above 0.
+        parent: returns the dense parent's logits ``[B, T - 1, V]``; for ``kl_weight``.
         plan: the model's plan; needed if ``balance_weight`` is above 0.
         validate: called every ``eval_every`` steps, before the first and after the
-            last; what it returns goes into the log. See :class:`Validation`.
+            last; it returns a line of the log. See :class:`Validation`.
         watcher: looks at every validation, and stops a run whose masks collapse.
         log: called with every line of the log, besides the returned list.
         folder: where the log and the checkpoints are kept. A run found there is

@@ -363,6 +363,6 @@ def test_the_page_says_how_many_selections_a_whole_model_beats():
     arms += [arm(f"s{n}", kl, 50, HALF) for n, kl in enumerate((0.5, 2.0))]
     arms += [arm("tiny", 3.0, 10, HALF), arm("4 bits", 1.0, 49)]
     about = {"model": "m", "rows": {"a": 1}, "tokens": 0}
-    assert "Of the 2 selections" in report(arms, about)
-    assert "1 are further" in report(arms, about)
+    assert "measured beside 2 selections" in report(arms, about)
+    assert "nearer to the dense model than 1 of" in report(arms, about)
     assert "No whole model that is no larger" in report(arms[:-1], about)

@@ -23,8 +23,8 @@ Written by `python -m examples.benchmarks.answers.answers`: greedy decoding, 80 
 most, the default selection of that time (activation over the prompt, layer 0 whole, dropped
 channels made up for by the prompt), nothing trained or chosen by hand. `keep` is the kept
 share of the FFN channels. The weights come from a 4-bit GGUF file. At 0.5 a model this
-small is damaged without further training; larger models can lose more, which nothing here
-can show. Answers that can be checked are counted in
+small is damaged without further training; larger models can lose more, but none was
+measured here. Answers that can be checked are counted in
 [checked_answers.md](checked_answers.md).
 """
 

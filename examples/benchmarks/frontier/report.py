@@ -104,9 +104,9 @@ Quantisers that need a text had the package's own dialogues, in pieces of {PIECE
 *awq*, whose search takes long, had one of every {AWQ_PIECES} pieces.
 
 **Selections.** They are taken from *affine 4/64* and *8/64*, as `generate` selects by
-default: by each prompt for itself, with a sketch of the package's own dialogues. Layers
-keep whole groups of 64 channels, and their `down_proj` is quantised again. The ridge
-regression that compensates is related to GRAIL
+default: by each prompt for itself, with a sketch of the package's own dialogues. A
+layer keeps a multiple of 64 channels, each chosen by itself, and its `down_proj` is
+quantised again. The ridge regression that compensates is related to GRAIL
 ([2602.23795](https://arxiv.org/abs/2602.23795)) and MoDeGPT
 ([2408.09632](https://arxiv.org/abs/2408.09632)), which use one text for all prompts.
 Nothing was selected from the other quantisers' models.
@@ -307,19 +307,21 @@ class Model:
         return [one for one in self.selections if one.point.bits == bits]
 
     def _said_of(self, bits: int) -> str:
-        won, lost = self.won(bits), self.lost(bits)
-        count = len(self._of_base(bits))
-        text = (
-            f"- Of the {count} selections at {bits} bits, {_keeps(won)} nearer to the "
-        )
-        text += "dense model than every whole model of no more bytes, and "
-        return text + f"{_keeps(lost)} further away than one, by 95 % intervals."
+        won, lost, every = self.won(bits), self.lost(bits), self._of_base(bits)
+        alone = [one for one in every if self.rival(one) is None]
+        rest = [one for one in every if one not in [*won, *lost, *alone]]
+        said = {
+            "nearer to the dense model than every whole model of no more bytes": won,
+            "further away than one of these": lost,
+            "not clearly either": rest,
+            "smaller than every whole model": alone,
+        }
+        parts = [f"{_keeps(some)} {what}" for what, some in said.items() if some]
+        return f"- Selections at {bits} bits, by 95 % intervals: {'; '.join(parts)}."
 
 
 def _keeps(results: list[Result]) -> str:
     keeps = ", ".join(f"{one.point.keep:g}" for one in results)
-    if not results:
-        return "none is"
     return f"keep {keeps} {'is' if len(results) == 1 else 'are'}"
 
 

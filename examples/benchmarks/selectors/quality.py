@@ -161,16 +161,16 @@ values because that saves time. It also makes up for half of what SmolLM2 loses 
 widths, which every program loads.
 
 In a model at 4 bits, whole quantisation groups of `down_proj` can be kept without
-quantising again. But they hardly allow a choice: 64 channels that lie side by side are
-needed and not needed alike. So such models keep single channels, and `down_proj` is
+quantising again. But they leave hardly any choice: of 64 channels that lie side by side, some
+are needed and some are not. So such models keep single channels, and `down_proj` is
 quantised again.
 
 The first layer is what SmolLM2 needs most and Gemma-3-270m among what it needs least, so
 keeping it whole, the default, is right for one and costs the other 0.03. Widths by a
 sensitivity that was measured on examples of tasks (`ifp_mlx.sensitivity --data`) are a
 little better than the default's on both, where compensated. Measured on the text that ships
-with the package they are better for Gemma-3-270m and clearly worse for SmolLM2. From this
-follows no rule that could choose for each model: the measurement is used only where
+with the package they are better for Gemma-3-270m and clearly worse for SmolLM2. So
+no rule could choose for each model, and the measurement is used only where
 `--allocation sensitivity` asks for it.
 
 Other ways were tried with SmolLM2 on 36 calibration prompts of the earlier, shorter rows,
@@ -185,16 +185,18 @@ short instruction in place of the prompt had 1.38, and 1.28 compensated by it.
 The sketch, and the figure by which channels are chosen, were found on nine calibration
 prompts of SmolLM2, one of each family, by scripts that were not kept. The KL at keep 0.5 /
 at 0.75 was 0.90 / 0.41 for channels chosen by ranks and compensated by the prompt alone.
-With the sketch beside the prompt it was 0.82 / 0.36 by ranks, 0.76 / 0.38 by their worth,
-0.80 / 0.36 by the mean of both rankings, and 0.79 at 0.5 by their energy. With channels
-chosen by worth the model chooses the dense model's token less often than by ranks at 0.75,
-71 % against 77 %, and more often at 0.5, 68 % against 62 %. Hence the merit, in which
-energy weighs more the more is kept. A sketch of half of the calibration text, of fewer than
+A channel's *energy* is the sum of its squares over the rows; its *worth* is what of that the
+other channels could not make up for. With the sketch beside the prompt the KL was
+0.82 / 0.36 by ranks, 0.76 / 0.38 by worth, 0.80 / 0.36 by the mean of both rankings, and
+0.79 at 0.5 by energy. With channels chosen by worth the model chooses the dense model's
+token less often than by ranks at 0.75, 71 % against 77 %, and more often at 0.5, 68 %
+against 62 %. Therefore the default's scores, the *merit*, are worth plus a share of the
+energy, and that share is larger the more is kept. A sketch of half of the calibration text, of fewer than
 256 rows, or of the texts joined together was worse, one of 512 rows no better; so were
 scores weighted by the columns of `down_proj`, and channels dropped in three rounds. Worth
 or merit do not choose a task's mask better than its examples' use; such a mask gains from
-2,000 tokens of examples instead of 1,000, from the sketch, and from a ridge that trusts
-each row less the more there are.
+2,000 tokens of examples instead of 1,000, from the sketch, and from a ridge whose
+penalty grows with the number of rows.
 """
 MEANS_NOTES = """
 The default and the compensated masks are well within their goals. A table has the rows on
