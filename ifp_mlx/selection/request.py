@@ -45,7 +45,8 @@ class Request:
             tasks are kept has to replace it by a selection or a mask file.
         keep: kept share of the units (channels, or experts), rounded to the
             granularity; or ``auto``: the smallest for which the model's card promises
-            ``min_agreement``. Default: the checkpoint's own target size, else ``auto``.
+            ``min_agreement``. Default: the checkpoint's own target size, or ``auto`` if it
+            has none or ``memory_bytes`` is given.
         target_size: ``k``, kept units per layer, instead of ``keep``.
         selector: ``predictor``, ``activation``, ``prior``, ``blend``, ``random``, or
             ``auto``: the predictor if the checkpoint has one, else blend, or for

@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """A run's settings, with names and meanings of ``ifp_mlx.train.TrainConfig``."""
+    """A run's settings, with names and meanings of ``ifp_mlx.training.recipe.TrainConfig``."""
 
     steps: int
     lr: float
@@ -197,7 +197,7 @@ def rate(highest: float, settings: Settings, step: int) -> float:
 
 
 class Step:
-    """The state of training and its one move.
+    """The state of training, and one step of it.
 
     Args:
         model: ``LlamaForCausalLM`` or one built alike.
