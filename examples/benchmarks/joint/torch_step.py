@@ -36,7 +36,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """A run's settings, with names and meanings of ``ifp_mlx.training.recipe.TrainConfig``."""
+    """A run's settings; names and meanings are those of
+    :class:`ifp_mlx.training.recipe.TrainConfig`.
+    """
 
     steps: int
     lr: float
