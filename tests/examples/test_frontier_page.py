@@ -93,3 +93,22 @@ def test_half_of_the_channels_is_nearer_than_three_bits_unless_these_are_distill
     )
     assert half.bytes < three.bytes == distilled.bytes
     assert half.less(three)[1] > 0 > half.less(distilled)[2]
+
+
+@each_model
+def test_the_first_page_is_right_about_fewer_bits(model):
+    fitted = ("awq", "dwq", "gptq")
+    selections = [one for one in model.selections if one.point.bits == 4]
+    assert len(selections) > 5
+    for one in selections:
+        smaller = [w for w in model.whole if w.bytes <= one.bytes]
+        rounded = [w.mean() for w in smaller if w.point.kind not in fitted]
+        assert all(one.mean() < kl for kl in rounded)
+    three, three_quarters, quarter = (
+        model.results[name].mean()
+        for name in ("dwq 3/64", "select 4/64 keep 0.75", "select 4/64 keep 0.25")
+    )
+    if model.name == "smollm2":
+        assert three < three_quarters
+    else:
+        assert three > quarter
