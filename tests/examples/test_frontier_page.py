@@ -104,11 +104,8 @@ def test_the_first_page_is_right_about_fewer_bits(model):
         smaller = [w for w in model.whole if w.bytes <= one.bytes]
         rounded = [w.mean() for w in smaller if w.point.kind not in fitted]
         assert all(one.mean() < kl for kl in rounded)
-    three, three_quarters, quarter = (
-        model.results[name].mean()
-        for name in ("dwq 3/64", "select 4/64 keep 0.75", "select 4/64 keep 0.25")
-    )
+    kl = {name: result.mean() for name, result in model.results.items()}
     if model.name == "smollm2":
-        assert three < three_quarters
-    else:
-        assert three > quarter
+        assert kl["dwq 3/64"] < kl["select 4/64 keep 0.75"]
+    else:  # trained at a rate that is too high for it, as the page says
+        assert kl["dwq 4/64"] > kl["affine 4/64"]
