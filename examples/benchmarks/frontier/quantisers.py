@@ -18,7 +18,7 @@ from ifp_mlx import load
 from ifp_mlx.selection.calibration import calibration_chats
 from ifp_mlx.selection.prompts import tokenize
 
-from .distilled import distil
+from .distilled import RATES, distil
 from .points import DYNAMIC, RECIPES, Point
 
 PIECE = 256  # tokens
@@ -120,7 +120,7 @@ def dwq(point: Point, model: nn.Module, config: dict, dense: Path) -> Made:
 
     student, config = affine(point, model, config, dense)
     teacher, _ = load_model(dense)
-    distil(student, teacher, calibration(dense))
+    distil(student, teacher, calibration(dense), RATES[config["model_type"]])
     return student, config
 
 

@@ -98,9 +98,8 @@ model has to be on disk. The KV cache is the same for all, and left out.
 - *gptq* ([2210.17323](https://arxiv.org/abs/2210.17323)), embeddings at 6 bits. It knows 2,
   4 and 8 bits.
 - *dwq*: {distilled.STEPS} steps of {distilled.BATCH} times {distilled.PIECE} tokens, at a
-  rate of {distilled.RATE:g}, which was found for SmolLM2 at 3 bits and not tuned for
-  Gemma; there it is too high at 4 bits, where the row is worse than *affine*. With a GPU
-  one would take many more steps.
+  rate that was the best at 3 bits of those tried: {distilled.RATES["llama"]:g} for SmolLM2,
+  {distilled.RATES["gemma3_text"]:g} for Gemma. With a GPU one would take many more steps.
 
 Quantisers that need a text had the package's own dialogues, in pieces of {PIECE} tokens;
 *awq*, whose search takes long, had one of every {AWQ_PIECES} pieces.
