@@ -13,7 +13,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from .files.paths import named_path
+from .files.paths import named_path, path_of
 from .terminal.visible import say, visible_output
 
 if TYPE_CHECKING:
@@ -397,7 +397,7 @@ def tasks_folders(args: argparse.Namespace) -> list[Path]:
     """Return the folders that are searched for task masks, in this order."""
     if args.tasks_folder is not None:
         return [args.tasks_folder]
-    model = Path(args.model) / "tasks" if getattr(args, "model", None) else None
+    model = path_of(args.model) / "tasks" if getattr(args, "model", None) else None
     here = Path("tasks")
     # With a hub id there is no folder of the user's own.
     return [model, here] if model and model.parent.is_dir() else [here]

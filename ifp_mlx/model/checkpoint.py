@@ -705,7 +705,7 @@ def open_model(
     adapter = None if adapter_path is None else Adapter(path_of(adapter_path))
     source = source_of(path, adapter)
     _ = source.plan  # refuses a model of which nothing can be selected
-    name = path.resolve().name if Path(model).exists() else str(model)
+    name = path.resolve().name if path_of(model).exists() else str(model)
     return IFPModel(source, name)
 
 

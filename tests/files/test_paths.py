@@ -1,18 +1,22 @@
 """Paths and caches of users, known and unknown."""
 
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 from conftest import run_command
 
+from ifp_mlx import cli
 from ifp_mlx.__main__ import available
 from ifp_mlx.compact import main as compact
 from ifp_mlx.files.caches import cache_place
 from ifp_mlx.files.paths import named_path, path_of
 from ifp_mlx.generate import main
 from ifp_mlx.installation.completion import _actions
+from ifp_mlx.model.checkpoint import open_model
 from ifp_mlx.selection.masks import Selection
+from ifp_mlx.storage.folder import SHIPPED
 from ifp_mlx.training.recipe import TrainConfig
 
 # Options that say where something is written; a shell leaves the ~ of --output=~/a.
@@ -68,3 +72,16 @@ def test_what_is_written_under_a_tilde_is_in_the_home_folder(
 def test_a_run_and_its_settings_may_be_under_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     assert TrainConfig(output="~/run").folder == Path("/users/me/run")
+
+
+def test_the_tasks_of_a_model_under_a_tilde_are_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m/tasks").mkdir(parents=True)
+    asked = Namespace(tasks_folder=None, model="~/m")
+    assert cli.library_folder(asked) == tmp_path / "m/tasks"
+
+
+def test_a_model_under_a_tilde_has_its_folders_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").symlink_to(SHIPPED)
+    assert open_model("~/mine").name == open_model(tmp_path / "mine").name
